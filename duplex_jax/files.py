@@ -1,0 +1,91 @@
+"""Files that are either whole or absent: written aside, then renamed; and readers that undo compression."""
+
+import contextlib
+import gzip
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from duplex_jax.errors import UserError
+
+
+def check_writable(path: str | Path) -> Path:
+    """Creates the parent folder of `path` and refuses, before any time is spent, one that cannot be written.
+
+    Raises:
+        UserError: the folder cannot be made or written, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, and a file is to be written there; give a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+
+    Text is UTF-8 with Unix line ends. Names that end in `.gz` or `.zst` are compressed.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
+    """
+    path = check_writable(path)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        # mkstemp makes private files; a result gets what the user's umask gives any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(fd, 0o666 & ~umask)
+        with os.fdopen(fd, "wb") as raw:
+            stream: Any = raw
+            if path.suffix == ".gz":
+                stream = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)
+            elif path.suffix == ".zst":
+                stream = zstandard.ZstdCompressor(level=6).stream_writer(raw, closefd=False)
+            file = stream if "b" in mode else io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+            yield file
+            file.flush()
+            if file is not raw:
+                file.close()
+            if not raw.closed:
+                raw.flush()
+                os.fsync(raw.fileno())
+        os.replace(name, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
+def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
+    """Opens a file of lines as bytes, decompressing `.gz` and `.zst` by name.
+
+    Raises:
+        UserError: no such file, or not readable.
+    """
+    path = Path(path)
+    try:
+        raw = open(path, "rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); give an existing file") from e
+    with raw:
+        if path.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
+        else:
+            yield raw

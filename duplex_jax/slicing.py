@@ -1,0 +1,64 @@
+"""Cutting messages into time slices: 4-6 words for the user, 10 tokens for the assistant (paper, section 3)."""
+
+import random
+import re
+from collections.abc import Iterator
+
+from duplex_jax.tokenizer import Tokenizer, complete_utf8, decode_bytes
+
+USER_WORDS = (4, 6)
+MAX_SLICE_TOKENS = 10
+
+# Scripts without spaces are spoken at about two characters a word; each such pair counts as one.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,2}}[^\w\s]*|(?:(?![{_UNSPACED}])\S)+)")
+
+
+def slice_words(text: str, rng: random.Random, words: tuple[int, int] = USER_WORDS) -> list[str]:
+    """Cuts a user message into slices of a random number of words; white space at the cuts is dropped.
+
+    Args:
+        text: the message.
+        rng: draws the length of each slice.
+        words: least and most words a slice.
+
+    Returns:
+        Slices without outer white space; none for a blank message. Joined with the dropped white space they are
+        the message.
+    """
+    found = [m.span() for m in _WORD.finditer(text)]
+    slices, i = [], 0
+    while i < len(found):
+        n = rng.randint(*words)
+        chunk = found[i : i + n]
+        slices.append(text[chunk[0][0] : chunk[-1][1]].strip())
+        i += n
+    return [s for s in slices if s]
+
+
+def slice_ids(ids: list[int], tokenizer: Tokenizer, size: int = MAX_SLICE_TOKENS) -> Iterator[list[int]]:
+    """Cuts a message's ids into runs of at most `size`, never within a character.
+
+    Args:
+        ids: the whole message, tokenised at once.
+        tokenizer: the one that made them.
+        size: most tokens in a slice; at least 4, the tokens that one character can take.
+    """
+    start = 0
+    while start < len(ids):
+        end = min(start + size, len(ids))
+        if end < len(ids):
+            while end > start + 1 and not _whole(tokenizer, ids[start:end]):
+                end -= 1
+        yield ids[start:end]
+        start = end
+
+
+def _whole(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    data = decode_bytes(tokenizer, ids)
+    return bool(data) and complete_utf8(data) == len(data)
+
+
+def slice_tokens(text: str, tokenizer: Tokenizer, size: int = MAX_SLICE_TOKENS) -> list[str]:
+    """Cuts an assistant message every `size` tokens; the slices joined are the message, byte for byte."""
+    return [decode_bytes(tokenizer, run).decode() for run in slice_ids(tokenizer.encode(text), tokenizer, size)]

@@ -1,0 +1,415 @@
+"""Templates: how a timeline becomes token ids for one model family, and back.
+
+A pair is `open + user + middle + assistant + close`. The user part, markers included, is tokenised as one string; the
+assistant part apart from it, whole message first, and cut where its slices are cut, so ids that a model sampled are
+never tokenised again. Control tokens enter by id only: no text that anybody types becomes one.
+"""
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from duplex_jax.errors import UserError
+from duplex_jax.timeline import SlicePair, Timeline
+from duplex_jax.tokenizer import Tokenizer, decode, decode_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A timeline as a model sees it.
+
+    Attributes:
+        ids: int32 `[N]`, the whole timeline.
+        loss_weights: float32 `[N]`, the weight of predicting `ids[i]` from `ids[:i]`: assistant tokens and ends of
+            slices 1, idle (and the end that follows it) the weight asked for, everything else 0.
+        starts: int32 `[P]`, where each pair begins; `starts[0]` is also the length of what comes before the pairs.
+        decisions: int32 `[P]`, the index of each pair's first assistant token: speak or stay idle.
+    """
+
+    ids: np.ndarray
+    loss_weights: np.ndarray
+    starts: np.ndarray
+    decisions: np.ndarray
+
+
+class Template(abc.ABC):
+    """One model family's way to write slice pairs.
+
+    Attributes:
+        name: the name by which a config or flag asks for it.
+        idle_id: the token that an idle assistant samples.
+        end_id: the token that ends an assistant's slice.
+    """
+
+    name: str
+    idle_id: int
+    end_id: int
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Tokens after which a slice is over."""
+        return (self.idle_id, self.end_id)
+
+    @abc.abstractmethod
+    def start(self, system: str | None = None) -> list[int]:
+        """Ids in front of the first pair, with a system prompt where one is given."""
+
+    @abc.abstractmethod
+    def user_part(self, user: str | None) -> list[int]:
+        """Ids of the user's slice, markers included, up to where the assistant's first token comes; None is idle."""
+
+    @abc.abstractmethod
+    def closing(self, assistant: Sequence[int]) -> list[int]:
+        """Ids that close a pair after the assistant's ids (which may end with a stop token, or be cut anywhere)."""
+
+    @abc.abstractmethod
+    def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
+        """The inverse for one pair's ids: the user's slice, and the assistant's ids up to and without the closing.
+
+        Raises:
+            UserError: the ids are no pair of this template.
+        """
+
+    @abc.abstractmethod
+    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of a turn-based conversation up to the assistant's next word; messages are (role, text)."""
+
+    @property
+    @abc.abstractmethod
+    def turn_end_id(self) -> int:
+        """The token that ends a turn-based answer."""
+
+    def assistant_ids(self, message: Sequence[str]) -> list[list[int]]:
+        """Ids of an assistant message given as its slices, a list a slice, without stop tokens.
+
+        The message is tokenised whole and cut where the slices are; where a cut falls inside a token (another
+        tokenizer made the slices), every slice is tokenised apart.
+        """
+        ids = self.tokenizer.encode("".join(message))
+        ends = list(itertools.accumulate(len(s.encode()) for s in message))
+        offsets = [0, *itertools.accumulate(len(self.tokenizer.token_bytes(i)) for i in ids)]
+        places = {offset: i for i, offset in enumerate(offsets)}
+        if offsets[-1] != ends[-1] or any(e not in places for e in ends):
+            return [self.tokenizer.encode(s) for s in message]
+        cuts = [0, *(places[e] for e in ends)]
+        return [ids[a:b] for a, b in itertools.pairwise(cuts)]
+
+    def assistant_text(self, ids: Sequence[int]) -> str | None:
+        """The assistant's slice as text: None for idle, stop tokens left out, half characters replaced."""
+        words = [i for i in ids if i not in self.stop_ids]
+        return decode(self.tokenizer, words) or None
+
+    def encode(self, timeline: Timeline | Sequence[SlicePair], idle_weight: float = 1.0,
+               system: str | None = None) -> Encoded:
+        """Ids, loss weights and pair boundaries of a whole timeline, for training and scoring."""
+        pairs = timeline.pairs if isinstance(timeline, Timeline) else timeline
+        ids = self.start(system)
+        weights = [0.0] * len(ids)
+        starts, decisions = [], []
+        for (user, _), assistant in zip(pairs, self._assistant_parts(pairs), strict=True):
+            starts.append(len(ids))
+            part = self.user_part(user)
+            decisions.append(len(ids) + len(part))
+            said = [self.idle_id] if assistant is None else assistant
+            closing = self.closing(said)
+            ids += part + said + closing
+            weight = idle_weight if assistant is None else 1.0
+            weights += [0.0] * len(part) + [weight] * len(said)
+            weights += [weight if i == self.end_id else 0.0 for i in closing]
+        return Encoded(
+            np.asarray(ids, np.int32), np.asarray(weights, np.float32),
+            np.asarray(starts, np.int32), np.asarray(decisions, np.int32),
+        )  # fmt: skip
+
+    def _assistant_parts(self, pairs: Sequence[SlicePair]) -> list[list[int] | None]:
+        """The assistant's ids of each pair; None where it is idle."""
+        parts: list[list[int] | None] = []
+        message: list[str] = []
+
+        def flush() -> None:
+            if message:
+                parts.extend(self.assistant_ids(message))
+                message.clear()
+
+        for user, assistant in pairs:
+            # A message goes on through a user's "mm-hm"; text that answers new words without a space is a new one.
+            if assistant is None or (user is not None and not assistant[:1].isspace()):
+                flush()
+            if assistant is None:
+                parts.append(None)
+            else:
+                message.append(assistant)
+        flush()
+        return parts
+
+    def decode(self, ids: Sequence[int]) -> list[SlicePair]:
+        """The inverse of `encode`: the pairs of a whole timeline's ids.
+
+        Raises:
+            UserError: the ids were not made by this template.
+        """
+        rest = list(ids)[len(self.start()):]
+        pairs = []
+        while rest:
+            n = self._pair_length(rest)
+            user, assistant = self.split_pair(rest[:n])
+            pairs.append(SlicePair(user, self.assistant_text(assistant)))
+            rest = rest[n:]
+        return pairs
+
+    @abc.abstractmethod
+    def _pair_length(self, ids: Sequence[int]) -> int:
+        """How many ids the first pair takes."""
+
+    def _bad_pair(self, ids: Sequence[int]) -> UserError:
+        return UserError(f"{list(ids)[:12]}...: is no slice pair of template {self.name!r}")
+
+
+def _after(ids: Sequence[int], token: int) -> int:
+    """The index behind the first `token`, or the length."""
+    ids = list(ids)
+    return ids.index(token) + 1 if token in ids else len(ids)
+
+
+class MiniCPMTemplate(Template):
+    """MiniCPM-duplex as released: `<用户>{user}<AI>{assistant}</s>`, after one `<s>`.
+
+    Both markers are plain text to the released tokenizer, so a user who types one is kept apart from it by breaking
+    the marker's middle token in two.
+    """
+
+    name = "minicpm"
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self.bos_id = _special(tokenizer, "<s>", self.name)
+        self.end_id = _special(tokenizer, "</s>", self.name)
+        self.idle_id = _special(tokenizer, "<idle>", self.name)
+        self._user, self._assistant = "<用户>", "<AI>"
+        self._assistant_ids = tokenizer.encode(self._assistant)
+
+    @property
+    def turn_end_id(self) -> int:
+        return self.end_id
+
+    def start(self, system: str | None = None) -> list[int]:
+        # The released model has no system role; its users put instructions in front of everything.
+        return [self.bos_id] + (self._encode_text("", system, "") if system else [])
+
+    def _encode_text(self, before: str, text: str, after: str) -> list[int]:
+        """Ids of `before + text + after` as one string, markers inside `text` broken so that they are words."""
+        pieces = [before]
+        i = 0
+        while i < len(text):
+            for marker, cut in ((self._user, 2), (self._assistant, 2)):
+                if text.startswith(marker, i):
+                    pieces[-1] += text[i : i + cut]
+                    pieces.append("")
+                    i += cut
+                    break
+            else:
+                pieces[-1] += text[i]
+                i += 1
+        pieces[-1] += after
+        return [t for piece in pieces for t in self.tokenizer.encode(piece)]
+
+    def user_part(self, user: str | None) -> list[int]:
+        if user is None:
+            return [*self.tokenizer.encode(self._user), self.idle_id, *self._assistant_ids]
+        return self._encode_text(self._user, user, self._assistant)
+
+    def closing(self, assistant: Sequence[int]) -> list[int]:
+        return [] if assistant and assistant[-1] == self.end_id else [self.end_id]
+
+    def _pair_length(self, ids: Sequence[int]) -> int:
+        return _after(ids, self.end_id)
+
+    def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
+        ids = list(ids)
+        middle, last = self._assistant_ids[1:-1], self._assistant_ids[-1:]
+        pattern = middle + last
+        for i in range(len(ids) - len(pattern) + 1):
+            # The opening bracket of the marker may have merged with the word before it, as in ")<".
+            if ids[i : i + len(pattern)] == pattern and decode_bytes(self.tokenizer, ids[i - 1 : i]).endswith(b"<"):
+                head, tail = ids[: i + len(pattern)], ids[i + len(pattern) :]
+                if tail and tail[-1] == self.end_id:
+                    tail = tail[:-1]
+                if self.idle_id in head:
+                    return None, tail
+                text = decode(self.tokenizer, head)
+                if text.startswith(self._user):
+                    return text[len(self._user) : -len(self._assistant)], tail
+                break
+        raise self._bad_pair(ids)
+
+    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        ids = [self.bos_id]
+        for role, text in messages:
+            if role == "assistant":
+                ids += [*self.tokenizer.encode(text), self.end_id]
+            elif role == "user":
+                ids += self._encode_text(self._user, text, self._assistant)
+            else:
+                ids += self._encode_text("", text, "")
+        return ids
+
+
+class ChatMLTemplate(Template):
+    """ChatML: `<|im_start|>user\\n{user}<|im_end|>\\n<|im_start|>assistant\\n{assistant}<|im_end|>\\n`.
+
+    Idle is a token of its own: `<idle>` where the vocabulary has it, else the reserved `<file_sep>` of SmolLM2.
+    """
+
+    name = "chatml"
+    default_system: str | None = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._open = _special(tokenizer, "<|im_start|>", self.name)
+        self.end_id = _special(tokenizer, "<|im_end|>", self.name)
+        self.idle_id = _special(tokenizer, "<idle>", self.name, "<file_sep>")
+        self._newline = tokenizer.encode("\n")
+        self._prompt = [self._open, *tokenizer.encode("assistant\n")]
+        if "<repo_name>" in tokenizer.special:  # SmolLM2 writes this system prompt where none is given
+            self.default_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+    @property
+    def turn_end_id(self) -> int:
+        return self.end_id
+
+    def _message(self, role: str, text: str) -> list[int]:
+        return [self._open, *self.tokenizer.encode(f"{role}\n{text}"), self.end_id, *self._newline]
+
+    def start(self, system: str | None = None) -> list[int]:
+        return self._message("system", system) if system else []
+
+    def user_part(self, user: str | None) -> list[int]:
+        if user is not None:
+            return self._message("user", user) + self._prompt
+        head = [self._open, *self.tokenizer.encode("user\n"), self.idle_id, self.end_id, *self._newline]
+        return head + self._prompt
+
+    def closing(self, assistant: Sequence[int]) -> list[int]:
+        ended = bool(assistant) and assistant[-1] == self.end_id
+        return ([] if ended else [self.end_id]) + self._newline
+
+    def _pair_length(self, ids: Sequence[int]) -> int:
+        first = _after(ids, self.end_id)
+        return first + _after(ids[first:], self.end_id) + len(self._newline)
+
+    def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
+        ids = list(ids)
+        n = _after(ids, self.end_id)
+        head, tail = ids[: n - 1], ids[n + len(self._newline) :]
+        if head[:1] != [self._open] or tail[: len(self._prompt)] != self._prompt:
+            raise self._bad_pair(ids)
+        tail = tail[len(self._prompt) :]
+        tail = tail[: _after(tail, self.end_id)]
+        if tail and tail[-1] == self.end_id:
+            tail = tail[:-1]
+        if self.idle_id in head:
+            return None, tail
+        text = decode(self.tokenizer, head[1:])
+        if not text.startswith("user\n"):
+            raise self._bad_pair(ids)
+        return text[len("user\n") :], tail
+
+    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        ids: list[int] = []
+        if self.default_system and not (messages and messages[0][0] == "system"):
+            ids += self._message("system", self.default_system)
+        for role, text in messages:
+            ids += self._message(role, text)
+        return ids + self._prompt
+
+
+class CompactTemplate(Template):
+    """One token a marker: `[user] text [assistant] text [end]`, and a silent slice is the idle token alone.
+
+    A pair in which nobody speaks costs 3 tokens, where MiniCPM-duplex's takes 9. Markers are tokens that text cannot
+    reach: `<s0>`, `<s1>` and `<idle>` of MiniCPM-duplex, three reserved ones of SmolLM2, or added rows.
+    """
+
+    name = "compact"
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._user = _special(tokenizer, "<|user|>", self.name, "<s0>", "<repo_name>")
+        self._assistant = _special(tokenizer, "<|assistant|>", self.name, "<s1>", "<reponame>")
+        self.idle_id = _special(tokenizer, "<idle>", self.name, "<file_sep>")
+        self.end_id = _special(tokenizer, "<|im_end|>", self.name, "</s>", "<|endoftext|>")
+        self._bos = [tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []
+
+    @property
+    def turn_end_id(self) -> int:
+        return self.end_id
+
+    def start(self, system: str | None = None) -> list[int]:
+        return self._bos + ([*self.tokenizer.encode(system), self.end_id] if system else [])
+
+    def user_part(self, user: str | None) -> list[int]:
+        words = [self.idle_id] if user is None else [self._user, *self.tokenizer.encode(user)]
+        return [*words, self._assistant]
+
+    def closing(self, assistant: Sequence[int]) -> list[int]:
+        return [] if assistant and assistant[-1] in self.stop_ids else [self.end_id]
+
+    def _pair_length(self, ids: Sequence[int]) -> int:
+        n = _after(ids, self._assistant)
+        for i, token in enumerate(ids[n:], n + 1):
+            if token in self.stop_ids:
+                return i
+        return len(ids)
+
+    def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
+        ids = list(ids)
+        n = _after(ids, self._assistant)
+        head, tail = ids[: n - 1], ids[n:]
+        if self._assistant not in ids or not head or head[0] not in (self.idle_id, self._user):
+            raise self._bad_pair(ids)
+        if tail and tail[-1] == self.end_id:
+            tail = tail[:-1]
+        return (None if head[0] == self.idle_id else decode(self.tokenizer, head[1:])), tail
+
+    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        ids = list(self._bos)
+        for role, text in messages:
+            if role == "system":
+                ids += [*self.tokenizer.encode(text), self.end_id]
+            elif role == "user":
+                ids += self.user_part(text)
+            else:
+                ids += [*self.tokenizer.encode(text), self.end_id]
+        return ids
+
+
+TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, ChatMLTemplate, CompactTemplate)}
+
+
+def make_template(name: str, tokenizer: Tokenizer) -> Template:
+    """The template of that name over a tokenizer.
+
+    Raises:
+        UserError: unknown name, or the vocabulary lacks a token that the template needs.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"template {name!r} is unknown; one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name](tokenizer)
+
+
+def default_template(tokenizer: Tokenizer) -> str:
+    """The name of the template that a vocabulary was made for."""
+    return "chatml" if "<|im_start|>" in tokenizer.special else "minicpm"
+
+
+def _special(tokenizer: Tokenizer, name: str, template: str, *others: str) -> int:
+    for candidate in (name, *others):
+        if candidate in tokenizer.special:
+            return tokenizer.special[candidate]
+    raise UserError(f"template {template!r} needs the token {name}, which the tokenizer lacks; add it, or --template")

@@ -1,0 +1,62 @@
+"""How every job starts and ends: flags, one clear line for bad input, exit codes."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from duplex_jax.errors import UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def fail(message: object, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    """Prints one line on standard error and ends the process."""
+    print(f"duplex-jax: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as e:
+        fail(f"{e} (--help lists the flags)")
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs a job: parses flags, calls `main` with the positional arguments, and exits.
+
+    Exit codes: 0 or what `main` returns; 2 for bad input (one line, no traceback); 130 for Ctrl-C.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        logging.use_absl_handler()
+        try:
+            return main(argv[1:])
+        except UserError as e:
+            fail(e)
+        except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            fail("interrupted", EXIT_INTERRUPTED)
+
+    # A shell starts background jobs with SIGINT ignored; Ctrl-C works all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except KeyboardInterrupt:
+        fail("interrupted", EXIT_INTERRUPTED)
+    raise SystemExit(0)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Refuses positional arguments of a job that takes none."""
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}; this job takes flags only (--help lists them)")

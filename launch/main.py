@@ -1,0 +1,41 @@
+"""`duplex-jax JOB --flags`: the same as `python -m launch.JOB --flags`."""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+
+JOBS = {
+    "chat": "talk with a model slice by slice, or replay a timeline",
+    "generate": "make Duplex-UltraChat timelines from turn-based dialogues; check and describe a dataset",
+    "pack": "encode timelines once into packed fixed-length rows",
+    "train": "sharded training on packed rows",
+    "compile": "compile a training step for hardware that is not here, and say whether it fits",
+    "convert": "read any supported checkpoint and write it for transformers or Orbax",
+    "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",
+    "serve": "the real-time server",
+    "bench": "measure decode, train, data, generate, serve",
+}
+
+
+def main() -> None:
+    """Finds the job named by the first argument and hands it the rest."""
+    jobs = {job: text for job, text in JOBS.items() if importlib.util.find_spec(f"launch.{job}")}
+    if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "help"):
+        print("usage: duplex-jax JOB [--flags]\n")
+        for job, text in jobs.items():
+            print(f"  {job:10}{text}")
+        print("\nduplex-jax JOB --help lists a job's flags.")
+        raise SystemExit(0)
+    job = sys.argv[1]
+    if job not in jobs:
+        near = difflib.get_close_matches(job, jobs, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the jobs are {', '.join(jobs)}"
+        print(f"duplex-jax: no job {job!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"duplex-jax {job}", *sys.argv[2:]]
+    importlib.import_module(f"launch.{job}").start()
+
+
+if __name__ == "__main__":
+    main()
