@@ -79,7 +79,7 @@ def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     try:
-        raw = open(path, "rb")
+        raw = open(path, "rb")  # noqa: SIM115 - closed below; only the opening is guarded
     except OSError as e:
         raise UserError(f"{path}: cannot read ({e.strerror}); give an existing file") from e
     with raw:

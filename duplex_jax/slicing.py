@@ -10,7 +10,9 @@ USER_WORDS = (4, 6)
 MAX_SLICE_TOKENS = 10
 
 # Scripts without spaces are spoken at about two characters a word; each such pair counts as one.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,2}}[^\w\s]*|(?:(?![{_UNSPACED}])\S)+)")
 
 

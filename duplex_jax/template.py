@@ -105,8 +105,9 @@ class Template(abc.ABC):
         words = [i for i in ids if i not in self.stop_ids]
         return decode(self.tokenizer, words) or None
 
-    def encode(self, timeline: Timeline | Sequence[SlicePair], idle_weight: float = 1.0,
-               system: str | None = None) -> Encoded:
+    def encode(
+        self, timeline: Timeline | Sequence[SlicePair], idle_weight: float = 1.0, system: str | None = None
+    ) -> Encoded:
         """Ids, loss weights and pair boundaries of a whole timeline, for training and scoring."""
         pairs = timeline.pairs if isinstance(timeline, Timeline) else timeline
         ids = self.start(system)
@@ -154,7 +155,7 @@ class Template(abc.ABC):
         Raises:
             UserError: the ids were not made by this template.
         """
-        rest = list(ids)[len(self.start()):]
+        rest = list(ids)[len(self.start()) :]
         pairs = []
         while rest:
             n = self._pair_length(rest)

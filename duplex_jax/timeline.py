@@ -173,9 +173,7 @@ def parse_line(line: bytes, where: str) -> Timeline:
         raise TimelineError(f"{where}: {e}") from None
 
 
-def read_timelines(
-    path: str | Path, on_error: Callable[[TimelineError], None] | None = None
-) -> Iterator[Timeline]:
+def read_timelines(path: str | Path, on_error: Callable[[TimelineError], None] | None = None) -> Iterator[Timeline]:
     """Streams the timelines of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
 
     Args:

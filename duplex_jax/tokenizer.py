@@ -67,7 +67,10 @@ class SentencePieceTokenizer:
     """
 
     def __init__(
-        self, model: bytes, added: Mapping[str, int] | None = None, where: str = "tokenizer.model",
+        self,
+        model: bytes,
+        added: Mapping[str, int] | None = None,
+        where: str = "tokenizer.model",
         config: Mapping[str, Any] | None = None,
     ):
         import sentencepiece
@@ -104,7 +107,7 @@ class SentencePieceTokenizer:
     def _strip_prefix(self, part: str, ids: list[int]) -> list[int]:
         marked = self._sp.encode("\n" + part)
         newline = self._sp.encode("\n")
-        return marked[len(newline):] if marked[: len(newline)] == newline else ids
+        return marked[len(newline) :] if marked[: len(newline)] == newline else ids
 
     @functools.cache  # noqa: B019 - one tokenizer a process
     def token_bytes(self, token: int) -> bytes:
@@ -135,9 +138,7 @@ class HFTokenizer:
         config: `tokenizer_config.json`, kept for `save`.
     """
 
-    def __init__(
-        self, spec: Mapping[str, Any], where: str = "tokenizer.json", config: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, spec: Mapping[str, Any], where: str = "tokenizer.json", config: Mapping[str, Any] | None = None):
         import tokenizers
 
         self._spec = dict(spec)
@@ -201,8 +202,11 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     control = {t: i for i, (t, k) in enumerate(zip(tokens, types, strict=True)) if k in (3, 4)}
-    names = {k: tokens[i] for k in ("bos", "eos", "unknown", "padding")
-             if (i := fields.get(f"tokenizer.ggml.{k}_token_id")) is not None}
+    names = {
+        k: tokens[i]
+        for k in ("bos", "eos", "unknown", "padding")
+        if (i := fields.get(f"tokenizer.ggml.{k}_token_id")) is not None
+    }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -223,7 +227,8 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
