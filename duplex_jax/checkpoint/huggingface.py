@@ -1,0 +1,256 @@
+"""Hugging Face folders: safetensors or `pytorch_model.bin` in; safetensors, config and tokenizer out."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig, from_hf, to_hf
+from duplex_jax.model.minicpm import Params
+
+SHARD_BYTES = 2 * 2**30
+TYPES = ("auto", "minicpm")
+
+_SAFETENSORS_DTYPES = {
+    "F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"], "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: missing, unreadable, or no JSON object.
+    """
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); a model folder has one") from e
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise UserError(f"{path}: is no JSON ({e}); fetch it again") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(row).__name__}")
+    return row
+
+
+def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
+    """Config and stacked numpy weights of a model folder, or of a `.safetensors` file with `config.json` beside it.
+
+    Tensors are read one at a time into their place: memory peaks at the model's own size plus a few tensors.
+
+    Args:
+        path: the folder or file.
+        dtype: of the result; None keeps each tensor's own.
+        vocab_multiple: the vocabulary is padded to a multiple of it.
+
+    Raises:
+        UserError: a file is missing, cut off or no such file; a tensor is missing, mis-shaped or not of this model.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = dataclasses.replace(config, vocab_multiple=vocab_multiple)
+    return config, assemble(config, open_tensors(path), "hf", str(path), dtype)
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, headers read, data not.
+
+    Raises:
+        UserError: no weights there, or a file cannot be read.
+    """
+    if path.is_file():
+        return _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
+    for stem, reader in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch_file)):
+        index, single = path / f"{stem}.index.json", path / stem
+        if index.is_file():
+            return _sharded(index, reader)
+        if single.is_file():
+            return reader(single)
+    raise UserError(f"{path}: no weights there; a model folder has model.safetensors or pytorch_model.bin")
+
+
+def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
+        raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        file = index.parent / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing; {index.name} lists it")
+        tensors |= reader(file)
+    lost = [n for n in where if n not in tensors]
+    if lost:
+        raise UserError(f"{index.parent / where[lost[0]]}: tensor {lost[0]} missing; {index.name} puts it there")
+    return tensors
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    # Read by hand: the library says that a file is cut off, not in which tensor. Format: safetensors' README.
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot read ({e}); fetch it again") from e
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    start = 8 + size
+    if len(data) < 8 or start > len(data):
+        raise UserError(f"{path}: cut off in its header ({len(data)} bytes); fetch it again")
+    try:
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        entries = {
+            name: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(int(n) for n in e["shape"]), *map(int, e["data_offsets"]))
+            for name, e in header.items()
+        }
+    except KeyError as e:
+        raise UserError(f"{path}: tensors of dtype {e.args[0]!r} are not supported; float32 and bfloat16 are") from e
+    except (UnicodeDecodeError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: its header is no safetensors header ({e}); fetch it again") from e
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+            raise UserError(
+                f"{path}: tensor {name} {list(shape)} {dtype.name} takes {math.prod(shape) * dtype.itemsize} bytes, "
+                f"and its entry says {end - begin}; fetch it again"
+            )
+        if start + end > len(data):
+            raise UserError(
+                f"{path}: cut off in tensor {name} {list(shape)} {dtype.name} (up to byte {start + end}; the file has "
+                f"{len(data)}); fetch it again"
+            )
+        raw = data[start + begin : start + end]
+        tensors[name] = Tensor(shape, dtype, str(path), functools.partial(_view, raw, dtype, shape))
+    return tensors
+
+
+def _view(raw: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(f"{path}: needs torch to be read; pip install 'duplex-jax[torch]'") from e
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # unpickling garbage fails in every way there is
+        raise UserError(f"{path}: is no whole PyTorch file of plain tensors ({str(e)[:200]}); fetch it again") from e
+    if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path}: must hold a dictionary of tensors")
+
+    def read(tensor: Any) -> np.ndarray:
+        tensor = tensor.contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+        return tensor.numpy()
+
+    def dtype(tensor: Any) -> np.dtype:
+        return read(tensor.new_empty(0)).dtype
+
+    return {name: Tensor(tuple(t.shape), dtype(t), str(path), functools.partial(read, t)) for name, t in state.items()}
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: np.dtype | None = None,
+    hf_type: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `config.json`, `generation_config.json` and safetensors that transformers loads.
+
+    Memory: one shard at a time is copied.
+
+    Args:
+        folder: exists; see `files.atomic_folder` for all or nothing.
+        config: the model.
+        params: its weights, numpy or jax.
+        dtype: of the tensors; None keeps their own.
+        hf_type: `auto` for what transformers has built in (Llama, or Granite where there are scales), `minicpm` for
+            the released keys, which llama.cpp's converter and servers with their own MiniCPM read.
+        shard_bytes: a file larger than this is split, and an index written.
+        extra: more fields of `config.json`.
+
+    Raises:
+        UserError: unknown `hf_type`, or the folder cannot be written.
+    """
+    if hf_type not in TYPES:
+        raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(TYPES)}")
+    row = to_hf(config)
+    if hf_type == "minicpm":
+        row = as_minicpm(config, row)
+    kind = dtype or np.asarray(params["embed"][:0]).dtype
+    row |= {"torch_dtype": kind.name, **(extra or {})}
+    try:
+        _write_json(folder / "config.json", row)
+        ids = {k: row[k] for k in ("bos_token_id", "eos_token_id") if row.get(k) is not None}
+        _write_json(folder / "generation_config.json", ids)
+        _write_weights(folder, config, params, dtype, shard_bytes)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write ({e.strerror or e}); free some space or give another --out") from e
+
+
+def as_minicpm(config: ModelConfig, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` with the keys of the released MiniCPM."""
+    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+    return {k: v for k, v in row.items() if k not in multipliers} | {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": "minicpm",
+        "scale_emb": config.scale_emb,
+        "scale_depth": math.sqrt(config.num_layers) if config.scale_depth is None else config.scale_depth,
+        "dim_model_base": config.hidden_size if config.dim_model_base is None else config.dim_model_base,
+    }
+
+
+def _write_json(path: Path, row: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shards(
+    config: ModelConfig, params: Params, dtype: np.dtype | None, shard_bytes: int
+) -> Iterator[tuple[int, list[Part]]]:
+    """Runs of tensors that fit in one file, with their size in bytes."""
+    shard: list[Part] = []
+    size = 0
+    for part in parts(config, "hf"):
+        bytes_ = math.prod(part.shape) * (dtype or get(params, part.path).dtype).itemsize
+        if shard and size + bytes_ > shard_bytes:
+            yield size, shard
+            shard, size = [], 0
+        shard.append(part)
+        size += bytes_
+    yield size, shard
+
+
+def _write_weights(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None, shard_bytes: int) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    shards = list(_shards(config, params, dtype, shard_bytes))
+    weight_map = {}
+    for i, (_, shard) in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {part.name: disassemble(config, params, part, dtype) for part in shard}
+        try:
+            # transformers refuses a file whose metadata does not say who made it.
+            save_file(arrays, folder / name, metadata={"format": "pt"})
+        except SafetensorError as e:
+            raise UserError(f"{folder / name}: cannot write ({e}); free some space or give another --out") from e
+        weight_map |= {part.name: name for part in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size for size, _ in shards)}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)

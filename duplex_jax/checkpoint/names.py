@@ -1,0 +1,226 @@
+"""One table between our weights and the names and layouts of other formats, used in both directions."""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import Params, Weight, declare
+
+
+class Name(NamedTuple):
+    """A weight's name elsewhere; `{}` stands for the layer. Other formats keep matrices as `[out, in]`."""
+
+    hf: str
+    gguf: str
+    transposed: bool = False
+
+
+TABLE: dict[tuple[str, ...], Name] = {
+    ("embed",): Name("model.embed_tokens.weight", "token_embd.weight"),
+    ("layers", "attn_norm"): Name("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    ("layers", "q"): Name("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight", True),
+    ("layers", "k"): Name("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight", True),
+    ("layers", "v"): Name("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight", True),
+    ("layers", "o"): Name("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight", True),
+    ("layers", "mlp_norm"): Name("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    ("layers", "gate"): Name("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", True),
+    ("layers", "up"): Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight", True),
+    ("layers", "down"): Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight", True),
+    ("final_norm",): Name("model.norm.weight", "output_norm.weight"),
+    ("head",): Name("lm_head.weight", "output.weight"),
+}
+
+# Tensors that carry no weight: files may have them, nothing reads them.
+IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_VOCABULARY = (("embed",), ("head",))
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def as_dtype(dtype: Any) -> np.dtype | None:
+    """A dtype from its name, `auto` (float32 on CPU, bfloat16 elsewhere), a numpy or jax dtype, or None.
+
+    Raises:
+        UserError: no dtype that weights can have.
+    """
+    if dtype is None:
+        return None
+    if dtype == "auto":
+        return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not supported; one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in some file, not read yet.
+
+    Attributes:
+        shape: as the file gives it.
+        dtype: what `read` returns.
+        where: the file, for messages.
+        read: brings it into memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: str
+    read: Callable[[], np.ndarray]
+
+
+class Part(NamedTuple):
+    """One tensor elsewhere and its place here: the path in our tree, the layer (None: not stacked), its own shape."""
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def parts(config: ModelConfig, column: str) -> Iterator[Part]:
+    """Every tensor that a checkpoint of this model has, by its name in the table's `column` (`hf` or `gguf`)."""
+    for path, weight in _leaves(declare(config)):
+        entry = TABLE[path]
+        shape = weight.shape[1:] if path[0] == "layers" else weight.shape
+        if path in _VOCABULARY:
+            shape = (config.vocab_size, *shape[1:])
+        if entry.transposed:
+            shape = shape[::-1]
+        for layer in range(config.num_layers) if path[0] == "layers" else (None,):
+            yield Part(getattr(entry, column).format(layer), path, layer, shape, entry.transposed)
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def get(tree: Mapping[str, Any], path: Iterable[str]) -> Any:
+    """The leaf of a nested mapping at `path`."""
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
+
+
+def assemble(
+    config: ModelConfig, tensors: Mapping[str, Tensor], column: str, where: str, dtype: np.dtype | None = None
+) -> Params:
+    """Stacked numpy weights from a file's tensors, read one at a time into their place.
+
+    Args:
+        config: the model; rows that its `vocab_multiple` adds are zero.
+        tensors: what the files have, by name.
+        column: whose names they are, `hf` or `gguf`.
+        where: the checkpoint, for messages.
+        dtype: of the result; None keeps the tensors' own.
+
+    Returns:
+        The tree that `model.minicpm.declare` describes.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, cut off, or not part of the model.
+    """
+    wanted = list(parts(config, column))
+    _check(config, wanted, tensors, column, where)
+    tree: Params = {}
+    for path, weight in _leaves(declare(config)):
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        own = {tensors[part.name].dtype for part in wanted if part.path == path}
+        kind = dtype or (own.pop() if len(own) == 1 else DTYPES["float32"])
+        padded = isinstance(weight, Weight) and path in _VOCABULARY and weight.shape[0] != config.vocab_size
+        node[path[-1]] = (np.zeros if padded else np.empty)(weight.shape, kind)
+
+    def fill(part: Part) -> None:
+        value = tensors[part.name].read()
+        leaf = get(tree, part.path)
+        target = leaf[: value.shape[0]] if part.layer is None else leaf[part.layer]
+        value = value.T if part.transposed else value
+        if value.dtype == target.dtype and value.dtype.itemsize == 2:
+            value, target = value.view(np.uint16), target.view(np.uint16)  # numpy copies its own types faster
+        target[...] = value
+
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(fill, part) for part in wanted]):
+            done.result()
+    return tree
+
+
+def _check(config: ModelConfig, wanted: list[Part], tensors: Mapping[str, Tensor], column: str, where: str) -> None:
+    missing = [p for p in wanted if p.name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(
+            f"{where}: tensor {missing[0].name} {list(missing[0].shape)}{more} missing; the config needs "
+            f"{len(wanted)} tensors, the file has {len(tensors)}"
+        )
+    for part in wanted:
+        found = tensors[part.name]
+        if found.shape != part.shape:
+            raise UserError(
+                f"{found.where}: tensor {part.name} has shape {list(found.shape)}; the config makes it "
+                f"{list(part.shape)}"
+            )
+        if found.dtype.kind != "f" and found.dtype != DTYPES["bfloat16"]:
+            raise UserError(f"{found.where}: tensor {part.name} is {found.dtype.name}; weights are float32 or bfloat16")
+    names = {part.name for part in wanted}
+    extra = [n for n in tensors if n not in names and not n.endswith(IGNORED)]
+    head = getattr(TABLE["head",], column)
+    if config.tie_word_embeddings and head in extra:
+        # Released files may hold the tied head a second time.
+        embed = tensors[getattr(TABLE["embed",], column)]
+        if tensors[head].shape != embed.shape or not np.array_equal(tensors[head].read(), embed.read()):
+            raise UserError(
+                f"{tensors[head].where}: tensor {head} differs from the embedding, though the config ties them; "
+                "set tie_word_embeddings to false in config.json"
+            )
+        extra.remove(head)
+    if extra:
+        found = tensors[extra[0]]
+        more = f" and {len(extra) - 1} others" if len(extra) > 1 else ""
+        raise UserError(
+            f"{found.where}: tensor {extra[0]} {list(found.shape)}{more} not part of the model that the config "
+            f"describes ({config.num_layers} layers{', tied head' if config.tie_word_embeddings else ''})"
+        )
+
+
+def disassemble(config: ModelConfig, params: Params, part: Part, dtype: np.dtype | None = None) -> np.ndarray:
+    """The inverse of `assemble` for one part: a contiguous array of `part.shape`, without vocabulary padding."""
+    leaf = get(params, part.path)
+    value = np.asarray(leaf if part.layer is None else leaf[part.layer])[: part.shape[-1 if part.transposed else 0]]
+    value = value.T if part.transposed else value
+    return np.ascontiguousarray(value if dtype is None else value.astype(dtype))
+
+
+def pad_vocabulary(config: ModelConfig, params: Params, multiple: int) -> tuple[ModelConfig, Params]:
+    """The same numpy weights with the vocabulary padded to a multiple of `multiple`; rows that it adds are zero."""
+    if multiple == config.vocab_multiple:
+        return config, params
+    config = dataclasses.replace(config, vocab_multiple=multiple)
+    params = dict(params)
+    for name in ("embed", "head"):
+        if name in params:
+            old = np.asarray(params[name])[: config.vocab_size]
+            rows = config.padded_vocab_size - config.vocab_size
+            params[name] = np.concatenate([old, np.zeros((rows, old.shape[1]), old.dtype)]) if rows else old
+    return config, params

@@ -1,0 +1,143 @@
+"""An Orbax store of weights, with the model's exact config beside it; shared by the trainer and `convert`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from duplex_jax.checkpoint.names import pad_vocabulary
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig, RopeScaling
+from duplex_jax.model.minicpm import Params, abstract_params
+
+CONFIG_FILE = "model_config.json"
+PARAMS_FOLDER = "params"
+
+
+def config_to_json(config: ModelConfig) -> str:
+    """Every field of a config, exactly; `config_from_json` is the inverse."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def config_from_json(text: str, where: str) -> ModelConfig:
+    """Reads what `config_to_json` wrote.
+
+    Raises:
+        UserError: no JSON, or a field that is unknown or missing.
+    """
+    try:
+        row = json.loads(text)
+        rope = row.pop("rope_scaling")
+        lists = {k: tuple(v) for k, v in rope.items() if isinstance(v, list)}
+        return ModelConfig(**row, rope_scaling=RopeScaling(**rope | lists))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{where}: is no model config of duplex_jax ({e}); write the store again") from e
+
+
+def is_store(path: Path) -> bool:
+    """Whether `path` is a folder that `save` wrote."""
+    return (path / CONFIG_FILE).is_file() and (path / PARAMS_FOLDER).is_dir()
+
+
+def save(folder: Path, config: ModelConfig, params: Params) -> None:
+    """Writes weights (numpy, or jax with any sharding) and config into an existing folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
+        ocp.save((folder / PARAMS_FOLDER).absolute(), params)
+    except Exception as e:  # Orbax wraps a full disk in its own errors
+        raise UserError(f"{folder}: cannot write ({str(e)[:200]}); free some space or give another --out") from e
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a store.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return config_from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); write the store again") from e
+
+
+def read_metadata(folder: Path) -> Any:
+    """Shape and dtype of each stored weight, as a tree of `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = (folder / PARAMS_FOLDER).absolute()
+    try:
+        stored = ocp.metadata(path).metadata
+        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored, is_leaf=_has_shape)
+    except Exception as e:  # missing and cut-off files surface in every way there is
+        raise UserError(f"{path}: cannot be read ({str(e)[:200]}); write the store again") from e
+
+
+def restore(folder: Path, abstract: Any) -> Any:
+    """Reads a store's weights onto devices.
+
+    Args:
+        folder: what `save` wrote.
+        abstract: `jax.ShapeDtypeStruct`s, each with the sharding and dtype that its leaf shall get; or numpy arrays,
+            for numpy on the host.
+
+    Raises:
+        UserError: a part is missing or cannot be read, or shapes differ.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = (folder / PARAMS_FOLDER).absolute()
+    stored = read_metadata(folder)
+    if jax.tree.structure(stored) != jax.tree.structure(abstract):
+        raise UserError(f"{path}: holds other weights than were asked for; write the store again")
+    for (where, want), found in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(stored), strict=True):
+        if tuple(found.shape) != tuple(want.shape):
+            name = jax.tree_util.keystr(where, simple=True, separator=".")
+            raise UserError(
+                f"{path}: tensor {name} has shape {list(found.shape)}; the config makes it {list(want.shape)}"
+            )
+    try:
+        return ocp.load(path, abstract)
+    except Exception as e:  # missing and cut-off files surface in every way there is
+        raise UserError(f"{path}: cannot be restored ({str(e)[:200]}); write the store again") from e
+
+
+def _has_shape(x: Any) -> bool:
+    return hasattr(x, "shape")
+
+
+def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
+    """Config and numpy weights of a store, on the host.
+
+    Args:
+        folder: what `save` wrote.
+        dtype: of the result; None keeps each weight's own.
+        vocab_multiple: the vocabulary is padded to a multiple of it, whatever the stored one was padded to.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config = read_config(folder)
+    stored = read_metadata(folder)
+    template = abstract_params(config)
+    if jax.tree.structure(stored) != jax.tree.structure(template):
+        raise UserError(f"{folder}: its weights are not those that {CONFIG_FILE} describes; write the store again")
+    # A numpy leaf with strides of 0 says shape and dtype and takes no memory.
+    abstract = jax.tree.map(
+        lambda want, found: np.broadcast_to(np.zeros((), dtype or found.dtype), want.shape), template, stored
+    )
+    params = restore(folder, abstract)
+    return pad_vocabulary(config, params, vocab_multiple)

@@ -1,0 +1,128 @@
+"""`--model` to a model in memory: whatever the source, one frozen result."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duplex_jax.checkpoint import gguf, huggingface, orbax
+from duplex_jax.checkpoint.names import as_dtype
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import Params
+from duplex_jax.sources import locate
+from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens
+from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use.
+
+    Attributes:
+        name: what it was asked for by.
+        config: its shape and scales.
+        params: stacked numpy arrays on the host, the tree of `model.minicpm.declare`; put them where they are needed.
+        tokenizer: with every token that the template needs.
+        template: how timelines become its tokens.
+        generation: sampling defaults that came with it, such as `temperature` and `top_p`.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    template: Template
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: Any = None, template: str | None = None, vocab_multiple: int = 1
+) -> LoadedModel:
+    """Loads a model with its tokenizer and template.
+
+    Args:
+        name_or_path: a folder (Hugging Face's layout or Orbax), a `.gguf` file, a `.safetensors` file with config and
+            tokenizer beside it, `hf:owner/name`, or a name of `sources.REGISTRY`.
+        dtype: of the weights; None as stored (quantised ones float32), `auto` float32 on CPU and bfloat16 elsewhere.
+        template: by name; None for the one that the config names, else the one that the vocabulary was made for.
+            Tokens that it needs and the vocabulary lacks are added, each with the mean of all rows.
+        vocab_multiple: the stored vocabulary is padded to a multiple of it, so that it can be sharded.
+
+    Raises:
+        UserError: whatever is missing, cut off, or does not fit together.
+    """
+    path = locate(name_or_path)
+    kind = as_dtype(dtype)
+    row: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    if path.suffix == ".gguf" and path.is_file():
+        config, params = gguf.load(path, kind, vocab_multiple)
+    elif orbax.is_store(path):
+        config, params = orbax.load(path, kind, vocab_multiple)
+        row, generation = _side_files(path)
+    elif path.is_dir() or path.suffix in (".safetensors", ".bin"):
+        folder = path if path.is_dir() else path.parent
+        row, generation = _side_files(folder)
+        config, params = huggingface.load(path, kind, vocab_multiple)
+    else:
+        raise UserError(f"{path}: is no model; give a folder, or a .gguf or .safetensors file")
+    tokenizer = resolve_tokenizer(path)
+    name = template or _template_of(row, path) or default_template(tokenizer)
+    if missing := missing_tokens(name, tokenizer):
+        config, params, tokenizer = add_tokens(config, params, tokenizer, missing)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows; "
+                        "they do not belong together")  # fmt: skip
+    return LoadedModel(str(name_or_path), config, params, tokenizer, make_template(name, tokenizer), generation)
+
+
+def _side_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A folder's `config.json` and the sampling defaults of its `generation_config.json`."""
+    config = huggingface.read_json(folder / "config.json")
+    path = folder / "generation_config.json"
+    generation = huggingface.read_json(path) if path.is_file() else {}
+    return config, {k: generation[k] for k in ("temperature", "top_p", "top_k") if generation.get(k) is not None}
+
+
+def _template_of(row: dict[str, Any], path: Path) -> str | None:
+    duplex = row.get("duplex") or {}
+    name = duplex.get("template") if isinstance(duplex, dict) else None
+    if name is not None and name not in TEMPLATES:
+        raise UserError(
+            f"{path}: config.json names the template {name!r}; one of {', '.join(TEMPLATES)}, or --template"
+        )
+    return name
+
+
+def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
+    """What `config.json` says about slices, under `duplex`: the template, and the ids that end a slice."""
+    template = model.template
+    return {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
+
+
+def add_tokens(
+    config: ModelConfig, params: Params, tokenizer: Tokenizer, tokens: Sequence[str]
+) -> tuple[ModelConfig, Params, Tokenizer]:
+    """Adds control tokens to a vocabulary: rows that no token had so far, else new ones.
+
+    A new row of the embedding, and of the head where it is untied, is the mean of the old ones: it makes the new
+    token about as likely as an average one (Hewitt 2021, "Initializing new word embeddings").
+
+    Returns:
+        The changed config, tree and tokenizer; the given ones stay as they are.
+    """
+    first = tokenizer.vocab_size
+    tokenizer = tokenizer.with_tokens(tokens)
+    grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    params = dict(params)
+    for name in ("embed", "head"):
+        if name in params:
+            old = np.asarray(params[name])
+            table = np.zeros((grown.padded_vocab_size, old.shape[1]), old.dtype)
+            table[: config.vocab_size] = old[: config.vocab_size]
+            table[first : tokenizer.vocab_size] = old[: min(first, config.vocab_size)].mean(axis=0, dtype=np.float32)
+            params[name] = table
+    return grown, params, tokenizer
