@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,13 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
+def set_default_mode(path: Path) -> None:
+    """Gives a private file or folder the permissions that the user's umask gives any other."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
@@ -44,10 +52,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = check_writable(path)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        # mkstemp makes private files; a result gets what the user's umask gives any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(fd, 0o666 & ~umask)
+        set_default_mode(Path(name))  # mkstemp makes private files
         with os.fdopen(fd, "wb") as raw:
             stream: Any = raw
             if path.suffix == ".gz":
@@ -68,6 +73,52 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def check_folder(path: str | Path, overwrite: bool = False) -> Path:
+    """Creates the parent of the folder `path` and refuses, before any time is spent, what `atomic_folder` would refuse.
+
+    Raises:
+        UserError: something is there already (an empty folder, or any folder with `overwrite`, may be replaced), or the
+            place cannot be written.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is there already and no folder; give a new folder's name")
+    try:
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise UserError(f"{path}: is there already and not empty; give a new folder, or --overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a new folder beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+
+    Raises:
+        UserError: as `check_folder`, or the disk is full.
+    """
+    path = check_folder(path, overwrite)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        set_default_mode(aside)
+        yield aside
+        old = None
+        if path.is_dir():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, old)
+        os.replace(aside, path)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

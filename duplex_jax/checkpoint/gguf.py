@@ -74,7 +74,7 @@ def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> Mode
             max_position_embeddings=int(fields["context_length"]),
             rms_norm_eps=_shortest(fields["attention.layer_norm_rms_epsilon"]),
             rope_theta=_shortest(fields.get("rope.freq_base", 10000.0)),
-            rope_scaling=_rope_scaling(fields, header, arch, where),
+            rope_scaling=_rope_scaling(fields, header, where),
             **scales,
             tie_word_embeddings="output.weight" not in header.tensors,
             vocab_multiple=vocab_multiple,
@@ -92,20 +92,34 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, arch: str, where: str) -> RopeScaling:
+def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> RopeScaling:
     kind = fields.get("rope.scaling.type", "none")
     factor = float(fields.get("rope.scaling.factor", 1.0))
     longest = int(fields["context_length"])
     original = int(fields.get("rope.scaling.original_context_length", longest))
-    has_factors = any(n.startswith(("rope_freqs", "rope_factors")) for n in header.tensors)
-    if kind == "none" and not has_factors:
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if kind == "yarn":
-        return RopeScaling("yarn", factor, original)
-    raise UserError(f"{where}: {arch}.rope.scaling.type={kind!r} with frequency factors is not supported; "
-                    "convert the Hugging Face checkpoint instead")  # fmt: skip
+    if "rope_factors_long.weight" in header.tensors:
+        short, long = (_factors(header, f"rope_factors_{x}.weight", where) for x in ("short", "long"))
+        scale = float(fields.get("rope.scaling.attn_factor", 1.0))
+        return RopeScaling("longrope", longest / original, original, attention_factor=scale,
+                           short_factor=short, long_factor=long)  # fmt: skip
+    if "rope_freqs.weight" in header.tensors:  # Llama 3.1's scaling, worked out: a divisor for each frequency
+        divisors = _factors(header, "rope_freqs.weight", where)
+        return RopeScaling("longrope", 1.0, longest, attention_factor=1.0, short_factor=divisors, long_factor=divisors)
+    if kind in ("none", "linear", "yarn"):
+        return RopeScaling("default" if kind == "none" else kind, factor, original)
+    raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; none, linear, yarn and longrope are")
+
+
+def _factors(header: GGUFHeader, name: str, where: str) -> tuple[float, ...]:
+    entry = header.tensors.get(name)
+    if entry is None or entry.type != 0 or len(entry.shape) != 1:
+        raise UserError(f"{where}: tensor {name} must be a row of float32; fetch the file again")
+    with open(where, "rb") as f:
+        f.seek(entry.offset)
+        data = f.read(4 * entry.shape[0])
+    if len(data) < 4 * entry.shape[0]:
+        raise UserError(f"{where}: cut off in tensor {name} {list(entry.shape)}; fetch it again")
+    return tuple(map(_shortest, np.frombuffer(data, "<f4")))
 
 
 def _tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
 from duplex_jax.errors import UserError
+from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
 from duplex_jax.model.minicpm import Params
 
@@ -161,47 +162,36 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
     return {name: Tensor(tuple(t.shape), dtype(t), str(path), functools.partial(read, t)) for name, t in state.items()}
 
 
-def save(
+def save_config(
     folder: Path,
     config: ModelConfig,
-    params: Params,
-    *,
-    dtype: np.dtype | None = None,
+    generation: Mapping[str, Any],
+    dtype: np.dtype,
     hf_type: str = "auto",
-    shard_bytes: int = SHARD_BYTES,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `config.json`, `generation_config.json` and safetensors that transformers loads.
-
-    Memory: one shard at a time is copied.
+    """Writes `config.json` and `generation_config.json` into an existing folder.
 
     Args:
-        folder: exists; see `files.atomic_folder` for all or nothing.
+        folder: see `files.atomic_folder` for all or nothing.
         config: the model.
-        params: its weights, numpy or jax.
-        dtype: of the tensors; None keeps their own.
+        generation: sampling defaults: `temperature`, `top_p`, `top_k`.
+        dtype: that of the weights.
         hf_type: `auto` for what transformers has built in (Llama, or Granite where there are scales), `minicpm` for
-            the released keys, which llama.cpp's converter and servers with their own MiniCPM read.
-        shard_bytes: a file larger than this is split, and an index written.
+            the released keys, which llama.cpp's converter and servers with a MiniCPM of their own read.
         extra: more fields of `config.json`.
 
     Raises:
-        UserError: unknown `hf_type`, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    if hf_type not in TYPES:
-        raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(TYPES)}")
     row = to_hf(config)
     if hf_type == "minicpm":
         row = as_minicpm(config, row)
-    kind = dtype or np.asarray(params["embed"][:0]).dtype
-    row |= {"torch_dtype": kind.name, **(extra or {})}
-    try:
-        _write_json(folder / "config.json", row)
-        ids = {k: row[k] for k in ("bos_token_id", "eos_token_id") if row.get(k) is not None}
-        _write_json(folder / "generation_config.json", ids)
-        _write_weights(folder, config, params, dtype, shard_bytes)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot write ({e.strerror or e}); free some space or give another --out") from e
+    row |= {"torch_dtype": np.dtype(dtype).name, **(extra or {})}
+    ids = {k: row[k] for k in ("bos_token_id", "eos_token_id") if row.get(k) is not None}
+    sampling = {"do_sample": True, **generation} if generation else {}
+    _write_json(folder / "config.json", row)
+    _write_json(folder / "generation_config.json", ids | sampling)
 
 
 def as_minicpm(config: ModelConfig, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +207,10 @@ def as_minicpm(config: ModelConfig, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, row: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot write ({e.strerror or e}); free some space or give another --out") from e
 
 
 def _shards(
@@ -236,7 +229,23 @@ def _shards(
     yield size, shard
 
 
-def _write_weights(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None, shard_bytes: int) -> None:
+def save_weights(
+    folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes weights as safetensors into an existing folder; more than `shard_bytes` become several files.
+
+    One shard at a time is copied.
+
+    Args:
+        folder: see `files.atomic_folder` for all or nothing.
+        config: the model; rows that pad its vocabulary are left out.
+        params: its weights, numpy or jax.
+        dtype: of the tensors; None keeps their own.
+        shard_bytes: the most that one file holds, unless a single tensor is larger.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -246,8 +255,9 @@ def _write_weights(folder: Path, config: ModelConfig, params: Params, dtype: np.
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         arrays = {part.name: disassemble(config, params, part, dtype) for part in shard}
         try:
-            # transformers refuses a file whose metadata does not say who made it.
+            # Older transformers refuse a file whose metadata does not say that it came from PyTorch.
             save_file(arrays, folder / name, metadata={"format": "pt"})
+            set_default_mode(folder / name)  # the library makes private files
         except SafetensorError as e:
             raise UserError(f"{folder / name}: cannot write ({e}); free some space or give another --out") from e
         weight_map |= {part.name: name for part in shard}

@@ -1,12 +1,15 @@
 """An Orbax store of weights, with the model's exact config beside it; shared by the trainer and `convert`."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from duplex_jax.checkpoint.names import pad_vocabulary
 from duplex_jax.errors import UserError
@@ -15,6 +18,17 @@ from duplex_jax.model.minicpm import Params, abstract_params
 
 CONFIG_FILE = "model_config.json"
 PARAMS_FOLDER = "params"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Orbax's forty lines a call out of a job's own log; its warnings stay."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def config_to_json(config: ModelConfig) -> str:
@@ -42,8 +56,14 @@ def is_store(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / PARAMS_FOLDER).is_dir()
 
 
-def save(folder: Path, config: ModelConfig, params: Params) -> None:
+def save(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None = None) -> None:
     """Writes weights (numpy, or jax with any sharding) and config into an existing folder.
+
+    Args:
+        folder: exists.
+        config: the model; comes back exactly, vocabulary padding included.
+        params: its weights.
+        dtype: of the stored weights; None keeps their own.
 
     Raises:
         UserError: the folder cannot be written.
@@ -52,7 +72,10 @@ def save(folder: Path, config: ModelConfig, params: Params) -> None:
 
     try:
         (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
-        ocp.save((folder / PARAMS_FOLDER).absolute(), params)
+        if dtype is not None:
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+        with quiet():
+            ocp.save((folder / PARAMS_FOLDER).absolute(), params)
     except Exception as e:  # Orbax wraps a full disk in its own errors
         raise UserError(f"{folder}: cannot write ({str(e)[:200]}); free some space or give another --out") from e
 
@@ -80,7 +103,8 @@ def read_metadata(folder: Path) -> Any:
 
     path = (folder / PARAMS_FOLDER).absolute()
     try:
-        stored = ocp.metadata(path).metadata
+        with quiet():
+            stored = ocp.metadata(path).metadata
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored, is_leaf=_has_shape)
     except Exception as e:  # missing and cut-off files surface in every way there is
         raise UserError(f"{path}: cannot be read ({str(e)[:200]}); write the store again") from e
@@ -110,7 +134,8 @@ def restore(folder: Path, abstract: Any) -> Any:
                 f"{path}: tensor {name} has shape {list(found.shape)}; the config makes it {list(want.shape)}"
             )
     try:
-        return ocp.load(path, abstract)
+        with quiet():
+            return ocp.load(path, abstract)
     except Exception as e:  # missing and cut-off files surface in every way there is
         raise UserError(f"{path}: cannot be restored ({str(e)[:200]}); write the store again") from e
 

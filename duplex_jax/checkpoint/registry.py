@@ -10,11 +10,14 @@ import numpy as np
 from duplex_jax.checkpoint import gguf, huggingface, orbax
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_folder
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
 from duplex_jax.sources import locate
 from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens
 from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
+
+FORMATS = ("hf", "orbax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,49 @@ def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
     """What `config.json` says about slices, under `duplex`: the template, and the ids that end a slice."""
     template = model.template
     return {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
+
+
+def save_model(
+    model: LoadedModel,
+    folder: str | Path,
+    *,
+    format: str = "hf",
+    dtype: Any = None,
+    hf_type: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a folder that `load_model` reads: weights, config, tokenizer, sampling defaults.
+
+    Args:
+        model: what to write.
+        folder: appears complete or not at all.
+        format: `hf` for transformers, `orbax` for a store that the trainer starts from.
+        dtype: of the weights; None keeps their own.
+        hf_type: see `huggingface.save`.
+        overwrite: replaces a folder that is there and not empty.
+
+    Raises:
+        UserError: unknown format, dtype or type, a folder that is there, or a place that cannot be written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
+    if hf_type not in huggingface.TYPES:
+        raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(huggingface.TYPES)}")
+    kind = as_dtype(dtype)
+    with atomic_folder(folder, overwrite) as aside:
+        model.tokenizer.save(aside)
+        huggingface.save_config(
+            aside,
+            model.config,
+            model.generation,
+            kind or model.params["embed"].dtype,
+            hf_type,
+            {"duplex": duplex_metadata(model)},
+        )
+        if format == "orbax":
+            orbax.save(aside, model.config, model.params, kind)
+        else:
+            huggingface.save_weights(aside, model.config, model.params, kind)
 
 
 def add_tokens(
