@@ -1,0 +1,426 @@
+"""The batched engine: rows of one cache, each a conversation's ids, stepped together by a handful of programs.
+
+A row says which ids it holds; the engine sees to it that the cache agrees. The invariant: whatever was appended, cut
+back, copied or moved, the next logits of a row are those of a fresh forward pass over its ids.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duplex_jax.decode import cache as kv
+from duplex_jax.decode import step as programs
+from duplex_jax.decode.cache import KVCache
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import Params
+from duplex_jax.slicing import MAX_SLICE_TOKENS
+from duplex_jax.template import Template
+
+
+class EngineFull(UserError):
+    """Every row is taken."""
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """One conversation's place in the engine.
+
+    Attributes:
+        index: the row of the cache.
+        ids: every id of the context, whether cached or not. Read only; `Engine` changes it.
+        cached: how many of `ids` have their keys and values in the cache. The rest is pending: it is fed in front of
+            what comes next.
+        sampling: how the row draws tokens.
+        seed: makes the row's random keys, with `steps`.
+        steps: how many steps the row has taken; never goes back.
+        shadow: its context encoded afresh elsewhere, while that goes on.
+    """
+
+    index: int
+    ids: list[int]
+    cached: int
+    sampling: Sampling
+    seed: int
+    steps: int = 0
+    shadow: "Shadow | None" = None
+
+
+@dataclasses.dataclass
+class Shadow:
+    """A row's context without its oldest pairs, encoded in a row of the shadow cache ahead of the switch.
+
+    Attributes:
+        index: the row of the shadow cache.
+        prefix: how many ids in front stay.
+        base: where in the row's ids the rest that stays begins.
+        cached: how many ids of the shadow's context are encoded.
+    """
+
+    index: int
+    prefix: int
+    base: int
+    cached: int = 0
+
+    def ids(self, row: Row) -> list[int]:
+        """The context that the row will have."""
+        return row.ids[: self.prefix] + row.ids[self.base :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a row does in a step: ids to append, and whether it may answer with idle."""
+
+    ids: Sequence[int]
+    allow_idle: bool = True
+
+
+class Engine:
+    """Rows of a fixed-shape KV cache and the compiled programs over them. Not thread-safe.
+
+    Args:
+        config: the model.
+        params: its weights, as numpy or jax arrays.
+        template: gives idle, end and the tokens that are never sampled.
+        rows: B, conversations at once.
+        capacity: most tokens of a context.
+        dtype: of weights and cache; float32 on CPU and bfloat16 elsewhere by default.
+        feed_buckets: T, the lengths that a step's fed tokens are padded to; longer ones go in chunks first.
+        max_slice_tokens: M, most tokens of an assistant slice.
+
+    Raises:
+        UserError: a size that makes no sense, or more capacity than the model has positions.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        template: Template,
+        *,
+        rows: int = 1,
+        capacity: int | None = None,
+        dtype: Any = None,
+        feed_buckets: Sequence[int] = (16, 64),
+        max_slice_tokens: int = MAX_SLICE_TOKENS,
+    ):
+        capacity = capacity or min(4096, config.max_position_embeddings)
+        if rows < 1:
+            raise UserError(f"rows {rows}: an engine needs at least one")
+        if capacity > config.max_position_embeddings and config.rope_scaling.type == "default":
+            raise UserError(f"capacity {capacity} is more than the {config.max_position_embeddings} positions that "
+                            "the model was trained for")  # fmt: skip
+        if capacity < 2 * (max(feed_buckets) + max_slice_tokens):
+            raise UserError(f"capacity {capacity} is too small; slices of {max(feed_buckets)} + {max_slice_tokens} "
+                            f"tokens need at least {2 * (max(feed_buckets) + max_slice_tokens)}")  # fmt: skip
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        self.config, self.template, self.capacity = config, template, capacity
+        self.max_slice_tokens = max_slice_tokens
+        self.dtype = jnp.dtype(dtype)
+        self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), params)
+        self._buckets = tuple(sorted(feed_buckets))
+        self.chunk = self._buckets[-1]
+        slack = self.chunk + max_slice_tokens
+        self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
+        # What stays after old pairs are dropped is at most half of the capacity, and a system prompt a quarter.
+        self._shadow_slots = capacity * 3 // 4 + slack
+        self._shadow_cache: KVCache | None = None
+        self._free = list(range(rows))[::-1]
+        self._free_shadows = list(range(max(1, rows // 8)))[::-1]
+        self._n_shadows = len(self._free_shadows)
+        self.rows: set[Row] = set()
+        self.compilations: collections.Counter[str] = collections.Counter()
+        suppress = np.ones(config.padded_vocab_size, bool)
+        suppress[: config.vocab_size] = False
+        suppress[[i for i in template.tokenizer.special.values() if i < config.vocab_size]] = True
+        suppress[[i for i in template.stop_ids if i < config.vocab_size]] = False
+        self._suppress = jnp.asarray(suppress)
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    # Rows come and go.
+
+    def open(self, ids: Sequence[int] = (), sampling: Sampling | None = None, seed: int = 0) -> Row:
+        """Takes a free row for a context that begins with `ids`.
+
+        Raises:
+            EngineFull: no row is free.
+            UserError: the beginning leaves too little room.
+        """
+        if not self._free:
+            raise EngineFull(f"all {self.cache.rows} rows are taken; close a session first")
+        if len(ids) > self.capacity // 4:
+            raise UserError(f"the beginning of the context takes {len(ids)} tokens; at most a quarter of the capacity "
+                            f"of {self.capacity} may stay for good")  # fmt: skip
+        row = Row(self._free.pop(), list(ids), 0, sampling or Sampling(), seed % 2**32)
+        self.rows.add(row)
+        return row
+
+    def close(self, row: Row) -> None:
+        """Gives a row back. Closing it twice does no harm."""
+        if row in self.rows:
+            self.rows.remove(row)
+            self.drop_shadow(row)
+            self._free.append(row.index)
+
+    def fork(self, row: Row, seed: int | None = None) -> Row:
+        """A second row with the same context, cached entries copied.
+
+        Raises:
+            EngineFull: no row is free.
+        """
+        new = self.open(sampling=row.sampling, seed=row.seed if seed is None else seed)
+        new.ids, new.cached, new.steps = list(row.ids), row.cached, row.steps
+        if row.cached:
+            self.cache = self._program("copy", self._slots(row.cached), self.cache)(self.cache, row.index, new.index)
+        return new
+
+    # Their ids change.
+
+    def truncate(self, row: Row, length: int, then: Sequence[int] = ()) -> None:
+        """Cuts a row's ids back to `length` and appends `then`, pending: O(1) in the cache."""
+        row.ids[length:] = then
+        row.cached = min(row.cached, length)
+        shadow = row.shadow
+        if shadow is not None:
+            if length < shadow.base:
+                self.drop_shadow(row)
+            else:
+                shadow.cached = min(shadow.cached, shadow.prefix + length - shadow.base)
+
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Appends ids, pending."""
+        row.ids += ids
+
+    def advance(self, requests: Mapping[Row, Request]) -> dict[Row, list[int]]:
+        """One step of several rows at once: appends each row's ids and samples up to M tokens behind them.
+
+        Returns:
+            For each row the sampled ids, stop token included; they are part of its ids now.
+
+        Raises:
+            UserError: a row's context would outgrow the capacity; no row was changed.
+        """
+        for row, request in requests.items():
+            if len(row.ids) + len(request.ids) + self.max_slice_tokens > self.capacity:
+                raise UserError(
+                    f"the context holds {len(row.ids)} tokens and the slice brings {len(request.ids)}; "
+                    f"with an answer they exceed the capacity of {self.capacity}"
+                )
+        if not requests:
+            return {}
+        for row, request in requests.items():
+            pending = len(row.ids) - row.cached + len(request.ids)
+            self.encode(row, max(0, pending - self.chunk), request.ids)
+        B = self.cache.rows
+        feeds = {row: [*row.ids, *request.ids][row.cached :] for row, request in requests.items()}
+        T = next(b for b in self._buckets if b >= max(map(len, feeds.values())))
+        batch: dict[str, Any] = {
+            "tokens": np.zeros((B, T), np.int32),
+            "counts": np.zeros(B, np.int32),
+            "lengths": np.zeros(B, np.int32),
+            "active": np.zeros(B, bool),
+            "allow_idle": np.zeros(B, bool),
+            "seeds": np.zeros(B, np.uint32),
+            "steps": np.zeros(B, np.uint32),
+            "temperature": np.zeros(B, np.float32),
+            "top_p": np.ones(B, np.float32),
+            "top_k": np.zeros(B, np.int32),
+            "idle_bias": np.zeros(B, np.float32),
+        }
+        for row in self.rows:
+            # A row at rest gets a block of padding behind its length too.
+            batch["lengths"][row.index] = row.cached
+        for row, feed in feeds.items():
+            i, s = row.index, row.sampling
+            batch["tokens"][i, : len(feed)] = feed
+            batch["counts"][i] = len(feed)
+            batch["active"][i] = True
+            batch["allow_idle"][i] = requests[row].allow_idle
+            batch["seeds"][i], batch["steps"][i] = row.seed, row.steps
+            batch["temperature"][i], batch["top_p"][i], batch["top_k"][i] = s.temperature, s.top_p, s.top_k
+            batch["idle_bias"][i] = s.idle_bias
+        slots = self._slots(max(row.cached for row in feeds))
+        inputs = programs.StepInput(**batch, suppress=self._suppress)
+        self.cache, sampled, number = self._program("step", slots, self.cache, T)(self.params, self.cache, inputs)
+        sampled, number = jax.device_get((sampled, number))
+        result = {}
+        for row, feed in feeds.items():
+            said = sampled[row.index, : number[row.index]].tolist()
+            row.cached += len(feed) + len(said) - 1
+            row.ids += [*requests[row].ids, *said]
+            row.steps += 1
+            result[row] = said
+        return result
+
+    def encode(self, row: Row, count: int, then: Sequence[int] = ()) -> None:
+        """Encodes at least `count` of the row's pending ids (followed by `then`) ahead of the step, in chunks."""
+        ids = [*row.ids, *then] if count > 0 else []
+        while count > 0:
+            chunk = ids[row.cached : min(row.cached + self.chunk, len(ids) - 1)]
+            self.cache = self._extend(self.cache, row.index, chunk, row.cached)
+            row.cached += len(chunk)
+            count -= len(chunk)
+
+    def logits(self, row: Row) -> np.ndarray:
+        """float32 `[V]`: the logits that the row's next token is drawn from. The row must hold an id."""
+        self.encode(row, len(row.ids) - row.cached - self.chunk)
+        cached = min(row.cached, len(row.ids) - 1)
+        tokens = self._padded(row.ids[cached:])
+        program = self._program("logits", self._slots(cached), self.cache)
+        return np.asarray(program(self.params, self.cache, row.index, tokens, len(row.ids) - cached, cached))
+
+    # Old pairs are dropped: what stays is encoded afresh ahead of the switch.
+
+    def begin_shadow(self, row: Row, prefix: int, base: int) -> bool:
+        """Begins to encode the row's context without `ids[prefix:base]`; False while no shadow row is free."""
+        if row.shadow is None and self._free_shadows:
+            if self._shadow_cache is None:
+                self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
+            row.shadow = Shadow(self._free_shadows.pop(), prefix, base)
+        return row.shadow is not None
+
+    def advance_shadow(self, row: Row, count: int) -> bool:
+        """Encodes about `count` more ids of the shadow; switches when it has caught up. True if it switched."""
+        shadow = row.shadow
+        assert shadow is not None
+        assert self._shadow_cache is not None
+        ids = shadow.ids(row)
+        end = max(0, shadow.prefix + row.cached - shadow.base)  # what the row itself has cached; the rest stays pending
+        for _ in range(-(-count // self.chunk)):
+            chunk = ids[shadow.cached : min(shadow.cached + self.chunk, end)]
+            if not chunk:
+                break
+            self._shadow_cache = self._extend(self._shadow_cache, shadow.index, chunk, shadow.cached)
+            shadow.cached += len(chunk)
+        if shadow.cached < end:
+            return False
+        program = self._program("switch", self._slots(shadow.cached), self.cache)
+        self.cache = program(self.cache, row.index, self._shadow_cache, shadow.index)
+        row.ids, row.cached = ids, shadow.cached
+        self.drop_shadow(row)
+        return True
+
+    def drop_shadow(self, row: Row) -> None:
+        """Gives up what the shadow has encoded."""
+        if row.shadow is not None:
+            self._free_shadows.append(row.shadow.index)
+            row.shadow = None
+
+    # Their entries leave the device and come back.
+
+    def read(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """A row's cached entries on the host: keys `[L, K, H, cached]`, values `[L, K, cached, H]`."""
+        part = self._program("read", self._slots(row.cached), self.cache)(self.cache, row.index)
+        k, v = jax.device_get((part.k, part.v))
+        return k[:, 0, ..., : row.cached], v[:, 0, :, : row.cached]
+
+    def write(self, row: Row, ids: Sequence[int], entries: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Gives a fresh row its ids and, where there are any, cached entries as `read` made them.
+
+        Raises:
+            UserError: entries of another model, or more than the capacity.
+        """
+        if len(ids) > self.capacity:
+            raise UserError(f"a context of {len(ids)} tokens does not fit a capacity of {self.capacity}")
+        row.ids, row.cached = list(ids), 0
+        if entries is None:
+            return
+        k, v = entries
+        c = self.config
+        n = k.shape[-1]
+        want = (c.num_layers, c.num_kv_heads, c.head_dim, n)
+        if k.shape != want or v.shape != (*want[:2], n, c.head_dim) or n > len(ids):
+            raise UserError(f"cached keys have shape {k.shape}; this model's are {want} for at most {len(ids)} tokens")
+        slots = self._slots(n)
+        part = KVCache(
+            np.zeros((want[0], 1, *want[1:3], slots), k.dtype), np.zeros((want[0], 1, want[1], slots, want[2]), v.dtype)
+        )  # type: ignore[arg-type]
+        part.k[:, 0, ..., :n], part.v[:, 0, :, :n] = k, v  # type: ignore[index]
+        self.cache = self._program("write", slots, self.cache)(self.cache, row.index, part)
+        row.cached = n
+
+    # Programs: one compilation for each kind, slot bucket and cache.
+
+    def _slots(self, length: int) -> int:
+        """The bucket of slots to read for a length: powers of two from 256, then everything."""
+        for power in itertools.count(8):
+            if 2**power >= self.capacity:
+                return self.cache.slots
+            if 2**power >= length:
+                return 2**power
+        raise AssertionError
+
+    def _padded(self, tokens: Sequence[int]) -> np.ndarray:
+        padded = np.zeros((1, self.chunk), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return padded
+
+    def _extend(self, cache: KVCache, index: int, tokens: Sequence[int], length: int) -> KVCache:
+        program = self._program("extend", min(self._slots(length), cache.slots), cache)
+        return program(self.params, cache, index, self._padded(tokens), length)
+
+    def _program(self, kind: str, slots: int, cache: KVCache, bucket: int = 0) -> Callable[..., Any]:
+        name = f"{kind} of {bucket or self.chunk} tokens over {slots} slots in {cache.rows} rows of {cache.slots}"
+        if name in self._programs:
+            return self._programs[name]
+        sizes = {"slots": slots, "capacity": self.capacity}
+        # By keyword, closed over: what is static in each program.
+        bodies: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+            "step": (
+                functools.partial(
+                    programs.tdm_step, self.config, **sizes, max_slice_tokens=self.max_slice_tokens,
+                    idle_id=self.template.idle_id, end_id=self.template.end_id,
+                ),
+                (1,),
+            ),
+            "extend": (functools.partial(programs.extend_row, self.config, **sizes), (1,)),
+            "logits": (functools.partial(programs.next_logits, self.config, **sizes), ()),
+            "copy": (lambda cache, row, to: kv.put_row(cache, to, kv.take_row(cache, row, slots)), (0,)),
+            "switch": (
+                lambda cache, to, other, row: kv.put_row(
+                    cache, to, kv.take_row(other, row, min(slots, other.slots))),
+                (0,),
+            ),
+            "read": (lambda cache, row: kv.take_row(cache, row, slots), ()),
+            "write": (lambda cache, row, part: kv.put_row(cache, row, part), (0,)),
+        }  # fmt: skip
+        body, donated = bodies[kind]
+
+        def counted(*args: Any) -> Any:
+            self.compilations[name] += 1
+            return body(*args)
+
+        self._programs[name] = jax.jit(counted, donate_argnums=donated)
+        return self._programs[name]
+
+    def warm_up(self, length: int | None = None) -> float:
+        """Compiles the step for every bucket up to a context `length` (the capacity by default); seconds taken."""
+        began = time.perf_counter()
+        B = self.cache.rows
+        lengths = {self._slots(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
+        for slots in sorted(lengths):
+            for T in self._buckets:
+                zero = np.zeros(B, np.int32)
+                inputs = programs.StepInput(
+                    np.zeros((B, T), np.int32), zero, self._lengths(), np.zeros(B, bool), np.zeros(B, bool),
+                    zero.astype(np.uint32), zero.astype(np.uint32), zero.astype(np.float32), np.ones(B, np.float32),
+                    zero, zero.astype(np.float32), self._suppress,
+                )  # fmt: skip
+                self.cache, *_ = self._program("step", slots, self.cache, T)(self.params, self.cache, inputs)
+        return time.perf_counter() - began
+
+    def _lengths(self) -> np.ndarray:
+        lengths = np.zeros(self.cache.rows, np.int32)
+        for row in self.rows:
+            lengths[row.index] = row.cached
+        return lengths

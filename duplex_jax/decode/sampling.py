@@ -1,0 +1,103 @@
+"""Drawing one token a row: temperature, top-p, top-k, greedy, and the bias on idle. No sort of the vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from duplex_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a session draws tokens. The defaults are the paper's (section 4.3.1).
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: keep the most probable tokens up to this mass; 1 keeps all.
+        top_k: keep this many; 0 keeps all.
+        idle_bias: added to the logit of idle at the first token of a slice: above 0 patient, below 0 eager.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.8
+    top_k: int = 0
+    idle_bias: float = 0.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature {self.temperature} is negative; 0 is greedy, 0.8 the paper's")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, 0.8 is the paper's")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is negative; 0 keeps every token")
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """float32 as int32 of the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Which tokens top-k and then top-p keep; tokens that tie with the last kept one are kept too.
+
+    A token stays if fewer than `top_k` tokens beat it and if those that beat it have less than `top_p` of the mass
+    (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). Both thresholds are found by bisection
+    over the 32 bits of a float: exact, without a sort.
+
+    Args:
+        logits: float32 `[B, V]`, already divided by the temperature.
+        top_p: float32 `[B]`.
+        top_k: int32 `[B]`; 0 keeps all.
+
+    Returns:
+        bool `[B, V]`; at least one a row.
+    """
+    keys = _bits(logits)
+    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+
+    def threshold(weights: jax.Array, limit: jax.Array) -> jax.Array:
+        """The least key whose betters weigh less than `limit`: int32 `[B]`."""
+        low = jnp.full(limit.shape, jnp.iinfo(jnp.int32).min, jnp.int32)  # betters of `low` may weigh too much
+        high = jnp.max(keys, -1)  # those of `high` never do
+
+        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bounds
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)
+            fits = jnp.sum(jnp.where(keys > middle[:, None], weights, 0), -1) < limit
+            return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+
+        return lax.fori_loop(0, 32, halve, (low, high))[1]
+
+    count = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
+    kept = keys >= threshold(jnp.ones_like(weights), count)[:, None]
+    weights = jnp.where(kept, weights, 0)
+    mass = jnp.sum(weights, -1)
+    # With top_p 1 nothing is cut, whatever rounding says of the sum.
+    limit = jnp.where(top_p < 1, top_p * mass, jnp.inf)
+    return kept & (keys >= threshold(weights, limit)[:, None])
+
+
+def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """One token a row.
+
+    Args:
+        logits: float32 `[B, V]`.
+        keys: a random key for each row; rows do not see each other's.
+        temperature, top_p, top_k: `[B]`, see `Sampling`.
+
+    Returns:
+        int32 `[B]`.
+    """
+    greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        kept = jnp.where(nucleus_mask(scaled, top_p, top_k), scaled, -jnp.inf)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],)))(keys)
+        drawn = jnp.argmax(kept + noise, -1).astype(jnp.int32)
+        return jnp.where(temperature > 0, drawn, greedy)
+
+    return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

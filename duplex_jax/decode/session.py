@@ -1,0 +1,432 @@
+"""Sessions: a live duplex conversation over one row of an engine, and its turn-based peer."""
+
+import dataclasses
+import io
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.timeline import SlicePair
+from duplex_jax.tokenizer import complete_utf8, decode, decode_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """One answer of a session.
+
+    Attributes:
+        index: which interval of the session it belongs to, from 0.
+        text: the assistant's words, with their leading space; None is silence.
+        ids: the sampled ids, stop token included.
+        seconds: how long the step took.
+        context: tokens that the session holds after it.
+    """
+
+    index: int
+    text: str | None
+    ids: list[int]
+    seconds: float
+    context: int
+
+
+@dataclasses.dataclass
+class _Pair:
+    """Where a slice pair of the context lies: `ids[start:decision]` is the user's part, then come the `said` ids."""
+
+    index: int
+    start: int
+    decision: int
+    user: str | None
+    said: list[int]
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """A session at rest on the host: `state` is plain JSON, `entries` the cached keys and values or None."""
+
+    state: dict[str, Any]
+    entries: tuple[np.ndarray, np.ndarray] | None
+
+    def to_bytes(self) -> bytes:
+        """One self-contained byte string (a NumPy archive; bfloat16 travels as its bits)."""
+        arrays = {"state": np.frombuffer(json.dumps(self.state, ensure_ascii=False).encode(), np.uint8)}
+        if self.entries is not None:
+            for name, array in zip(("k", "v"), self.entries, strict=True):
+                arrays[name] = array if array.dtype == np.float32 else array.view(np.uint16)
+        file = io.BytesIO()
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Snapshot":
+        """The inverse of `to_bytes`.
+
+        Raises:
+            UserError: the bytes are no snapshot.
+        """
+        import ml_dtypes
+
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                state = json.loads(arrays["state"].tobytes())
+                if "k" not in arrays:
+                    return cls(state, None)
+                k, v = arrays["k"], arrays["v"]
+        except Exception as e:
+            raise UserError(f"the bytes are no session snapshot ({e})") from e
+        if k.dtype == np.uint16:
+            k, v = k.view(ml_dtypes.bfloat16), v.view(ml_dtypes.bfloat16)
+        return cls(state, (k, v))
+
+
+class DuplexSession:
+    """A conversation in time slices: each step takes the user's slice and gives the assistant's.
+
+    Args:
+        engine: where it takes a row.
+        system: a system prompt, which stays when old pairs are dropped.
+        seed: of its random draws.
+        sampling: how it draws.
+        keep_idle: of a run of pairs in which nobody speaks, how many the context keeps; the rest is forgotten at no
+            cost. None keeps all.
+        dormant: an idle user slice is answered with idle without asking the model, as the paper's server does.
+
+    Raises:
+        EngineFull: no row is free.
+        UserError: the system prompt takes more than a quarter of the capacity.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        keep_idle: int | None = 1,
+        dormant: bool = False,
+    ):
+        self.engine, self.template = engine, engine.template
+        self.keep_idle, self.dormant = keep_idle, dormant
+        start = engine.template.start(system)
+        self._row = engine.open(start, sampling, seed)
+        self._prefix = len(start)
+        self._pairs: list[_Pair] = []
+        self._oldest = 0  # slices before this one were dropped from the context
+        self._carry = b""  # the beginning of a character whose rest is still to come
+        self.timeline: list[SlicePair] = []
+        """Every slice pair so far, forgotten and dropped ones too."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the context: what a fresh forward pass would see."""
+        return list(self._row.ids)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the session draws; may be changed between steps."""
+        return self._row.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._row.sampling = sampling
+
+    def step(self, user: str | None) -> Slice:
+        """Takes the user's slice of one interval (None: silence) and gives the assistant's.
+
+        Raises:
+            UserError: the slice is empty, or does not fit the cache.
+        """
+        return step_sessions({self: user})[self]
+
+    def logits(self) -> np.ndarray:
+        """float32 `[V]`: the logits behind the context as it stands."""
+        return self.engine.logits(self._row)
+
+    def cancel(self, tokens: int = 0) -> None:
+        """Cuts the newest assistant slice after its first `tokens` tokens; with 0 it becomes idle."""
+        if self.timeline:
+            self._cut(len(self.timeline) - 1, tokens)
+
+    def heard(self, index: int, characters: int) -> None:
+        """Takes unheard words out: slice `index` was heard up to `characters`, later slices not at all.
+
+        The user's slices stay; what follows a cut is encoded again with the next step.
+
+        Raises:
+            UserError: no such slice.
+        """
+        self._check(index)
+        said = next((self._words(p.said) for p in self._pairs if p.index == index), [])
+        data = [decode_bytes(self.template.tokenizer, said[:n]) for n in range(len(said) + 1)]
+        lengths = [len(d[: complete_utf8(d)].decode("utf-8", errors="replace")) for d in data]
+        self._cut(index, max(n for n, length in enumerate(lengths) if length <= characters))
+
+    def rewind(self, index: int) -> None:
+        """Forgets slice `index` and all after it, on both sides.
+
+        Raises:
+            UserError: no such slice, or its pair was dropped from the context.
+        """
+        self._check(index)
+        if index < self._oldest:
+            raise UserError(f"slice {index} was dropped from the context; the oldest there is {self._oldest}")
+        while self._pairs and self._pairs[-1].index >= index:
+            pair = self._pairs.pop()
+            self.engine.truncate(self._row, pair.start)
+        del self.timeline[index:]
+        self._carry = b""
+
+    def fork(self, seed: int | None = None) -> "DuplexSession":
+        """A second session with the same past.
+
+        Raises:
+            EngineFull: no row is free.
+        """
+        return self._with_row(self.engine, self.engine.fork(self._row, seed), self._state())
+
+    def snapshot(self, entries: bool = True) -> Snapshot:
+        """The session on the host; without `entries` it is small, and its context is encoded again on restoring."""
+        row = self._row
+        return Snapshot(self._state(), self.engine.read(row) if entries and row.cached else None)
+
+    @classmethod
+    def restore(cls, engine: Engine, snapshot: Snapshot) -> "DuplexSession":
+        """The session of a snapshot in a row of `engine`, which must run the same model.
+
+        Raises:
+            EngineFull: no row is free.
+            UserError: the snapshot is of another model or template, or does not fit.
+        """
+        state = snapshot.state
+        try:
+            if state["template"] != engine.template.name:
+                raise UserError(f"the snapshot is of template {state['template']!r}; "
+                                f"this engine runs {engine.template.name!r}")  # fmt: skip
+            row = engine.open(sampling=Sampling(**state["sampling"]), seed=state["seed"])
+            try:
+                engine.write(row, state["ids"], snapshot.entries)
+                row.steps = state["steps"]
+                return cls._with_row(engine, row, state)
+            except BaseException:
+                engine.close(row)
+                raise
+        except (KeyError, TypeError) as e:
+            raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
+
+    def close(self) -> None:
+        """Gives the row back."""
+        self.engine.close(self._row)
+
+    @classmethod
+    def _with_row(cls, engine: Engine, row: Row, state: Mapping[str, Any]) -> "DuplexSession":
+        new = cls.__new__(cls)
+        new.engine, new.template, new._row = engine, engine.template, row
+        new.keep_idle, new.dormant, new._prefix = state["keep_idle"], state["dormant"], state["prefix"]
+        new._pairs = [_Pair(i, s, d, user, list(said)) for i, s, d, user, said in state["pairs"]]
+        new._oldest = state["oldest"]
+        new._carry = bytes.fromhex(state["carry"])
+        new.timeline = [SlicePair(*pair) for pair in state["timeline"]]
+        return new
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "template": self.template.name,
+            "ids": list(self._row.ids),
+            "prefix": self._prefix,
+            "pairs": [[p.index, p.start, p.decision, p.user, list(p.said)] for p in self._pairs],
+            "oldest": self._oldest,
+            "carry": self._carry.hex(),
+            "timeline": [list(pair) for pair in self.timeline],
+            "sampling": dataclasses.asdict(self._row.sampling),
+            "seed": self._row.seed,
+            "steps": self._row.steps,
+            "keep_idle": self.keep_idle,
+            "dormant": self.dormant,
+        }
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self.timeline):
+            raise UserError(f"slice {index} is not in 0..{len(self.timeline) - 1}")
+
+    def _words(self, said: Sequence[int]) -> list[int]:
+        return [i for i in said if i not in self.template.stop_ids]
+
+    # What a step does to the context.
+
+    def _part(self, user: str | None) -> list[int]:
+        """The ids of a user slice; makes room for them where that was not done ahead."""
+        if user == "":
+            raise UserError("the user's slice is empty; silence is None (in a file, <idle>)")
+        part = self.template.user_part(user)
+        capacity = self.engine.capacity
+        if self._prefix + len(part) > capacity // 2:
+            raise UserError(f"the user's slice takes {len(part)} tokens; a context of {capacity} has room for "
+                            f"{capacity // 2 - self._prefix} at once; cut it into slices")  # fmt: skip
+        if len(self._row.ids) + len(part) + self._answer_room > capacity:
+            self._drop_now()
+        return part
+
+    @property
+    def _answer_room(self) -> int:
+        return self.engine.max_slice_tokens + len(self.template.closing([]))
+
+    def _take(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
+        """Books what a step appended, `part` and then `said`; the assistant's words, or None."""
+        words = self._words(said)
+        # The bytes of a character may come in two slices; its first half waits.
+        data = self._carry + decode_bytes(self.template.tokenizer, words) if words else b""
+        whole = complete_utf8(data)
+        self._carry = data[whole:]
+        text = data[:whole].decode("utf-8", errors="replace") or None
+        self.timeline.append(SlicePair(user, text))
+        start = len(self._row.ids) - len(said) - len(part)
+        self._book(len(self.timeline) - 1, user, start, start + len(part), said)
+        return text
+
+    def _book(self, index: int, user: str | None, start: int, decision: int, said: list[int]) -> None:
+        """Closes the pair at the end of the context, and forgets it if it is one silence too many."""
+        self.engine.append(self._row, self.template.closing(said))
+        self._pairs.append(_Pair(index, start, decision, user, said))
+        run = itertools.takewhile(lambda p: p.user is None and not self._words(p.said), reversed(self._pairs))
+        if self.keep_idle is not None and sum(1 for _ in run) > self.keep_idle:
+            self._pairs.pop()
+            self.engine.truncate(self._row, start)
+
+    def _cut(self, index: int, tokens: int) -> None:
+        """Cuts slice `index` after `tokens` tokens and silences the assistant in all later ones."""
+
+        def kept(pair: _Pair) -> list[int]:
+            return self._words(pair.said)[: tokens if pair.index == index else 0]
+
+        later = [p for p in self._pairs if p.index >= index]
+        changed = [p for p in later if kept(p) != self._words(p.said)]
+        if not changed:
+            return
+        for pair in changed:
+            text = decode(self.template.tokenizer, kept(pair)) or None
+            self.timeline[pair.index] = SlicePair(pair.user, text)
+        self._carry = b""
+        first = self._pairs.index(changed[0])
+        pair, *rest = self._pairs[first:]
+        del self._pairs[first:]
+        words = kept(pair)
+        self.engine.truncate(self._row, pair.decision + len(words), [] if words else [self.template.idle_id])
+        self._book(pair.index, pair.user, pair.start, pair.decision, words or [self.template.idle_id])
+        for pair in rest:
+            said = [self.template.idle_id] if self._words(pair.said) else pair.said
+            part = self.template.user_part(pair.user)
+            start = len(self._row.ids)
+            self.engine.append(self._row, [*part, *said])
+            self._book(pair.index, pair.user, start, start + len(part), said)
+
+    # How a session goes on without end: whole old pairs are dropped before the cache is full.
+
+    def _make_room(self, added: int) -> None:
+        """Works ahead towards dropping old pairs: `added` tokens came with this step."""
+        row, engine = self._row, self.engine
+        keep = (engine.capacity - self._prefix) // 4
+        if row.shadow is None:
+            # While the shadow catches up the context grows by no more than what is kept: twice as many tokens are
+            # encoded as come in.
+            if len(row.ids) < engine.capacity - keep - 2 * (engine.chunk + self._answer_room):
+                return
+            if not engine.begin_shadow(row, self._prefix, self._first_kept(keep)):
+                return
+        assert row.shadow is not None
+        base = row.shadow.base
+        if engine.advance_shadow(row, 2 * added):
+            self._dropped(base)
+
+    def _drop_now(self) -> None:
+        """Drops old pairs at once: this slice pays, because it was too long for what was done ahead."""
+        row = self._row
+        if row.shadow is not None:
+            base = row.shadow.base
+            self.engine.advance_shadow(row, len(row.ids))
+        else:
+            base = self._first_kept((self.engine.capacity - self._prefix) // 4)
+            self.engine.truncate(row, self._prefix, row.ids[base:])
+        self._dropped(base)
+
+    def _first_kept(self, keep: int) -> int:
+        """Where the oldest of the newest pairs that take at most `keep` tokens begins."""
+        n = len(self._row.ids)
+        return next((p.start for p in self._pairs if n - p.start <= keep), n)
+
+    def _dropped(self, base: int) -> None:
+        """Books that `ids[prefix:base]` are gone."""
+        shift = base - self._prefix
+        self._pairs = [p for p in self._pairs if p.start >= base]
+        for pair in self._pairs:
+            pair.start -= shift
+            pair.decision -= shift
+        self._oldest = self._pairs[0].index if self._pairs else len(self.timeline)
+
+
+def step_sessions(slices: Mapping[DuplexSession, str | None]) -> dict[DuplexSession, Slice]:
+    """One interval of several sessions of one engine in one batch; see `DuplexSession.step`."""
+    began = time.perf_counter()
+    asked = {s: s._part(user) for s, user in slices.items() if not (s.dormant and user is None)}
+    texts: dict[DuplexSession, tuple[str | None, list[int]]] = {}
+    if asked:
+        engine = next(iter(asked)).engine
+        answers = engine.advance({s._row: Request(part) for s, part in asked.items()})
+        for session, part in asked.items():
+            said = answers[session._row]
+            texts[session] = session._take(slices[session], part, said), said
+            session._make_room(len(part) + len(said))
+    for session in slices.keys() - asked.keys():
+        session.timeline.append(SlicePair(None, None))
+        texts[session] = None, []
+    seconds = time.perf_counter() - began
+    return {s: Slice(len(s.timeline) - 1, text, said, seconds, len(s._row.ids)) for s, (text, said) in texts.items()}
+
+
+class TurnSession:
+    """The turn-based baseline on the same weights: whole query in, whole answer out.
+
+    Args:
+        engine: where it takes a row.
+        system: a system prompt; None for the template's own.
+        seed: of its random draws.
+        sampling: how it draws; `idle_bias` means nothing here.
+
+    Raises:
+        EngineFull: no row is free.
+    """
+
+    def __init__(self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None):
+        self.engine = engine
+        self._row = engine.open(engine.template.turn_start(system), sampling, seed)
+
+    def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
+        """Answers a query; yields the answer's ids as they come, without the end token.
+
+        Raises:
+            UserError: the conversation outgrows the capacity.
+        """
+        engine, template, row = self.engine, self.engine.template, self._row
+        feed: Sequence[int] = template.user_part(query)
+        produced = 0
+        while produced < max_tokens:
+            said = engine.advance({row: Request(feed, allow_idle=False)})[row]
+            feed = []
+            words = [i for i in said if i != template.end_id][: max_tokens - produced]
+            produced += len(words)
+            engine.truncate(row, len(row.ids) - len(said) + len(words))
+            yield words
+            if said[-1] == template.end_id:
+                break
+        engine.append(row, template.turn_closing())
+
+    def close(self) -> None:
+        """Gives the row back."""
+        self.engine.close(self._row)
