@@ -250,7 +250,7 @@ def save_weights(
     from safetensors.numpy import save_file
 
     shards = list(_shards(config, params, dtype, shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, (_, shard) in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         arrays = {part.name: disassemble(config, params, part, dtype) for part in shard}

@@ -125,7 +125,7 @@ def restore(folder: Path, abstract: Any) -> Any:
 
     path = (folder / PARAMS_FOLDER).absolute()
     stored = read_metadata(folder)
-    if jax.tree.structure(stored) != jax.tree.structure(abstract):
+    if not _same_structure(stored, abstract):
         raise UserError(f"{path}: holds other weights than were asked for; write the store again")
     for (where, want), found in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(stored), strict=True):
         if tuple(found.shape) != tuple(want.shape):
@@ -138,6 +138,10 @@ def restore(folder: Path, abstract: Any) -> Any:
             return ocp.load(path, abstract)
     except Exception as e:  # missing and cut-off files surface in every way there is
         raise UserError(f"{path}: cannot be restored ({str(e)[:200]}); write the store again") from e
+
+
+def _same_structure(a: Any, b: Any) -> bool:
+    return bool(jax.tree.structure(a) == jax.tree.structure(b))
 
 
 def _has_shape(x: Any) -> bool:
@@ -158,7 +162,7 @@ def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -
     config = read_config(folder)
     stored = read_metadata(folder)
     template = abstract_params(config)
-    if jax.tree.structure(stored) != jax.tree.structure(template):
+    if not _same_structure(stored, template):
         raise UserError(f"{folder}: its weights are not those that {CONFIG_FILE} describes; write the store again")
     # A numpy leaf with strides of 0 says shape and dtype and takes no memory.
     abstract = jax.tree.map(

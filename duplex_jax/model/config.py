@@ -133,7 +133,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     for name in _UNSUPPORTED_IF_SET:
         if config.get(name):
             raise UserError(
-                f"{where}: {name}={config[name]!r} is not supported; only plain MiniCPM and Llama blocks are"
+                f"{where}: {name}={config[name]!r} is not supported; plain MiniCPM and Llama blocks are"
             )
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
     if window and window < longest:
@@ -199,6 +199,9 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; one of {', '.join(ROPE_TYPES)}")
     if float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor is not supported; every dimension is rotated")
+    for name, plain in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if scaling.get(name, plain) != plain:
+            raise UserError(f"{where}: RoPE scaling with {name}={scaling[name]!r} is not supported; plain {kind} is")
     longest = int(config.get("max_position_embeddings", 4096))
     original = int(
         scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
