@@ -41,10 +41,11 @@ def set_default_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "w", compress: bool = True) -> Iterator[IO[Any]]:
     """Opens a file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
 
-    Text is UTF-8 with Unix line ends. Names that end in `.gz` or `.zst` are compressed.
+    Text is UTF-8 with Unix line ends. Names that end in `.gz` or `.zst` are compressed, unless `compress` says that
+    what is written is compressed already.
 
     Raises:
         UserError: the place cannot be written, or the disk is full.
@@ -55,9 +56,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         set_default_mode(Path(name))  # mkstemp makes private files
         with os.fdopen(fd, "wb") as raw:
             stream: Any = raw
-            if path.suffix == ".gz":
+            if compress and path.suffix == ".gz":
                 stream = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)
-            elif path.suffix == ".zst":
+            elif compress and path.suffix == ".zst":
                 stream = zstandard.ZstdCompressor(level=6).stream_writer(raw, closefd=False)
             file = stream if "b" in mode else io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
             yield file

@@ -338,8 +338,8 @@ def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
     from duplex_jax.sources import locate, read_gguf_header
 
     path = locate(name_or_path, weights=False)
-    if path.is_dir():
-        return load_tokenizer(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return load_tokenizer(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":
         return from_gguf_fields(read_gguf_header(path).fields, str(path))
     raise UserError(f"{path}: holds no tokenizer; give the model's folder or a .gguf file")

@@ -1,0 +1,40 @@
+"""Backchannel (an extra): the user says "mm-hm" while the assistant speaks, and the assistant goes on."""
+
+import random
+from collections.abc import Sequence
+
+from data_gen import events
+from data_gen.compose import Conversation
+from data_gen.dialogues import Dialogue
+from data_gen.rewriter import LeftOut, Rewriter
+from duplex_jax.timeline import SlicePair, Timeline
+from duplex_jax.tokenizer import Tokenizer
+
+WORDS = (
+    "mm-hm", "Mm-hm.", "uh-huh", "Uh-huh.", "mhm", "yeah", "Yeah.", "right", "Right.", "okay", "Okay.", "I see.",
+    "sure", "got it", "oh", "Oh, okay.", "aha", "yes", "Interesting.", "wow", "makes sense", "go on", "True.", "hmm",
+)  # fmt: skip
+
+
+def make(
+    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
+    max_idle_pairs: int = 0,
+) -> Timeline:  # fmt: skip
+    """The first dialogue with one to three backchannels, each while a message goes on before and after it."""
+    talk = Conversation(rng, tokenizer, max_idle_pairs)
+    for query, answer in dialogues[0].rounds:
+        talk.round(query, answer)
+    places = [
+        pair
+        for message in talk.messages
+        if message.role == "assistant"
+        for pair in range(message.first + 1, message.last)
+        # A slice that goes on with a space: a template knows by it that no new message begins.
+        if (talk.pairs[pair].assistant or "")[:1].isspace()
+    ]
+    if not places:
+        raise LeftOut("no answer of three slices")
+    for pair in sorted(rng.sample(places, min(len(places), rng.randint(1, 3)))):
+        talk.pairs[pair] = SlicePair(rng.choice(WORDS), talk.pairs[pair].assistant)
+        talk.mark(events.BACKCHANNEL, pair)
+    return talk.timeline("backchannel", [dialogues[0].id])

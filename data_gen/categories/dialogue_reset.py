@@ -1,0 +1,63 @@
+"""Dialogue reset: the user drops one conversation for another, four times.
+
+Five dialogues; the first four are truncated at a random location in an answer. The first query of the next one
+follows at once, behind one of the 18 sentences of A.3, and the rewriter makes one input of both; behind the empty
+sentence it stays as it is. Mostly the first answer is cut: Table 1's 194.7 pairs for five dialogues, where one basic
+dialogue takes 153.9, leave no room for late cuts.
+"""
+
+import random
+from collections.abc import Sequence
+
+from data_gen.compose import Conversation, pick_cut
+from data_gen.dialogues import Dialogue
+from data_gen.rewriter import LeftOut, Rewriter
+from data_gen.transitions import RESET
+from duplex_jax.slicing import slice_tokens
+from duplex_jax.timeline import Timeline
+from duplex_jax.tokenizer import Tokenizer
+
+# Probability that an answer is the one to be cut, given that none before it was.
+EARLY = 0.75
+
+
+def make(
+    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
+    max_idle_pairs: int = 0,
+) -> Timeline:  # fmt: skip
+    """All dialogues but the last truncated, the last whole."""
+    places = [_pick_answer(d, rng, tokenizer) for d in dialogues[:-1]]
+    sentences = [rng.choice(RESET) for _ in places]
+    starts = rewriter.fuse([(sentence, d.rounds[0][0]) for sentence, d in zip(sentences, dialogues[1:], strict=True)])
+
+    talk = Conversation(rng, tokenizer, max_idle_pairs)
+    talk.query(dialogues[0].rounds[0][0])
+    for (at, slices), dialogue, start in zip(places, dialogues[:-1], starts, strict=True):
+        for (_, answer), (query, _) in zip(dialogue.rounds[:at], dialogue.rounds[1:], strict=False):
+            talk.say(answer)
+            talk.pause()
+            talk.query(query)
+        talk.say_part(slices, pick_cut(slices, rng, tokenizer))
+        talk.interrupt(start)
+    last = dialogues[-1].rounds
+    talk.say(last[0][1])
+    talk.pause()
+    for query, answer in last[1:]:
+        talk.round(query, answer)
+    return talk.timeline(
+        "dialogue_reset", [d.id for d in dialogues], transitions=[RESET.index(s) + 1 for s in sentences]
+    )
+
+
+def _pick_answer(dialogue: Dialogue, rng: random.Random, tokenizer: Tokenizer) -> tuple[int, list[str]]:
+    """The round whose answer is cut, an early one more likely, and that answer's slices."""
+    cuttable = []
+    for i, (_, answer) in enumerate(dialogue.rounds):
+        slices = slice_tokens(answer, tokenizer)
+        if len(slices) > 1:
+            cuttable.append((i, slices))
+            if rng.random() < EARLY:
+                break
+    if not cuttable:
+        raise LeftOut("a dialogue without an answer longer than a slice")
+    return cuttable[-1]

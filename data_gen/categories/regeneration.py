@@ -1,0 +1,46 @@
+"""Regeneration: the user is not content with the answer, breaks in and asks again.
+
+A user message is repeated with one of the 15 sentences of A.2 while it is being answered; the rewriter makes one
+input of both. The answer is generated anew from the history and the repetition, and the dialogue goes on.
+"""
+
+import random
+from collections.abc import Sequence
+
+from data_gen.compose import Conversation, pick_cut
+from data_gen.dialogues import Dialogue
+from data_gen.rewriter import LeftOut, Rewriter
+from data_gen.transitions import REGENERATION
+from duplex_jax.slicing import slice_tokens
+from duplex_jax.timeline import Timeline
+from duplex_jax.tokenizer import Tokenizer
+
+
+def make(
+    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
+    max_idle_pairs: int = 0,
+) -> Timeline:  # fmt: skip
+    """The first dialogue with one answer given twice."""
+    rounds = dialogues[0].rounds
+    places = list(range(len(rounds)))
+    rng.shuffle(places)
+    at, slices = next(((i, s) for i in places if len(s := slice_tokens(rounds[i][1], tokenizer)) > 1), (None, []))
+    if at is None:
+        raise LeftOut("no answer longer than a slice")
+    query, answer = rounds[at]
+    sentence = rng.choice(REGENERATION)
+    kept = pick_cut(slices, rng, tokenizer)
+    [repetition] = rewriter.fuse([(sentence, query)])
+    anew = rewriter.regenerate(rounds[:at], query, "".join(slices[:kept]), repetition, answer)
+
+    talk = Conversation(rng, tokenizer, max_idle_pairs)
+    for earlier in rounds[:at]:
+        talk.round(*earlier)
+    talk.query(query)
+    talk.say_part(slices, kept)
+    talk.interrupt(repetition)
+    talk.say(anew)
+    talk.pause()
+    for later in rounds[at + 1 :]:
+        talk.round(*later)
+    return talk.timeline("regeneration", [dialogues[0].id], transition=REGENERATION.index(sentence) + 1)

@@ -1,0 +1,226 @@
+"""Turn-based dialogues from UltraChat, ultrachat_200k and ShareGPT files, streamed; bad rows are named, not fatal."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from duplex_jax.errors import UserError
+from duplex_jax.files import open_lines
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# ShareGPT's and chat-template names for the two who talk; a system prompt belongs to neither and is left out.
+_ROLES = {
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "system": "system",
+}  # fmt: skip
+_COLUMNS = ("id", "prompt_id", "data", "messages", "conversations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """Whole rounds of one conversation.
+
+    Attributes:
+        id: the row's own id, or its file and line.
+        rounds: (query, answer) in order; both non-blank, outer white space dropped.
+    """
+
+    id: str
+    rounds: tuple[tuple[str, str], ...]
+
+
+class BadRow(UserError):
+    """A row that is no dialogue; the message names the field and what would be right."""
+
+
+def parse_dialogue(row: Any, where: str) -> Dialogue:
+    """One row of any of the three layouts.
+
+    Args:
+        row: `{"id", "data": [text, ...]}` (UltraChat, user first), `{"prompt_id", "messages": [{"role", "content"}]}`
+            (ultrachat_200k) or `{"id", "conversations": [{"from", "value"}]}` (ShareGPT).
+        where: file and line: the id of a row that has none.
+
+    Returns:
+        Its rounds. A last query that nobody answered is left out, and so is a system prompt.
+
+    Raises:
+        BadRow: names the field.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("must be a JSON object")
+    if "data" in row:
+        messages = _ultrachat(row["data"])
+    elif "messages" in row:
+        messages = _roles("messages", row["messages"], "role", "content")
+    elif "conversations" in row:
+        messages = _roles("conversations", row["conversations"], "from", "value")
+    elif "output" in row:
+        raise BadRow("output: is a timeline already; a turn-based dialogue has data, messages or conversations")
+    else:
+        raise BadRow("has none of the fields data (UltraChat), messages (ultrachat_200k), conversations (ShareGPT)")
+    if messages and messages[0][1] == "system":
+        messages = messages[1:]
+    texts = []
+    for i, (field, role, text) in enumerate(messages):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise BadRow(f"{field}: is by {role} where {expected} comes next")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadRow(f"{field}: half of a surrogate pair; write whole characters")
+        if not text.strip():
+            raise BadRow(f"{field}: is empty")
+        texts.append(text.strip())
+    if len(texts) < 2:
+        raise BadRow("holds no query with an answer")
+    name = next((row[k] for k in ("id", "prompt_id") if isinstance(row.get(k), str | int) and row[k] != ""), where)
+    return Dialogue(str(name), tuple(zip(texts[::2], texts[1::2], strict=False)))
+
+
+def _ultrachat(data: Any) -> list[tuple[str, str, str]]:
+    if not isinstance(data, list):
+        raise BadRow(f"data: must be a list of strings, not {type(data).__name__}")
+    for i, text in enumerate(data):
+        if not isinstance(text, str):
+            raise BadRow(f"data[{i}]: must be a string, not {type(text).__name__}")
+    return [(f"data[{i}]", ("user", "assistant")[i % 2], text) for i, text in enumerate(data)]
+
+
+def _roles(name: str, items: Any, role_key: str, text_key: str) -> list[tuple[str, str, str]]:
+    if not isinstance(items, list):
+        raise BadRow(f"{name}: must be a list of objects, not {type(items).__name__}")
+    messages = []
+    for i, item in enumerate(items):
+        field = f"{name}[{i}]"
+        if not isinstance(item, dict):
+            raise BadRow(f"{field}: must be an object with {role_key} and {text_key}")
+        role = _ROLES.get(item.get(role_key))
+        if role is None:
+            raise BadRow(f"{field}.{role_key}: {item.get(role_key)!r} is none of {', '.join(_ROLES)}")
+        if not isinstance(item.get(text_key), str):
+            raise BadRow(f"{field}.{text_key}: must be a string, not {type(item.get(text_key)).__name__}")
+        messages.append((f"{field}.{text_key}", role, item[text_key]))
+    return messages
+
+
+def input_files(path: str | Path) -> list[Path]:
+    """The files of an input, sorted by name: one file, or all of a folder that end in one of `SUFFIXES`.
+
+    Raises:
+        UserError: nothing there that can be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"{path}: is none of {', '.join(SUFFIXES)}; save one JSON object a line")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give dialogues to read")
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    if not files:
+        raise UserError(f"{path}: holds no file that ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def fingerprint(path: str | Path) -> str:
+    """A short hash of the names and sizes of an input's files: another input gives another one."""
+    root = Path(path)
+    names = [f"{f.relative_to(root) if root.is_dir() else f.name} {f.stat().st_size}" for f in input_files(path)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def count_dialogues(path: str | Path, limit: int = 0) -> int | None:
+    """About how many rows an input has, for the time left; None where only reading it all would tell.
+
+    Raises:
+        UserError: see `input_files`.
+    """
+    total = 0
+    for file in input_files(path):
+        if file.suffix == ".jsonl":
+            with open(file, "rb") as f:
+                while chunk := f.read(1 << 20):
+                    total += chunk.count(b"\n")
+        elif file.suffix == ".parquet":
+            total += _open_parquet(file).metadata.num_rows
+        else:
+            return limit or None
+    return min(total, limit) if limit else total
+
+
+def read_dialogues(path: str | Path, on_bad: Callable[[str, str], None]) -> Iterator[Dialogue]:
+    """Streams the dialogues of a file or a folder of shards; memory does not grow with the input.
+
+    Args:
+        path: see `input_files`.
+        on_bad: called with ("file:line", reason) for each row that is left out.
+
+    Raises:
+        UserError: a file is missing, broken off, or no table of rows; the extra `parquet` is missing.
+    """
+    path = Path(path)
+    for file in input_files(path):
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+        for n, row in enumerate(rows, 1):
+            where = f"{name}:{n}"
+            if row is None:  # a blank line
+                continue
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                dialogue = parse_dialogue(row, where)
+            except BadRow as e:
+                on_bad(where, str(e))
+                continue
+            yield dialogue
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    """Each line's object, None for a blank line, or what is wrong with it."""
+    with open_lines(file) as f:
+        try:
+            for n, line in enumerate(f):
+                if n == 0 and line.lstrip()[:1] == b"[":
+                    raise UserError(f"{file}: is one JSON list; write one object a line (jq -c '.[]')")
+                try:
+                    yield json.loads(line.decode("utf-8")) if line.strip() else None
+                except UnicodeDecodeError as e:
+                    yield BadRow(f"not UTF-8 (byte {e.start})")
+                except json.JSONDecodeError as e:
+                    yield BadRow(f"not JSON ({e.msg} at column {e.colno})")
+                except RecursionError:
+                    yield BadRow("JSON nested too deeply")
+        except (OSError, EOFError, zstandard.ZstdError) as e:
+            raise UserError(f"{file}: cannot be read to its end ({e}); fetch it again") from e
+
+
+def _parquet_rows(file: Path) -> Iterator[Any]:
+    with _open_parquet(file) as table:
+        columns = [c for c in _COLUMNS if c in table.schema_arrow.names]
+        if not set(columns) & {"data", "messages", "conversations"}:
+            raise UserError(f"{file}: has no column data, messages or conversations")
+        try:
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
+        except OSError as e:
+            raise UserError(f"{file}: cannot be read to its end ({e}); fetch it again") from e
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise UserError(f"{file}: reading Parquet needs pyarrow; pip install 'duplex-jax[parquet]'") from e
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{file}: cannot be read as Parquet ({e}); fetch it again") from e

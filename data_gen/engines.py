@@ -1,0 +1,120 @@
+"""Where units of work run: in this process, in local processes, or on a Ray cluster; the work is the same function."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from duplex_jax.errors import UserError
+
+_context: Any = None
+
+
+class Engine(Protocol):
+    """Runs `work(context, *args)` somewhere."""
+
+    parallel: int
+    """How many calls run at a time."""
+
+    def submit(self, *args: Any) -> Future: ...
+
+    def close(self) -> None: ...
+
+
+class Inline:
+    """Runs in this process, at once."""
+
+    parallel = 1
+
+    def __init__(self, work: Callable[..., Any], context: Any):
+        self._work, self._context = work, context
+
+    def submit(self, *args: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(self._work(self._context, *args))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    def close(self) -> None: ...
+
+
+def _start_worker(context: Any) -> None:
+    """Keeps the context, leaves Ctrl-C to the parent, and ends when the parent does, however that was."""
+    global _context
+    _context = context
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_worker(work: Callable[..., Any], *args: Any) -> Any:
+    return work(_context, *args)
+
+
+class Processes:
+    """A pool of local processes; each gets the context once."""
+
+    def __init__(self, work: Callable[..., Any], context: Any, workers: int):
+        self.parallel = workers
+        self._work = work
+        # A fresh interpreter: threads of the tokenizer and of an HTTP client do not survive a fork.
+        self._pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(context,)
+        )
+
+    def submit(self, *args: Any) -> Future:
+        return self._pool.submit(_in_worker, self._work, *args)
+
+    def close(self) -> None:
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+class Ray:
+    """A Ray cluster: the one that RAY_ADDRESS names, else one that is started here with `workers` CPUs.
+
+    The cluster's machines need this package installed; results come back to the caller, which writes all files.
+    """
+
+    def __init__(self, work: Callable[..., Any], context: Any, workers: int):
+        try:
+            import ray
+        except ImportError as e:
+            raise UserError("--engine=ray needs Ray; pip install 'duplex-jax[ray]'") from e
+        self._ray = ray
+        if not ray.is_initialized():
+            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(log_to_driver=False, logging_level="warning", **local)
+        self.parallel = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._task = ray.remote(work)
+        self._context = ray.put(context)
+
+    def submit(self, *args: Any) -> Future:
+        return self._task.remote(self._context, *args).future()
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def make_engine(name: str, work: Callable[..., Any], context: Any, workers: int) -> Engine:
+    """The engine of that name: "local" or "ray"."""
+    if name == "ray":
+        return Ray(work, context, workers)
+    return Inline(work, context) if workers == 1 else Processes(work, context, workers)

@@ -1,0 +1,436 @@
+"""From dialogues to shards: blocks are read in order and made into one shard per category, whole or not at all.
+
+    OUT/recipe.json                        what determines the data set, written first
+    OUT/<category>/<category>-00000.jsonl  the shards (.jsonl.zst where compressed)
+    OUT/<category>/<category>-00000.manifest.json  a shard's rows, hash, recipe, and what was left out
+    OUT/bad_rows.tsv                       the input's rows that are no dialogues, and why
+    OUT/dataset.json                       the sums, written last
+    OUT/README.md                          the data set card
+
+A shard counts as made when its manifest is there. A run that was killed leaves whole shards behind, and the next one
+makes the others: each is a pure function of its block, the seed and the recipe.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_gen.card import write_card
+from data_gen.categories import CATEGORIES
+from data_gen.dialogues import Dialogue, fingerprint, read_dialogues
+from data_gen.engines import Engine
+from data_gen.progress import Progress
+from data_gen.rewriter import Answer, Request, Sampling
+from data_gen.unit import Made, Unit
+from duplex_jax import __version__
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a data set, byte for byte.
+
+    Attributes:
+        input: fingerprint of the input's files.
+        shares: timelines for each source dialogue, by category.
+        seed: of all random draws.
+        tokenizer: fingerprint of the one that cuts assistant messages.
+        tokenizer_name: what it was called.
+        rewriter: "template", or how the model was asked.
+        max_idle_pairs: most silent pairs between turns.
+        block: dialogues of a block.
+        limit: only so many dialogues are taken; 0 for all.
+        compress: shards are zstd frames.
+        versions: of the programs that have a say.
+    """
+
+    input: str
+    shares: Mapping[str, float]
+    seed: int
+    tokenizer: str
+    tokenizer_name: str
+    rewriter: str | Mapping[str, Any]
+    max_idle_pairs: int
+    block: int
+    limit: int
+    compress: bool
+    versions: Mapping[str, str]
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that stand in every manifest."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_recipe(
+    path: str | Path,
+    shares: Mapping[str, float],
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    max_idle_pairs: int = 0,
+    block: int = 500,
+    limit: int = 0,
+    compress: bool = False,
+) -> Recipe:
+    """The recipe of a data set from the dialogues at `path`."""
+    packages = ("tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
+    return Recipe(
+        input=fingerprint(path),
+        shares=dict(shares),
+        seed=seed,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        tokenizer_name=tokenizer_name,
+        rewriter=dataclasses.asdict(sampling) if sampling else "template",
+        max_idle_pairs=max_idle_pairs,
+        block=block,
+        limit=limit,
+        compress=compress,
+        versions={
+            "duplex_jax": __version__,
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            **{name: metadata.version(name) for name in packages},
+        },
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A short hash of a tokenizer's vocabulary: equal ones cut alike."""
+    digest = hashlib.sha256()
+    for i in range(tokenizer.vocab_size):
+        digest.update(tokenizer.token_bytes(i) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def blocks(dialogues: Iterable[Dialogue], size: int) -> Iterator[tuple[Dialogue, ...]]:
+    """Runs of `size` dialogues; a last run of less than half of that joins the one before it."""
+    held: tuple[Dialogue, ...] = ()
+    current: list[Dialogue] = []
+    for dialogue in dialogues:
+        current.append(dialogue)
+        if len(current) == size:
+            if held:
+                yield held
+            held, current = tuple(current), []
+    if held and len(current) * 2 >= size:
+        yield held
+        held = ()
+    if held or current:
+        yield (*held, *current)
+
+
+class Answers(Protocol):
+    """Something that gets requests answered, now or another time."""
+
+    def answer(self, requests: Sequence[Request]) -> "Future[dict[str, Answer] | None]":
+        """Answers by request key; None where some have to wait for another run."""
+        ...
+
+
+class Stopped(Exception):
+    """The run ends early and cleanly: a budget is used up, or the server is gone; the message says so."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a run made, over all its shards.
+
+    Attributes:
+        dialogues: source dialogues that were read.
+        bad_rows: rows that were left out.
+        rows: timelines by category.
+        pairs: slice pairs by category.
+        left_out: timelines that were not made, by category and reason.
+        unfinished: shards that wait for answers.
+        stopped: why the run ended early; "" where it did not.
+    """
+
+    dialogues: int = 0
+    bad_rows: int = 0
+    rows: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    pairs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    left_out: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    unfinished: int = 0
+    stopped: str = ""
+
+    def count(self, category: str, manifest: Mapping[str, Any]) -> None:
+        self.rows[category] += manifest["rows"]
+        self.pairs[category] += manifest["pairs"]
+        self.left_out.setdefault(category, collections.Counter()).update(manifest["left_out"])
+
+
+def shard_path(out: Path, category: str, block: int, compress: bool) -> Path:
+    return out / category / f"{category}-{block:05d}.jsonl{'.zst' if compress else ''}"
+
+
+def manifest_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.split(".jsonl")[0] + ".manifest.json")
+
+
+def read_manifest(shard: Path) -> dict[str, Any] | None:
+    """A shard's manifest; None where there is none that belongs to the file as it is."""
+    try:
+        manifest = json.loads(manifest_path(shard).read_text(encoding="utf-8"))
+        size = shard.stat().st_size if manifest["rows"] else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if manifest.get("bytes") == size else None
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the lock ends with the process."""
+    check_writable(out / ".lock")
+    with open(out / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{out}: another run is writing there; wait for it, or give another folder") from e
+        # What an earlier run was writing when it was killed.
+        for path in out.rglob(".*"):
+            if re.fullmatch(r"\..+\.(jsonl|zst|json|tsv|md)\.[a-z0-9_]{8}", path.name):
+                path.unlink(missing_ok=True)
+        yield
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Writes the recipe, or finds the same one there.
+
+    Raises:
+        UserError: the folder holds a data set of another recipe.
+    """
+    path = out / "recipe.json"
+    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if not path.exists():
+        with atomic_write(path) as f:
+            json.dump(mine, f, indent=1, ensure_ascii=False)
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        theirs = {}
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{out}: holds a data set made with {name}={theirs.get(name)!r}, and this run has {value!r}; "
+                "give another folder, or the same flags to go on"
+            )
+
+
+def generate(
+    path: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    engine: Engine,
+    answers: Answers | None = None,
+    max_bad_fraction: float = 0.05,
+    total: int | None = None,
+) -> Summary:
+    """Makes all shards that are not there yet.
+
+    Args:
+        path: the dialogues; see `dialogues.input_files`.
+        out: the data set's folder.
+        recipe: see there.
+        engine: runs `unit.make_unit` with the context of this recipe.
+        answers: gets a model's answers, where the recipe has a model.
+        max_bad_fraction: more bad rows than this part of all that were read stop the run.
+        total: the number of dialogues, for the time left.
+
+    Raises:
+        UserError: too many bad rows; another data set or another run in `out`; a worker died.
+    """
+    out = Path(out)
+    summary = Summary()
+    with _locked(out), atomic_write(out / "bad_rows.tsv") as bad_file, Progress("dialogues", total) as progress:
+        first_bad: list[str] = []
+
+        def on_bad(where: str, reason: str) -> None:
+            summary.bad_rows += 1
+            first_bad.append(f"{where}: {reason}") if len(first_bad) < 3 else None
+            bad_file.write(f"{where}\t{reason}\n")
+
+        def check_bad() -> None:
+            read = summary.dialogues + summary.bad_rows
+            if summary.bad_rows > max_bad_fraction * read:
+                raise UserError(
+                    f"{path}: {summary.bad_rows} of {read} rows are no dialogues, more than "
+                    f"--max_bad_fraction={max_bad_fraction}; the first: {'; '.join(first_bad)}"
+                )
+
+        def counted() -> Iterator[Dialogue]:
+            for dialogue in read_dialogues(path, on_bad):
+                summary.dialogues += 1
+                yield dialogue
+                if summary.dialogues == recipe.limit:
+                    return
+
+        shards = _Shards(out, recipe, engine, answers, summary)
+        first = 0
+        try:
+            for number, block in enumerate(blocks(counted(), recipe.block)):
+                check_bad()
+                _claim(out, recipe)
+                for category, share in recipe.shares.items():
+                    shards.make(Unit(category, share, number, first, block))
+                first += len(block)
+                progress.add(len(block), f"{sum(summary.rows.values()):,} timelines")
+            check_bad()
+            if not summary.dialogues:
+                raise UserError(f"{path}: holds no dialogue")
+            shards.finish()
+        except Stopped as e:
+            summary.stopped = str(e)
+            shards.abandon()
+        except BrokenProcessPool as e:
+            raise UserError(
+                "a worker died (out of memory?); what was made is kept, run again to go on, with fewer --workers"
+            ) from e
+    if not summary.stopped and not summary.unfinished:
+        _write_summary(out, recipe, summary)
+    return summary
+
+
+class _Shards:
+    """Units in flight: being made, waiting for answers, being made again with them, written."""
+
+    def __init__(self, out: Path, recipe: Recipe, engine: Engine, answers: Answers | None, summary: Summary):
+        self.out, self.recipe, self.engine, self.answers, self.summary = out, recipe, engine, answers, summary
+        # As many as keep everybody busy; units that wait for a model cost nobody's time.
+        self.limit = engine.parallel + (4 if answers else 2 if engine.parallel > 1 else 0)
+        self.flying: dict[Future, tuple[Unit, dict[str, Answer]]] = {}
+
+    def make(self, unit: Unit) -> None:
+        """Starts a unit, unless its shard is there; waits while too many are in flight."""
+        shard = shard_path(self.out, unit.category, unit.block, self.recipe.compress)
+        manifest = read_manifest(shard)
+        if manifest is not None and manifest["recipe"] == self.recipe.hash:
+            self.summary.count(unit.category, manifest)
+            return
+        while len(self.flying) >= self.limit:
+            self._step()
+        self.flying[self.engine.submit(unit, {})] = (unit, {})
+
+    def finish(self) -> None:
+        while self.flying:
+            self._step()
+
+    def abandon(self) -> None:
+        """Writes what is ready and lets go of the rest."""
+        for future in list(self.flying):
+            if future.done() and not future.exception() and isinstance(future.result(), Made):
+                unit, _ = self.flying[future]
+                if not future.result().pending:
+                    self._write(unit, future.result())
+                    continue
+            future.cancel()
+            self.summary.unfinished += 1
+        self.flying.clear()
+
+    def _step(self) -> None:
+        """Waits for something to be ready and takes it a stage further."""
+        ready, _ = wait(self.flying, return_when=FIRST_COMPLETED)
+        for future in ready:
+            unit, known = self.flying.pop(future)
+            try:
+                result = future.result()
+            except Stopped:
+                self.summary.unfinished += 1
+                raise
+            if isinstance(result, Made) and not result.pending:
+                self._write(unit, result)
+            elif isinstance(result, Made):
+                assert self.answers is not None
+                self.flying[self.answers.answer(result.pending)] = (unit, known)
+            elif result is None:
+                self.summary.unfinished += 1
+            else:
+                known |= result
+                self.flying[self.engine.submit(unit, known)] = (unit, known)
+
+    def _write(self, unit: Unit, made: Made) -> None:
+        shard = shard_path(self.out, unit.category, unit.block, self.recipe.compress)
+        manifest = {
+            "shard": shard.name,
+            "rows": made.rows,
+            "pairs": made.pairs,
+            "bytes": len(made.data),
+            "sha256": made.sha256,
+            "left_out": made.left_out,
+            "recipe": self.recipe.hash,
+            "versions": self.recipe.versions,
+        }
+        if made.rows:
+            with atomic_write(shard, "wb", compress=False) as f:
+                f.write(made.data)
+        with atomic_write(manifest_path(shard)) as f:
+            json.dump(manifest, f, indent=1, ensure_ascii=False)
+        self.summary.count(unit.category, manifest)
+
+
+def _write_summary(out: Path, recipe: Recipe, summary: Summary) -> None:
+    dataset = {
+        "dialogues": summary.dialogues,
+        "bad_rows": summary.bad_rows,
+        "categories": {
+            name: {
+                "timelines": summary.rows[name],
+                "pairs": summary.pairs[name],
+                "left_out": dict(sorted(summary.left_out.get(name, {}).items())),
+            }
+            for name in recipe.shares
+        },
+        "recipe": dataclasses.asdict(recipe),
+    }
+    with atomic_write(out / "dataset.json") as f:
+        json.dump(dataset, f, indent=1, ensure_ascii=False)
+    write_card(out, dataset)
+
+
+def parse_shares(categories: Sequence[str], shares: Sequence[str]) -> dict[str, float]:
+    """Timelines for each source dialogue, by category: the default of each one asked for, or what a flag says.
+
+    Args:
+        categories: names of categories; "paper" and "all" stand for the six and for all ten.
+        shares: "name=number" each.
+
+    Raises:
+        UserError: an unknown name, or no number above zero.
+    """
+    names: list[str] = []
+    for name in categories:
+        if name in ("paper", "all"):
+            names += [n for n, c in CATEGORIES.items() if name == "all" or not c.extra]
+        elif name in CATEGORIES:
+            names.append(name)
+        else:
+            raise UserError(f"--categories: {name!r} is none of {', '.join(CATEGORIES)}, paper, all")
+    if not names:
+        raise UserError(f"--categories: names none of {', '.join(CATEGORIES)}, paper, all")
+    found = {name: CATEGORIES[name].share for name in CATEGORIES if name in names}
+    for item in shares:
+        name, _, value = item.partition("=")
+        if name not in found:
+            raise UserError(f"--shares: {name!r} is none of the categories asked for, {', '.join(found)}")
+        try:
+            share = float(value)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1000:
+            raise UserError(f"--shares: {item!r} must be {name}=NUMBER, timelines for each dialogue, above 0")
+        found[name] = share
+    return found

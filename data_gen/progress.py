@@ -1,0 +1,53 @@
+"""Progress of long work: a live line with rate and time left on a terminal, plain log lines elsewhere."""
+
+import sys
+import time
+
+from absl import logging
+
+
+class Progress:
+    """Counts items; use as a context.
+
+    Args:
+        what: what is counted, such as "timelines".
+        total: how many there will be, where that is known.
+        every: seconds between log lines where there is no terminal.
+    """
+
+    def __init__(self, what: str, total: int | None = None, every: float = 10.0):
+        self.what, self.total, self.every = what, total, every
+        self.done = 0
+        self._live = sys.stderr.isatty()
+        self._shown = self._start = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live and self.done:
+            self._show(time.monotonic())
+            print(file=sys.stderr)
+
+    def add(self, items: int = 1, note: str = "") -> None:
+        """Counts `items` more; `note` is shown behind."""
+        self.done += items
+        now = time.monotonic()
+        if now - self._shown >= (0.2 if self._live else self.every):
+            self._shown = now
+            self._show(now, note)
+
+    def _show(self, now: float, note: str = "") -> None:
+        rate = self.done / max(now - self._start, 1e-9)
+        text = f"{self.done:,} {self.what}"
+        if self.total:
+            text = f"{self.done:,} of {self.total:,} {self.what} ({self.done / self.total:.0%})"
+        text += f", {rate:,.0f}/s"
+        if self.total and rate > 0:
+            left = max(0, int((self.total - self.done) / rate))
+            text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        text += f"; {note}" if note else ""
+        if self._live:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            logging.info("%s", text)

@@ -1,0 +1,324 @@
+"""What the categories ask of a rewriter, and the two that answer: fixed templates, or a language model's answers.
+
+A rewriter never does any input or output. The one that stands for a model looks answers up; what is not there yet it
+raises as `Pending`, and the caller comes back when the answers are. So a category stays a pure function.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from data_gen.topic import topic
+from data_gen.transitions import FUSE_PROMPT
+
+Rounds = Sequence[tuple[str, str]]
+
+
+class LeftOut(Exception):
+    """This dialogue gives no timeline of this category; the message is the reason, counted as it is."""
+
+
+class Interruption(NamedTuple):
+    """An answer broken off by a question: the rounds before it, its query, what was said, and what was still to come.
+
+    `statement` is the finished sentence that the question is about, `rest` starts with the unfinished sentence.
+    """
+
+    history: Rounds
+    query: str
+    said: str
+    statement: str
+    rest: str
+
+
+class Rewriter(Protocol):
+    """Where words come from that no source dialogue has."""
+
+    def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """One user input for each (transition sentence, what the user says next)."""
+        ...
+
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
+        """The answer to a query said again: `said` of the first `answer` was heard before it."""
+        ...
+
+    def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
+        """The user's question about a statement, its answer, and the interrupted message taken up again."""
+        ...
+
+    def opening(self, query: str, rng: random.Random) -> str:
+        """What the assistant says to break a silence, before the user brings up `query`."""
+        ...
+
+
+# Back on topic, without a model: the listener asks for the statement again, so the message itself holds the answer.
+_QUESTIONS = (
+    "Wait, what did you say about {topic}?",
+    "Sorry, could you repeat the part about {topic}?",
+    "Hold on, what was that about {topic}?",
+    "One second, what was your point about {topic}?",
+    "Hang on, what did you just say about {topic}?",
+    "Quick question, what did you mean about {topic}?",
+)
+_REPLIES = (
+    "What I said was this: {statement}",
+    "My point was this: {statement}",
+    "Sure. {statement}",
+    "Of course. {statement}",
+    "I said the following: {statement}",
+)
+_BRIDGES = (
+    "Now, back to where I was.",
+    "Going back to what I was saying:",
+    "To go on:",
+    "Let me continue.",
+    "Let me pick up where I left off.",
+)
+_OPENINGS = (
+    "Hello! Is there something you would like to talk about, maybe {topic}?",
+    "Hi there! Would you like to talk about {topic}?",
+    "Hello, are you there? We could talk about {topic}.",
+    "Hello! I am here if you have a question about {topic}.",
+    "Hi! What is on your mind today?",
+    "Hello! How can I help you today?",
+)
+
+
+class TemplateRewriter:
+    """Needs no model: transition sentences with their topic filled in, answers drawn from the dialogue itself."""
+
+    def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        return [self._fuse(*pair) for pair in pairs]
+
+    def _fuse(self, transition: str, sentence: str) -> str:
+        # The sentence that A.3 leaves open, "have you ever...?", is finished by the query that follows it.
+        filled = transition.replace(", have you ever...?", ".").replace("[topic]", topic(sentence))
+        if filled and filled[-1] not in ".?!":
+            filled += "."
+        return f"{filled} {sentence}".strip()
+
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
+        return answer
+
+    def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
+        question = rng.choice(_QUESTIONS).format(topic=topic(moment.statement))
+        return (
+            question,
+            rng.choice(_REPLIES).format(statement=moment.statement),
+            f"{rng.choice(_BRIDGES)} {moment.rest}",
+        )
+
+    def opening(self, query: str, rng: random.Random) -> str:
+        return rng.choice(_OPENINGS).format(topic=topic(query))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a model is asked; part of every request's key."""
+
+    model: str
+    temperature: float = 0.7
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question to a model.
+
+    Attributes:
+        kind: fuse, answer, question or resume: which checks the answer has to pass.
+        messages: (role, text) as the chat completions API takes them.
+        max_tokens: most tokens of the answer; one that needs more is refused.
+        sampling: model, temperature and seed.
+        source: the words that the answer is about: what stands in them may stand in the answer.
+    """
+
+    kind: str
+    messages: tuple[tuple[str, str], ...]
+    max_tokens: int
+    sampling: Sampling
+    source: str = ""
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that is sent: equal requests share one answer."""
+        return hashlib.sha256(json.dumps(self.body(0), sort_keys=True).encode()).hexdigest()[:32]
+
+    def body(self, attempt: int) -> dict:
+        """The JSON of a chat completions request; every attempt has a seed of its own."""
+        return {
+            "model": self.sampling.model,
+            "messages": [{"role": role, "content": text} for role, text in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.sampling.temperature,
+            "seed": self.sampling.seed + attempt,
+        }
+
+
+class Answer(NamedTuple):
+    """What became of a request: its text, or why there is none."""
+
+    text: str | None
+    reason: str = ""
+
+
+class Pending(Exception):
+    """Answers that are not there yet; ask for these and come again."""
+
+    def __init__(self, requests: list[Request]):
+        super().__init__(f"{len(requests)} requests")
+        self.requests = requests
+
+
+_QUESTION_PROMPT = (
+    "An assistant is speaking and has just said this.\n"
+    'Statement "{statement}"\n'
+    "Write the one short question about the statement with which the listener breaks in. "
+    "Give me the question only, no other words."
+)
+_REPLY_PROMPT = "You were interrupted by a question. Answer it in one or two short sentences and say nothing else."
+_RESUME_PROMPT = (
+    "Now take up your interrupted message again where it broke off and finish it. It was going to go on like this.\n"
+    'Rest "{rest}"\n'
+    "Link it smoothly to the question that I asked. Give me the rest of the message only, no other words."
+)
+_OPENING_PROMPT = (
+    "You are a friendly voice assistant and nobody has spoken for a while. You speak first.\n"
+    'Topic "{topic}"\n'
+    "Write the one short sentence with which you open a conversation about the topic. "
+    "Give me the sentence only, no other words."
+)
+
+
+class ModelRewriter:
+    """Takes its words from answers of a language model that were got before.
+
+    Args:
+        sampling: how the model is asked.
+        answers: by request key.
+    """
+
+    def __init__(self, sampling: Sampling, answers: Mapping[str, Answer]):
+        self.sampling = sampling
+        self.answers = answers
+
+    def _ask(self, requests: Sequence[Request]) -> list[str]:
+        missing = [r for r in requests if r.key not in self.answers]
+        if missing:
+            raise Pending(missing)
+        texts = []
+        for request in requests:
+            answer = self.answers[request.key]
+            if answer.text is None:
+                raise LeftOut(f"rewriter: {answer.reason}")
+            texts.append(answer.text)
+        return texts
+
+    def _request(self, kind: str, messages: Sequence[tuple[str, str]], max_tokens: int, source: str) -> Request:
+        return Request(kind, tuple(messages), max_tokens, self.sampling, source)
+
+    def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        # An empty sentence one leaves nothing to fuse (and A.3's empty one is not rewritten, says the paper).
+        requests = {
+            i: self._request(
+                "fuse", [("user", FUSE_PROMPT.format(sentence_a=a, sentence_b=b))], 128 + _tokens(b), source=b
+            )
+            for i, (a, b) in enumerate(pairs)
+            if a
+        }
+        fused = dict(zip(requests, self._ask(list(requests.values())), strict=True))
+        return [fused.get(i, b) for i, (_, b) in enumerate(pairs)]
+
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
+        messages = [*_chat(history), ("user", query), ("assistant", said), ("user", repetition)]
+        return self._ask([self._request("answer", messages, 512, answer)])[0]
+
+    def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
+        prompt = _QUESTION_PROMPT.format(statement=moment.statement)
+        [question] = self._ask([self._request("question", [("user", prompt)], 64, moment.statement)])
+        heard = [*_chat(moment.history), ("user", moment.query), ("assistant", moment.said)]
+        asked = [*heard, ("user", f"{question}\n({_REPLY_PROMPT})")]
+        [reply] = self._ask([self._request("answer", asked, 128, moment.said)])
+        go_on = [*heard, ("user", question), ("assistant", reply), ("user", _RESUME_PROMPT.format(rest=moment.rest))]
+        [rest] = self._ask([self._request("resume", go_on, 128 + 2 * _tokens(moment.rest), moment.rest)])
+        return question, reply, rest
+
+    def opening(self, query: str, rng: random.Random) -> str:
+        prompt = _OPENING_PROMPT.format(topic=topic(query))
+        return self._ask([self._request("opening", [("user", prompt)], 64, query)])[0]
+
+
+def _chat(rounds: Rounds) -> list[tuple[str, str]]:
+    return [message for query, answer in rounds for message in (("user", query), ("assistant", answer))]
+
+
+def _tokens(text: str) -> int:
+    """A generous guess at a text's tokens, for limits only."""
+    return len(text.encode()) // 3
+
+
+_QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
+_REFUSAL = re.compile(
+    r"(?:i'?m |i am )?(?:very |so )?(?:sorry|apologi[sz]e)?[,.]?\s*(?:but )?(?:"
+    r"as an ai\b|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b"
+    r"|i(?:'m| am) (?:unable|not able) to\b"
+    r"|i (?:can(?:'t|not)|won't) (?:help|assist|fulfill|comply|provide|rewrite|fuse|answer|do|create|generate|continue)"
+    r")"
+)
+_BRACKET = re.compile(r"\[[^\[\]\n]{1,40}\]|\{[a-z_]{1,20}\}|<(?:topic|empty string)>", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+# Runs of words that stand in our prompts and in no answer.
+_ECHO = 5
+_LABELS = ("sentence one", "sentence two", "no other words", "answer only", 'statement "', 'topic "', 'rest "')
+
+
+def clean(text: str) -> str:
+    """An answer without outer white space and without quotation marks around the whole of it."""
+    text = text.strip()
+    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text
+
+
+def fault(request: Request, text: str, finish_reason: str | None) -> str | None:
+    """Why a (clean) answer cannot be used, in a few words; None where it can."""
+    if not text:
+        return "empty answer"
+    if finish_reason == "length":
+        return "answer cut short"
+    if finish_reason == "content_filter":
+        return "refusal"
+    lowered = text.lower().replace("’", "'")
+    source = request.source.lower().replace("’", "'")
+    if _REFUSAL.match(lowered) and not _REFUSAL.match(source):
+        return "refusal"
+    if any(m.group().lower() not in source for m in _BRACKET.finditer(text)):
+        return "template bracket left"
+    if _echoes(request, lowered, source):
+        return "instruction echoed"
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return "half of a surrogate pair"
+    if request.kind == "fuse":
+        if len(text) > 400 + 2 * len(request.source):
+            return "runs on"
+        content = {w for w in _WORD.findall(source) if len(w) > 3}
+        if content and len(content & set(_WORD.findall(lowered))) < 0.3 * len(content):
+            return "sentence two lost"
+    return None
+
+
+def _echoes(request: Request, text: str, source: str) -> bool:
+    if any(label in text and label not in source for label in _LABELS):
+        return True
+    if request.kind == "answer":  # its prompt is the conversation, and an answer may well repeat that
+        return False
+    prompt = request.messages[-1][1].lower()
+    instruction = "\n".join(line for line in prompt.split("\n") if '"' not in line)
+    words = _WORD.findall(instruction)
+    runs = {tuple(words[i : i + _ECHO]) for i in range(len(words) - _ECHO + 1)}
+    said = _WORD.findall(text)
+    return any(tuple(said[i : i + _ECHO]) in runs for i in range(len(said) - _ECHO + 1))

@@ -1,0 +1,127 @@
+"""One unit of work: all timelines of one category from one block of dialogues, a pure function."""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import random
+from collections.abc import Mapping
+
+import zstandard
+
+from data_gen.categories import CATEGORIES
+from data_gen.dialogues import Dialogue
+from data_gen.rewriter import Answer, LeftOut, ModelRewriter, Pending, Request, Rewriter, Sampling, TemplateRewriter
+from duplex_jax.timeline import dump_line
+from duplex_jax.tokenizer import Tokenizer
+
+ZSTD_LEVEL = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all units share.
+
+    Attributes:
+        tokenizer: cuts assistant messages.
+        seed: of the data set.
+        max_idle_pairs: see `compose.Conversation`.
+        sampling: how the model is asked; None takes the templates.
+        compress: shards are zstd frames.
+    """
+
+    tokenizer: Tokenizer
+    seed: int = 0
+    max_idle_pairs: int = 0
+    sampling: Sampling | None = None
+    compress: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A block of dialogues and what is to be made of it.
+
+    Attributes:
+        category: of all its timelines.
+        share: timelines for each dialogue, over the whole input.
+        block: the block's number, which is the shard's.
+        first: the number of the block's first dialogue within the input.
+        dialogues: the block. Each is told about in turn; where a timeline takes several, the others are drawn from
+            the same block, so that no more of the input than this has to be at hand.
+    """
+
+    category: str
+    share: float
+    block: int
+    first: int
+    dialogues: tuple[Dialogue, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A unit's shard, or what has to be asked before it can be made.
+
+    Attributes:
+        data: the shard's bytes, as they are written.
+        sha256: of the shard.
+        rows: timelines in it.
+        pairs: their slice pairs.
+        left_out: how many timelines were not made, by reason.
+        pending: requests without an answer; then the rest says nothing.
+    """
+
+    data: bytes = b""
+    sha256: str = ""
+    rows: int = 0
+    pairs: int = 0
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pending: tuple[Request, ...] = ()
+
+
+def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Made:
+    """Makes a shard. Equal arguments give equal bytes, wherever it runs.
+
+    Args:
+        context: shared by all units.
+        unit: the block and its category.
+        answers: of the model, by request key.
+    """
+    rewriter: Rewriter = ModelRewriter(context.sampling, answers) if context.sampling else TemplateRewriter()
+    category = CATEGORIES[unit.category]
+    left_out: collections.Counter[str] = collections.Counter()
+    pending: dict[str, Request] = {}
+    raw = io.BytesIO()
+    out = zstandard.ZstdCompressor(level=ZSTD_LEVEL).stream_writer(raw, closefd=False) if context.compress else raw
+    rows = pairs = 0
+    for place, index in enumerate(range(unit.first, unit.first + len(unit.dialogues))):
+        for variant in range(int((index + 1) * unit.share) - int(index * unit.share)):
+            name = f"{unit.category}-{index:08d}" + (f"-{variant}" if variant else "")
+            rng = random.Random(f"{context.seed}/{name}")
+            try:
+                dialogues = _draw(unit.dialogues, place, rng.randint(*category.dialogues), rng)
+                timeline = category.make(dialogues, rng, context.tokenizer, rewriter, context.max_idle_pairs)
+            except LeftOut as e:
+                left_out[str(e)] += 1
+                continue
+            except Pending as e:
+                pending |= {r.key: r for r in e.requests}
+                continue
+            timeline.id = name
+            if not pending:
+                out.write(dump_line(timeline).encode())
+            rows += 1
+            pairs += len(timeline.pairs)
+    if pending:
+        return Made(pending=tuple(pending.values()))
+    if out is not raw:
+        out.close()
+    data = raw.getvalue() if rows else b""
+    return Made(data, hashlib.sha256(data).hexdigest(), rows, pairs, dict(sorted(left_out.items())))
+
+
+def _draw(block: tuple[Dialogue, ...], place: int, number: int, rng: random.Random) -> list[Dialogue]:
+    """`number` dialogues of a block at random; the one at `place` comes last."""
+    if number > len(block):
+        raise LeftOut(f"fewer than {number} dialogues to draw from")
+    others = rng.sample(range(len(block) - 1), number - 1)
+    return [*(block[i + (i >= place)] for i in others), block[place]]
