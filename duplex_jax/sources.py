@@ -126,7 +126,7 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
             return _Header(data).read()
     except OSError as e:
         raise UserError(f"{path}: cannot read ({e.strerror}); give an existing GGUF file") from e
-    except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
+    except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as e:
         raise UserError(f"{path}: is no whole GGUF file ({e}); fetch it again") from e
 
 

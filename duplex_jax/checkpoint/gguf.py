@@ -105,8 +105,10 @@ def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> 
     if "rope_freqs.weight" in header.tensors:  # Llama 3.1's scaling, worked out: a divisor for each frequency
         divisors = _factors(header, "rope_freqs.weight", where)
         return RopeScaling("longrope", 1.0, longest, attention_factor=1.0, short_factor=divisors, long_factor=divisors)
-    if kind in ("none", "linear", "yarn"):
-        return RopeScaling("default" if kind == "none" else kind, factor, original)
+    if kind == "none":
+        return RopeScaling()
+    if kind in ("linear", "yarn"):
+        return RopeScaling(kind, factor, original)
     raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; none, linear, yarn and longrope are")
 
 

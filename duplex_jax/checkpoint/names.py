@@ -139,6 +139,8 @@ def assemble(
     Raises:
         UserError: a tensor is missing, of another shape, cut off, or not part of the model.
     """
+    if config.num_layers > len(tensors):  # said before a damaged count makes a list of billions
+        raise UserError(f"{where}: the config says {config.num_layers} layers and the file has {len(tensors)} tensors")
     wanted = list(parts(config, column))
     _check(config, wanted, tensors, column, where)
     tree: Params = {}
