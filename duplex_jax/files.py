@@ -97,6 +97,20 @@ def check_folder(path: str | Path, overwrite: bool = False) -> Path:
     return path
 
 
+def check_space(path: str | Path, size: int) -> None:
+    """Refuses to begin what the disk of `path` has no room for; `size` is in bytes.
+
+    Raises:
+        UserError: too little is free.
+    """
+    free = shutil.disk_usage(Path(path).absolute().parent).free
+    if free < size:
+        raise UserError(
+            f"{path}: needs {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some space or "
+            "give another place"
+        )
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Gives a new folder beside `path` and renames it onto `path` when the block ends well; else leaves nothing.

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import mmap
 import struct
 from pathlib import Path
@@ -69,11 +70,12 @@ def _download(repo: str, weights: bool) -> Path:
 
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"model 'hf:{repo}': must be hf:owner/name")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log each retry
     try:
         try:
             patterns = list(_TOKENIZER_FILES)
             if weights:
-                files = huggingface_hub.list_repo_files(repo)
+                files = [f.rfilename for f in huggingface_hub.model_info(repo, timeout=10).siblings or ()]
                 # The same weights often lie there twice; pickles only where there is nothing else.
                 patterns.append(_WEIGHT_FILES[0 if any(f.endswith(".safetensors") for f in files) else 1])
             return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
@@ -88,7 +90,8 @@ def _download(repo: str, weights: bool) -> Path:
         raise UserError(f"model 'hf:{repo}': no such repository, or it needs a login (huggingface-cli login)") from e
     except Exception as e:  # whichever of several libraries' errors a broken network gives
         raise UserError(
-            f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {e}); needs a network, or give a folder"
+            f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {str(e)[:120]}); needs a network, or give a "
+            "folder"
         ) from e
 
 

@@ -125,8 +125,8 @@ class SentencePieceTokenizer:
         return piece.replace("▁", " ").encode()
 
     def with_tokens(self, tokens: Sequence[str]) -> "SentencePieceTokenizer":
-        added = self._added | {t: self.vocab_size + i for i, t in enumerate(tokens)}
-        return SentencePieceTokenizer(self._model, added, config=self._config)
+        added = {t: self.vocab_size + i for i, t in enumerate(tokens)}
+        return SentencePieceTokenizer(self._model, self._added | added, config=_with_added(self._config, added))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -181,9 +181,10 @@ class HFTokenizer:
         return piece.replace("▁", " ").encode()
 
     def with_tokens(self, tokens: Sequence[str]) -> "HFTokenizer":
-        added = [_added_token(self.vocab_size + i, t) for i, t in enumerate(tokens)]
-        spec = self._spec | {"added_tokens": [*self._spec.get("added_tokens", []), *added]}
-        return HFTokenizer(spec, config=self._config)
+        added = {t: self.vocab_size + i for i, t in enumerate(tokens)}
+        entries = [_added_token(i, t) for t, i in added.items()]
+        spec = self._spec | {"added_tokens": [*self._spec.get("added_tokens", []), *entries]}
+        return HFTokenizer(spec, config=_with_added(self._config, added))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -195,6 +196,15 @@ def _added_token(token: int, content: str) -> dict[str, Any]:
     """A control token's entry in `tokenizer.json`."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": content, **flags, "special": True}
+
+
+def _with_added(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[str, Any]:
+    """`tokenizer_config.json` with more control tokens, where it lists them."""
+    known = config.get("added_tokens_decoder")
+    if known is None:
+        return dict(config)
+    entries = {str(i): {k: v for k, v in _added_token(i, t).items() if k != "id"} for t, i in added.items()}
+    return {**config, "added_tokens_decoder": {**known, **entries}}
 
 
 def _byte_alphabet() -> dict[str, int]:

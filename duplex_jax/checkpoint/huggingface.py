@@ -182,7 +182,7 @@ def save_config(
         extra: more fields of `config.json`.
 
     Raises:
-        UserError: the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     row = to_hf(config)
     if hf_type == "minicpm":
@@ -207,10 +207,7 @@ def as_minicpm(config: ModelConfig, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, row: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: cannot write ({e.strerror or e}); free some space or give another --out") from e
+    path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shards(
@@ -244,7 +241,7 @@ def save_weights(
         shard_bytes: the most that one file holds, unless a single tensor is larger.
 
     Raises:
-        UserError: the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -259,7 +256,7 @@ def save_weights(
             save_file(arrays, folder / name, metadata={"format": "pt"})
             set_default_mode(folder / name)  # the library makes private files
         except SafetensorError as e:
-            raise UserError(f"{folder / name}: cannot write ({e}); free some space or give another --out") from e
+            raise OSError(str(e)) from e
         weight_map |= {part.name: name for part in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for size, _ in shards)}, "weight_map": weight_map}

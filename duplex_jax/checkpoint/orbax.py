@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ PARAMS_FOLDER = "params"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Orbax's forty lines a call out of a job's own log; its warnings stay."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keeps Orbax's forty lines a call out of a job's own log, up to `level`."""
     before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.WARNING))
+    logging.set_verbosity(min(before, level))
     try:
         yield
     finally:
@@ -66,18 +68,32 @@ def save(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | No
         dtype: of the stored weights; None keeps their own.
 
     Raises:
-        UserError: the folder cannot be written.
+        OSError: the folder cannot be written; `params` is not left there.
     """
     from orbax.checkpoint import v1 as ocp
 
+    (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     try:
-        (folder / CONFIG_FILE).write_text(config_to_json(config), encoding="utf-8")
-        if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-        with quiet():
+        with quiet(logging.FATAL):  # a failure is raised; Orbax would also log it once a thread
             ocp.save((folder / PARAMS_FOLDER).absolute(), params)
-    except Exception as e:  # Orbax wraps a full disk in its own errors
-        raise UserError(f"{folder}: cannot write ({str(e)[:200]}); free some space or give another --out") from e
+    except Exception as e:  # a full disk surfaces as whatever TensorStore makes of it
+        _remove_partial(folder)
+        raise OSError(str(e).rsplit(": ", 1)[-1]) from e
+
+
+def _remove_partial(folder: Path) -> None:
+    """Removes a failed save: its threads go on for some seconds, and make their folders again."""
+    gone = 0
+    for _ in range(300):
+        parts = list(folder.glob(f"{PARAMS_FOLDER}*"))
+        gone = 0 if parts else gone + 1
+        if gone > 20:
+            return
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -141,7 +157,7 @@ def restore(folder: Path, abstract: Any) -> Any:
 
 
 def _same_structure(a: Any, b: Any) -> bool:
-    return bool(jax.tree.structure(a) == jax.tree.structure(b))
+    return [path for path, _ in jax.tree.leaves_with_path(a)] == [path for path, _ in jax.tree.leaves_with_path(b)]
 
 
 def _has_shape(x: Any) -> bool:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from duplex_jax.checkpoint import gguf, huggingface, orbax
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_folder
+from duplex_jax.files import atomic_folder, check_space
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
 from duplex_jax.sources import locate
@@ -134,6 +135,7 @@ def save_model(
         raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(huggingface.TYPES)}")
     kind = as_dtype(dtype)
     with atomic_folder(folder, overwrite) as aside:
+        check_space(folder, sum(x.size * (kind or x.dtype).itemsize for x in jax.tree.leaves(model.params)))
         model.tokenizer.save(aside)
         huggingface.save_config(
             aside,
