@@ -1,0 +1,1 @@
+"""Experiments as Python files; each docstring says what it needs, how long it takes and what it reaches."""

@@ -1,0 +1,1 @@
+"""Meshes by name: how many devices carry each axis, on which hardware."""

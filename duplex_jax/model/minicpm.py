@@ -151,7 +151,11 @@ def block(
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Scaled embeddings `[B, T, D]` of tokens `[B, T]`."""
-    return params["embed"][tokens].astype(dtype) * config.scale_emb
+    x = params["embed"][tokens].astype(dtype)
+    if "rows" in params:  # rows that are trained beside a frozen table
+        hit = tokens[..., None] == params["rows"]["ids"]
+        x = jnp.where(hit.any(-1, keepdims=True), hit.astype(dtype) @ params["rows"]["embed"].astype(dtype), x)
+    return x * config.scale_emb
 
 
 def head_input(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -161,7 +165,10 @@ def head_input(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
     """The head's matrix `[V, D]`."""
-    return params["embed"] if config.tie_word_embeddings else params["head"]
+    table = "embed" if config.tie_word_embeddings else "head"
+    if "rows" in params:
+        return params[table].at[params["rows"]["ids"]].set(params["rows"][table].astype(params[table].dtype))
+    return params[table]
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Training: schedule, loss, step, loop, metrics, and compilation for hardware that is not here."""

@@ -1,0 +1,428 @@
+"""A packed dataset: shards of rows in ArrayRecord and a manifest that says what they are; its writer and its reader."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from duplex_jax.data import encode, rows
+from duplex_jax.data.packing import pack
+from duplex_jax.data.rows import Document, Row
+from duplex_jax.errors import UserError
+from duplex_jax.template import Template
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+ROWS_PER_SHARD = 16384
+_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of rows: its name, how many rows and bytes it has, and the SHA-256 of its bytes."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a packed dataset is.
+
+    Attributes:
+        format: of the records.
+        length: T, tokens a row.
+        rows: how many.
+        tokens: real tokens in them; `tokens / (rows * length)` is the packing efficiency.
+        documents: conversations, or parts of long ones.
+        conversations: lines of the input.
+        split: conversations longer than a row, cut between pairs.
+        left_out: tokens of single pairs longer than a row.
+        decisions: pairs in which the assistant speaks or stays idle.
+        template: how timelines were written.
+        tokenizer: the vocabulary's fingerprint.
+        vocab_size: of the tokenizer.
+        model: whose tokenizer it is, as it was asked for.
+        categories: names, in the order of their numbers.
+        category_tokens: real tokens of each.
+        hash: of the shards together.
+        shards: the files.
+    """
+
+    format: int
+    length: int
+    rows: int
+    tokens: int
+    documents: int
+    conversations: int
+    split: int
+    left_out: int
+    decisions: int
+    template: str
+    tokenizer: str
+    vocab_size: int
+    model: str
+    categories: list[str]
+    category_tokens: list[int]
+    hash: str
+    shards: list[Shard]
+
+    @property
+    def efficiency(self) -> float:
+        """Real tokens over the room for them."""
+        return self.tokens / max(1, self.rows * self.length)
+
+
+class RowSource(Protocol):
+    """Rows by index, with the facts that training checks."""
+
+    name: str
+    length: int
+    template: str
+    tokenizer: str
+    categories: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Row: ...
+
+    def row_id(self, i: int) -> str:
+        """Where row i lies: file and record."""
+        ...
+
+
+@dataclasses.dataclass
+class Tally:
+    """Counts that grow while a dataset is encoded and packed."""
+
+    rows: int = 0
+    tokens: int = 0
+    documents: int = 0
+    conversations: int = 0
+    split: int = 0
+    left_out: int = 0
+    decisions: int = 0
+    category_tokens: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, row: Sequence[Document]) -> None:
+        """Counts a finished row."""
+        self.rows += 1
+        for document in row:
+            self.documents += 1
+            self.tokens += len(document.ids)
+            self.decisions += int((document.codes & rows.DECISION != 0).sum())
+            tokens = self.category_tokens.get(document.category, 0)
+            self.category_tokens[document.category] = tokens + len(document.ids)
+
+
+_worker_template: Template | None = None
+
+
+def _start_worker(model: str, template: str) -> None:
+    global _worker_template
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_template = encode.load_template(model, template)
+
+
+def _encode_chunk(lines: list[tuple[str, bytes]], length: int) -> list[tuple[list[encode.Part], int, str]]:
+    assert _worker_template is not None
+    return [encode.encode_line(_worker_template, line, where, length) for where, line in lines]
+
+
+def encode_files(
+    path: str | Path,
+    template: Template,
+    model: str,
+    length: int,
+    workers: int,
+    tally: Tally,
+    categories: dict[str, int],
+) -> Iterable[Document]:
+    """The documents of every conversation below `path`, in the order of the input whatever the number of workers.
+
+    Args:
+        path: a JSONL file or a folder of them, timelines or chats.
+        template: of this process.
+        model: by which workers load the same tokenizer.
+        length: most tokens of a document.
+        workers: processes that encode; 0 or 1 for this one alone.
+        tally: counts conversations, splits and what is left out.
+        categories: names to numbers; grows.
+    """
+
+    def documents(encoded: list[tuple[list[encode.Part], int, str]]) -> Iterable[Document]:
+        for parts, lost, name in encoded:
+            category = categories.setdefault(name, len(categories))
+            if category > 255:
+                raise UserError(f"{path}: more than 256 categories; give `category` a name of a kind")
+            tally.conversations += 1
+            tally.split += len(parts) > 1 or lost > 0
+            tally.left_out += lost
+            for ids, codes in parts:
+                yield Document(ids, codes, category, tally.conversations - 1)
+
+    lines = encode.input_lines(encode.input_files(path))
+    if workers <= 1:
+        for where, line in lines:
+            yield from documents([encode.encode_line(template, line, where, length)])
+        return
+    # A spawned worker imports no JAX and inherits no threads.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(model, template.name)
+    ) as pool:
+        waiting: list[Future[list[tuple[list[encode.Part], int, str]]]] = []
+        try:
+            while True:
+                chunk = list(islice(lines, _CHUNK))
+                if chunk:
+                    waiting.append(pool.submit(_encode_chunk, chunk, length))
+                if waiting and (not chunk or len(waiting) > 2 * workers):
+                    yield from documents(waiting.pop(0).result())
+                if not chunk and not waiting:
+                    return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def check_length(length: int) -> None:
+    """Refuses row lengths that records cannot say."""
+    if not 16 <= length <= rows.MAX_LENGTH:
+        raise UserError(f"--length={length}: must be 16 to {rows.MAX_LENGTH} tokens")
+
+
+def write_packed(
+    path: str | Path,
+    out: str | Path,
+    model: str,
+    length: int,
+    template: str = "",
+    workers: int = 1,
+    progress: Any = None,
+) -> Manifest:
+    """Encodes and packs a dataset into `out`, which appears when it is whole.
+
+    Args:
+        path: a JSONL file or a folder of them, timelines or chats.
+        out: the folder to make.
+        model: whose tokenizer to use.
+        length: T, tokens a row.
+        template: its name; the tokenizer's own by default.
+        workers: processes that encode.
+        progress: called with the `Tally` after each row.
+
+    Raises:
+        UserError: bad input, or `out` exists or cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    check_length(length)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; give a folder that does not, or remove it")
+    files = encode.input_files(path)
+    made = encode.load_template(model, template)
+    tokenizer = made.tokenizer
+    tally, categories = Tally(), {}
+    width = rows.token_bytes(tokenizer.vocab_size)
+    partial = out.with_name(f".{out.name}.partial")
+    shards: list[Shard] = []
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        documents = encode_files(path, made, model, length, workers, tally, categories)
+        packed = pack(documents, length)
+        while True:
+            name = f"rows-{len(shards):05d}.arrayrecord"
+            batch = islice(packed, ROWS_PER_SHARD)
+            first = next(batch, None)
+            if first is None:
+                break
+            # One record a chunk: any row is read without its neighbours.
+            writer = ArrayRecordWriter(str(partial / name), "group_size:1,zstd:1")
+            try:
+                count = 0
+                for row in (first, *batch):
+                    writer.write(rows.to_bytes(row, width))
+                    tally.add(row)
+                    count += 1
+                    if progress is not None:
+                        progress(tally)
+            finally:
+                writer.close()
+            shards.append(Shard(name, count, (partial / name).stat().st_size, _sha256(partial / name)))
+        if not shards:
+            raise UserError(f"{path}: no conversation in {len(files)} file(s); nothing to pack")
+        manifest = Manifest(
+            format=FORMAT, length=length, rows=tally.rows, tokens=tally.tokens, documents=tally.documents,
+            conversations=tally.conversations, split=tally.split, left_out=tally.left_out, decisions=tally.decisions,
+            template=made.name, tokenizer=encode.fingerprint(tokenizer), vocab_size=tokenizer.vocab_size, model=model,
+            categories=list(categories), category_tokens=[tally.category_tokens.get(i, 0) for i in categories.values()],
+            hash=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()[:16], shards=shards,
+        )  # fmt: skip
+        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as e:
+        raise UserError(f"{out}: cannot write ({e.strerror or e}); nothing was left behind") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """What is in a packed dataset.
+
+    Raises:
+        UserError: no packed dataset, or of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        row = json.loads(path.read_text())
+        if row.get("format") != FORMAT:
+            raise UserError(f"{path}: format {row.get('format')!r}; this version reads {FORMAT}, so pack again")
+        return Manifest(**row | {"shards": [Shard(**s) for s in row["shards"]]})
+    except OSError as e:
+        raise UserError(f"{folder}: no packed dataset ({e.strerror}); `duplex-jax pack` makes one") from e
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path}: is no manifest of a packed dataset ({e}); pack again") from e
+
+
+class PackedRows:
+    """Rows of a packed dataset, read by index; travels to worker processes.
+
+    Args:
+        folder: what `write_packed` made.
+        verify: read every byte and compare it with the manifest, not only sizes and counts.
+
+    Raises:
+        UserError: a shard is missing, cut or damaged; names it.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = False):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.name = str(folder)
+        self.length = self.manifest.length
+        self.template, self.tokenizer = self.manifest.template, self.manifest.tokenizer
+        self.categories = self.manifest.categories
+        self._width = rows.token_bytes(self.manifest.vocab_size)
+        self._data: Any = None
+        for shard in self.manifest.shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise UserError(f"{path}: is missing; the manifest lists it, so copy it or pack again")
+            if path.stat().st_size != shard.bytes:
+                raise UserError(
+                    f"{path}: has {path.stat().st_size} bytes and not {shard.bytes}; it is cut or changed: "
+                    "copy it or pack again"
+                )
+            if verify and _sha256(path) != shard.sha256:
+                raise UserError(f"{path}: its bytes are not those that were packed; copy it or pack again")
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_data": None}
+
+    def __getitem__(self, i: int) -> Row:
+        import grain
+
+        if self._data is None:
+            self._data = grain.sources.ArrayRecordDataSource([str(self.folder / s.file) for s in self.manifest.shards])
+        try:
+            record = self._data[i]
+            return rows.from_bytes(record, self.length, self._width)
+        except (UserError, ValueError, RuntimeError, IndexError) as e:
+            raise UserError(f"{self.row_id(i)}: cannot be read ({e}); copy the shard or pack again") from e
+
+    def row_id(self, i: int) -> str:
+        for shard in self.manifest.shards:
+            if i < shard.rows:
+                return f"{self.folder / shard.file}:{i}"
+            i -= shard.rows
+        return f"{self.folder}:{i}"
+
+
+class MemoryRows:
+    """Rows packed when training starts, for sets too small to be worth a file.
+
+    Args:
+        path: a JSONL file or a folder of them.
+        template: how to write timelines.
+        length: T, tokens a row.
+    """
+
+    MOST_BYTES = 64 << 20
+
+    def __init__(self, path: str | Path, template: Template, length: int):
+        size = sum(f.stat().st_size for f in encode.input_files(path))
+        if size > self.MOST_BYTES:
+            raise UserError(
+                f"{path}: {size >> 20} MiB of conversations; more than {self.MOST_BYTES >> 20} MiB is packed once, "
+                f"with `duplex-jax pack --input={path} --out=DIR --model=M --length={length}`"
+            )
+        check_length(length)
+        self.name, self.length, self.template = str(path), length, template.name
+        self.tokenizer = encode.fingerprint(template.tokenizer)
+        self.tally = Tally()
+        names: dict[str, int] = {}
+        self._width = rows.token_bytes(template.tokenizer.vocab_size)
+        self._records = []
+        for row in pack(encode_files(path, template, "", length, 0, self.tally, names), length):
+            self.tally.add(row)
+            self._records.append(rows.to_bytes(row, self._width))
+        self.categories = list(names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Row:
+        return rows.from_bytes(self._records[i], self.length, self._width)
+
+    def row_id(self, i: int) -> str:
+        """The row, and the conversations of the input that lie in it."""
+        return f"{self.name}: row {i} (conversations {', '.join(map(str, self[i].sources))})"
+
+
+def open_rows(path: str | Path, template: Template, length: int) -> RowSource:
+    """A packed dataset, or conversations packed on the spot, checked against the model's template and tokenizer.
+
+    Raises:
+        UserError: it does not fit: another row length, template or vocabulary.
+    """
+    if not (Path(path) / MANIFEST).is_file():
+        return MemoryRows(path, template, length)
+    source = PackedRows(path)
+    manifest = source.manifest
+    if manifest.tokenizer != encode.fingerprint(template.tokenizer):
+        raise UserError(
+            f"{path}: was packed with the tokenizer of {manifest.model!r}, which is not the model's; "
+            "pack again with the model that is trained"
+        )
+    if manifest.template != template.name:
+        raise UserError(
+            f"{path}: was packed with template {manifest.template!r} and the model has {template.name!r}; "
+            f"pack again with --template={template.name}, or train with --config.model.template={manifest.template}"
+        )
+    if manifest.length != length:
+        raise UserError(
+            f"{path}: has rows of {manifest.length} tokens and the config {length}; "
+            f"pack again, or --config.data.length={manifest.length}"
+        )
+    return source

@@ -1,0 +1,266 @@
+"""Conversations to documents: timelines through the template, turn-based chats as the mixed-in SFT data."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duplex_jax import timeline
+from duplex_jax.data.rows import DECISION, IDLE, IGNORED, SPOKEN
+from duplex_jax.errors import UserError
+from duplex_jax.files import open_lines
+from duplex_jax.sources import locate
+from duplex_jax.template import Template, default_template, make_template, missing_tokens
+from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
+
+TURN_BASED, UNCATEGORISED = "turn_based", "uncategorised"
+CATEGORIES = (*timeline.CATEGORIES, TURN_BASED, UNCATEGORISED)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+# Any weight but 0 and 1 tells idle from speech in what the template gives back.
+_IDLE_MARK = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A whole conversation's ids and codes, and the places where it may be cut.
+
+    Attributes:
+        ids: int32 `[n]`.
+        codes: uint8 `[n]`.
+        cuts: ascending indices at which a pair or a turn begins; the first is the length of the opening.
+        category: its name.
+    """
+
+    ids: np.ndarray
+    codes: np.ndarray
+    cuts: np.ndarray
+    category: str
+
+
+def encode_timeline(template: Template, row: timeline.Timeline) -> Encoding:
+    """A timeline's ids, what each counts for, and its pair boundaries."""
+    encoded = template.encode(row, idle_weight=_IDLE_MARK)
+    codes = np.where(encoded.loss_weights == 0, IGNORED, np.where(encoded.loss_weights == 1, SPOKEN, IDLE))
+    codes = codes.astype(np.uint8)
+    codes[encoded.decisions] |= DECISION
+    return Encoding(encoded.ids, codes, encoded.starts, row.category or UNCATEGORISED)
+
+
+def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """A turn-based chat: every assistant message with the token that ends it counts, the rest does not.
+
+    Args:
+        template: gives the prompt up to each answer.
+        messages: (role, text); a last message that nobody answered is left out.
+
+    Returns:
+        ids and codes.
+
+    Raises:
+        UserError: no assistant message in it.
+    """
+    ids: list[int] = []
+    codes: list[int] = []
+    for i, (role, text) in enumerate(messages):
+        if role != "assistant":
+            continue
+        prompt = template.turn_prompt(messages[:i])
+        if prompt[: len(ids)] != ids:
+            raise UserError(f"template {template.name!r} does not write a chat's turns one behind the other")
+        closing = template.turn_closing()
+        answer = template.tokenizer.encode(text)
+        codes += [IGNORED] * (len(prompt) - len(ids)) + [SPOKEN] * len(answer)
+        codes += [SPOKEN if i == template.end_id else IGNORED for i in closing]
+        ids = [*prompt, *answer, *closing]
+    if not ids:
+        raise UserError("a chat without an assistant message teaches nothing; leave it out")
+    if template.end_id not in template.turn_closing():  # a family that ends only the last answer
+        ids, codes = [*ids, template.end_id], [*codes, SPOKEN]
+    return ids, codes
+
+
+Part = tuple[np.ndarray, np.ndarray]
+
+
+def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: int) -> tuple[list[Part], int]:
+    """A chat as parts of at most `length` tokens, cut between turns; every part opens with the system's message.
+
+    Returns:
+        (ids, codes) of each part, and how many tokens of turns longer than a row were cut off at their end.
+    """
+    ids, codes = encode_chat(template, messages)
+    if len(ids) <= length:
+        return [(np.asarray(ids, np.int32), np.asarray(codes, np.uint8))], 0
+    system = [m for m in messages if m[0] == "system"]
+    turns: list[list[tuple[str, str]]] = [[]]
+    for m in messages:
+        if m[0] != "system":
+            turns[-1].append(m)
+            if m[0] == "assistant":
+                turns.append([])
+    parts: list[Part] = []
+    lost = 0
+    group: list[tuple[str, str]] = []
+
+    def close() -> None:
+        if group:
+            ids, codes = encode_chat(template, [*system, *group])
+            parts.append((np.asarray(ids, np.int32), np.asarray(codes, np.uint8)))
+            group.clear()
+
+    for turn in turns:
+        if not any(role == "assistant" for role, _ in turn):
+            continue
+        alone, alone_codes = encode_chat(template, [*system, *turn])
+        if len(alone) > length:  # one answer longer than a row: its beginning is kept
+            close()
+            parts.append((np.asarray(alone[:length], np.int32), np.asarray(alone_codes[:length], np.uint8)))
+            lost += len(alone) - length
+            continue
+        if len(encode_chat(template, [*system, *group, *turn])[0]) > length:
+            close()
+        group += turn
+    close()
+    return parts, lost
+
+
+def parse_chat(row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+    """Messages of `{"messages": [{"role", "content"}, ...]}` or of UltraChat's `{"data": [question, answer, ...]}`.
+
+    Raises:
+        UserError: names the file, the line and the field.
+    """
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"{where}: messages: must be a list of messages, and not empty")
+        for i, m in enumerate(messages):
+            if (
+                not isinstance(m, dict)
+                or m.get("role") not in ("system", "user", "assistant")
+                or not isinstance(m.get("content"), str)
+            ):
+                raise UserError(f"{where}: messages[{i}]: must have a role (system, user, assistant) and a content")
+        return [(m["role"], m["content"]) for m in messages]
+    data = row["data"]
+    if not isinstance(data, list) or not data or not all(isinstance(m, str) for m in data):
+        raise UserError(f"{where}: data: must be a list of texts, question and answer in turn")
+    return [(("user", "assistant")[i % 2], text) for i, text in enumerate(data)]
+
+
+def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
+    """A timeline as parts of at most `length` tokens, cut between pairs; each part opens as the conversation did.
+
+    Returns:
+        (ids, codes) of each part, and how many tokens of pairs that are longer than a row were left out.
+    """
+    if len(encoding.ids) <= length:
+        return [(encoding.ids, encoding.codes)], 0
+    opening = int(encoding.cuts[0])
+    room = length - opening
+    ends = [*encoding.cuts[1:].tolist(), len(encoding.ids)]
+    spans: list[tuple[int, int]] = []
+    lost = 0
+    start = stop = opening
+    for begin, end in zip(encoding.cuts.tolist(), ends, strict=True):
+        if end - begin > room:  # one pair longer than a row: nothing whole can be kept of it
+            lost += end - begin
+            spans.append((start, stop))
+            start = stop = end
+        elif end - start > room:
+            spans.append((start, stop))
+            start, stop = begin, end
+        else:
+            stop = end
+    spans.append((start, stop))
+
+    def part(values: np.ndarray, a: int, b: int) -> np.ndarray:
+        return np.concatenate([values[:opening], values[a:b]])
+
+    return [(part(encoding.ids, a, b), part(encoding.codes, a, b)) for a, b in spans if b > a], lost
+
+
+def encode_line(template: Template, line: bytes, where: str, length: int) -> tuple[list[Part], int, str]:
+    """One JSONL line, a timeline or a chat, as parts that fit a row.
+
+    Returns:
+        (ids, codes) of each part, tokens left out, and the category's name.
+
+    Raises:
+        UserError: neither, or broken; names the file, the line and the field.
+    """
+    if b'"output"' not in line:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where}: not JSON ({e}); one JSON object a line") from e
+        if isinstance(row, dict) and ("messages" in row or "data" in row):
+            messages = parse_chat(row, where)
+            try:
+                parts, lost = chat_parts(template, messages, length)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
+            return parts, lost, row.get("category") or TURN_BASED
+    encoding = encode_timeline(template, timeline.parse_line(line, where))
+    parts, lost = timeline_parts(encoding, length)
+    return parts, lost, encoding.category
+
+
+def input_files(path: str | Path) -> list[Path]:
+    """The JSONL files of a dataset: the file itself, or every one below a folder, in order of name.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; give timelines or chats as .jsonl")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    files = [p for p in files if not any(n.startswith((".", "_")) for n in p.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file below it; give timelines or chats as JSON lines")
+    return files
+
+
+def input_lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of every line that is not blank."""
+    for file in files:
+        with open_lines(file) as lines:
+            try:
+                for n, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield f"{file}:{n}", line
+            except (OSError, EOFError) as e:
+                raise UserError(f"{file}: cannot be read to its end ({e}); fetch or write it again") from e
+
+
+def load_template(model: str | Path, name: str = "") -> Template:
+    """A model's template with its tokenizer, without its weights; tokens that the vocabulary lacks are added.
+
+    Args:
+        model: what `--model` takes.
+        name: of the template; by default the one that the model names, else the one its vocabulary was made for.
+    """
+    tokenizer = resolve_tokenizer(model)
+    config = locate(model, weights=False) / "config.json"
+    if not name and config.is_file():
+        duplex = json.loads(config.read_text()).get("duplex")
+        name = duplex.get("template", "") if isinstance(duplex, dict) else ""
+    name = name or default_template(tokenizer)
+    missing = missing_tokens(name, tokenizer)
+    return make_template(name, tokenizer.with_tokens(missing) if missing else tokenizer)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of the vocabulary: two tokenizers with the same one give every id the same meaning."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.special.items())).encode())
+    for i in range(tokenizer.vocab_size):
+        digest.update(tokenizer.token_bytes(i) + b"\xff")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,312 @@
+"""Where arrays live: one table from logical axes to mesh axes, the meshes, and the checks that they fit a model.
+
+To try another layout, change `RULES` and nothing else. Every weight and activation names its axes once
+(`model.minicpm.declare`, the `shard=` calls); here they meet the hardware.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig
+
+AXES = ("slice", "data", "fsdp", "tensor")
+"""`slice` crosses the data-centre network between TPU slices; `data` copies weights; `fsdp` shards them by rows of the
+batch; `tensor` shards heads, MLP width and vocabulary."""
+
+BATCH_AXES = ("slice", "data", "fsdp")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": BATCH_AXES,
+    "length": None,
+    "activation": None,
+    # weights
+    "layers": None,
+    "norm": None,
+    "rank": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    # both
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator as its maker describes it; predictions are made from these.
+
+    Attributes:
+        name: for reports.
+        flops: dense bf16 peak, FLOP/s.
+        memory: bytes that a program may use.
+        bandwidth: of that memory, bytes/s.
+        link: bytes/s that a chip sends to others in its slice or host.
+        network: bytes/s that a chip sends beyond it.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+
+
+GB = 1e9
+GIB = 2.0**30
+
+# Peaks from the makers' data sheets: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, NVIDIA A100 and H100 data sheets.
+CPU = Chip("CPU", 1e11, 8 * GIB, 20 * GB, 10 * GB, 1 * GB)
+A100 = Chip("A100-80GB", 312e12, 79 * GIB, 2039 * GB, 300 * GB, 25 * GB)
+H100 = Chip("H100-SXM", 989e12, 79 * GIB, 3350 * GB, 450 * GB, 50 * GB)
+V4 = Chip("TPU v4", 275e12, 31.2 * GIB, 1228 * GB, 270 * GB, 6.25 * GB)
+V5E = Chip("TPU v5e", 197e12, 15.75 * GIB, 819 * GB, 180 * GB, 3.1 * GB)
+V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765 * GB, 540 * GB, 6.25 * GB)
+V6E = Chip("TPU v6e", 918e12, 31.25 * GIB, 1640 * GB, 320 * GB, 6.25 * GB)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """A mesh by name: how many devices carry each axis, and on what hardware.
+
+    Attributes:
+        name: as `--mesh` says it.
+        chip: the accelerator.
+        platform: `cpu`, `gpu` or `tpu`.
+        slice, data, fsdp, tensor: devices along each axis.
+        hosts: machines; each runs one process.
+        topology: by which libtpu (`v5e:4x4`) or the CUDA plugin (`1x1x8`) describes it without the hardware.
+        target: for GPUs, the target that `compile` compiles for: `a100` or `h100`.
+        attention: the backend that `auto` means there.
+    """
+
+    name: str
+    chip: Chip
+    platform: str
+    slice: int = 1
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    hosts: int = 1
+    topology: str = ""
+    target: str = ""
+    attention: str = "xla"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Devices along `AXES`."""
+        return (self.slice, self.data, self.fsdp, self.tensor)
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(self.shape)
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts into which the rows of a micro-batch are cut."""
+        return self.slice * self.data * self.fsdp
+
+
+def load_mesh_spec(name: str) -> MeshSpec:
+    """The mesh that `--mesh` names: one of `configs/mesh/`, or a Python file with a `get_mesh()`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name.endswith(".py"):
+        path = Path(name)
+        spec = importlib.util.spec_from_file_location(f"mesh_{path.stem}", path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise UserError(f"--mesh={name}: no such file; give one with a get_mesh(), or a name of configs/mesh/")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module_name = f"configs.mesh.{name.replace('-', '_')}"
+        try:
+            found = importlib.util.find_spec(module_name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise UserError(f"--mesh={name}: is unknown; one of {', '.join(mesh_names())}, or a Python file")
+        module = importlib.import_module(module_name)
+    if not hasattr(module, "get_mesh"):
+        raise UserError(f"--mesh={name}: has no get_mesh(); see the files in configs/mesh/")
+    return module.get_mesh()
+
+
+def mesh_names() -> list[str]:
+    """The names of the meshes in configs/mesh/."""
+    spec = importlib.util.find_spec("configs.mesh")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return sorted(p.stem.replace("_", "-") for f in folders for p in Path(f).glob("[!_]*.py"))
+
+
+def resize(spec: MeshSpec, **axes: int) -> MeshSpec:
+    """The same hardware with other axes, for `--data`, `--fsdp` and `--tensor`; 0 leaves an axis as it is.
+
+    Raises:
+        UserError: the axes do not multiply to the devices that there are.
+    """
+    changed = dataclasses.replace(spec, **{k: v for k, v in axes.items() if v})
+    if changed.size != spec.size:
+        raise UserError(
+            f"mesh {spec.name}: {dict(zip(AXES, changed.shape, strict=True))} makes {changed.size} devices and it has "
+            f"{spec.size}; choose axes that multiply to that"
+        )
+    return changed
+
+
+def check_heads(spec: MeshSpec, config: ModelConfig) -> None:
+    """Refuses a mesh that does not divide a model's layers; needs its shape alone.
+
+    Raises:
+        UserError: names the size, and the divisors that would do.
+    """
+    sizes = {"heads": config.num_heads, "key heads": config.num_kv_heads, "MLP columns": config.intermediate_size}
+    common = math.gcd(*sizes.values())
+    for what, size in sizes.items():
+        if size % spec.tensor:
+            raise UserError(
+                f"mesh {spec.name}: {size} {what} do not divide by tensor={spec.tensor}; tensor may be "
+                f"{_divisors(common)}"
+            )
+    if config.hidden_size % spec.fsdp:
+        raise UserError(
+            f"mesh {spec.name}: hidden size {config.hidden_size} does not divide by fsdp={spec.fsdp}; "
+            f"fsdp may be {_divisors(config.hidden_size, most=1024)}, the rest goes to data"
+        )
+
+
+def check_model(spec: MeshSpec, config: ModelConfig) -> None:
+    """Refuses a mesh that does not divide a model, vocabulary included.
+
+    Raises:
+        UserError: names the size, and what would do.
+    """
+    check_heads(spec, config)
+    if config.padded_vocab_size % spec.tensor:
+        raise UserError(
+            f"mesh {spec.name}: {config.padded_vocab_size} vocabulary rows do not divide by tensor={spec.tensor}; "
+            f"--config.model.vocab_multiple={spec.tensor} pads them"
+        )
+
+
+def check_batch(spec: MeshSpec, rows: int, micro_batches: int) -> None:
+    """Refuses a batch that does not divide by micro-batches and devices.
+
+    Raises:
+        UserError: says which batches would do.
+    """
+    if rows % micro_batches or (rows // micro_batches) % spec.batch_shards:
+        unit = micro_batches * spec.batch_shards
+        near = max(unit, round(rows / unit) * unit)
+        raise UserError(
+            f"batch: {rows} rows do not divide by {micro_batches} micro-batch(es) x {spec.batch_shards} shards of mesh "
+            f"{spec.name}; a multiple of {unit}, such as {near}, does"
+        )
+
+
+def _divisors(n: int, most: int = 64) -> str:
+    return ", ".join(str(d) for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over real (or described) devices, all axes Auto.
+
+    Args:
+        spec: how many devices carry each axis.
+        devices: all of this run by default.
+
+    Raises:
+        UserError: fewer devices than the mesh has.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) < spec.size:
+        raise UserError(
+            f"mesh {spec.name}: needs {spec.size} devices and there are {len(devices)} ({devices[0].device_kind}); "
+            f"choose a smaller --mesh"
+        )
+    if len(devices) > spec.size and jax.process_count() > 1:
+        raise UserError(f"mesh {spec.name}: has {spec.size} devices and this run {len(devices)}; use them all")
+    devices = devices[: spec.size]
+    return Mesh(_arranged(spec, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(spec: MeshSpec, devices: list[Any]) -> np.ndarray:
+    """Devices `[slice, data, fsdp, tensor]`, neighbours in the network beside each other."""
+    if spec.platform != "tpu" or spec.size == 1:
+        return np.array(devices).reshape(spec.shape)
+    from jax.experimental import mesh_utils
+
+    inner = (1, spec.data, spec.fsdp, spec.tensor)
+    if spec.slice > 1:
+        return mesh_utils.create_hybrid_device_mesh(inner, (spec.slice, 1, 1, 1), devices, process_is_granule=False)
+    try:
+        return mesh_utils.create_device_mesh(inner, devices, contiguous_submeshes=True)
+    except (ValueError, NotImplementedError, AssertionError):
+        return np.array(devices).reshape(spec.shape)
+
+
+def partition(axes: Sequence[str | None]) -> P:
+    """The mesh axes of an array from its logical ones."""
+    return P(*(None if a is None else RULES[a] for a in axes))
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """The sharding of an array on a mesh from its logical axes."""
+    return NamedSharding(mesh, partition(axes))
+
+
+def tree_shardings(mesh: Mesh, axes: Any) -> Any:
+    """Shardings for a tree whose leaves are tuples of logical axes."""
+    return jax.tree.map(lambda a: sharding(mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Puts an activation where its logical axes say, under the mesh of `jax.set_mesh`; without one, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def local_places(sharding: NamedSharding, shape: tuple[int, ...], axis: int = 0) -> list[int]:
+    """The indices along `axis` of which this process holds any part, ascending."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({i for index in indices if index for i in range(*index[axis].indices(shape[axis]))})
+
+
+def global_array(sharding: NamedSharding, shape: tuple[int, ...], local: np.ndarray, places: Sequence[int]) -> Any:
+    """A global array whose first axis every process has read in part.
+
+    Args:
+        sharding: of the result.
+        shape: of the result.
+        local: what this process has, `[len(places), ...]`.
+        places: which indices of the first axis those are, ascending.
+    """
+    at = {place: i for i, place in enumerate(places)}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first = [at[i] for i in range(*index[0].indices(shape[0]))]
+        return local[first[0] : first[-1] + 1][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)

@@ -1,0 +1,279 @@
+"""Checkpoints of a run: written while training goes on, kept by policy, and never chosen half-written.
+
+A checkpoint holds the train state (Orbax, every leaf with its sharding) and a record: the resolved config, the position
+in the data as one integer, and what the run was trained from. `sums.json`, written when everything else is on disk,
+lists the bytes of each file: a checkpoint without it, or with a file that is missing or cut, is passed over.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from duplex_jax.errors import UserError
+
+FOLDER = "checkpoints"
+SUMS = "sums.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says beside its arrays.
+
+    Attributes:
+        step: updates done.
+        position: rows of the data behind them: where the next batch begins.
+        config: resolved, as plain values.
+        facts: what the run was trained on and from, for those who read it later.
+    """
+
+    step: int
+    position: int
+    config: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def needed_bytes(abstract: Any) -> int:
+    """Bytes that one checkpoint of a state takes."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses a disk that cannot hold what will be written.
+
+    Raises:
+        UserError: says how much is missing.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 2**30:.2f} GiB free and a checkpoint needs {needed / 2**30:.2f} GiB; "
+            "free some space, or give another --workdir"
+        )
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Args:
+        workdir: of the run.
+        keep: the newest that stay.
+        keep_every: steps whose multiples stay for good; 0 for none.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
+        from orbax.checkpoint import v1 as ocp
+
+        self._ocp = ocp
+        self.folder = Path(workdir).absolute() / FOLDER
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{workdir}: cannot write there ({e.strerror}); give another --workdir") from e
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            save_decision_policy=_Always(),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=jax.process_index() == 0,
+        )
+        self._pending: Any = None
+        self._pending_step = -1
+
+    def save(self, state: Any, record: Record, wait: bool = False) -> None:
+        """Starts to write a checkpoint; training may go on at once.
+
+        Raises:
+            UserError: this or the one before could not be written.
+        """
+        self.finish()
+        check_space(self.folder, needed_bytes(state) // jax.process_count())
+        try:
+            self._pending = self._checkpointer.save_async(
+                record.step, state, force=True, overwrite=True, custom_metadata=dataclasses.asdict(record)
+            )
+            self._pending_step = record.step
+        except Exception as e:
+            raise self._failed(e, record.step) from e
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the write that is under way, and seals it.
+
+        Raises:
+            UserError: it failed, a full disk for instance.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+            self._checkpointer.wait()
+            if jax.process_index() == 0:
+                _seal(self.folder / str(self._pending_step))
+        except Exception as e:
+            raise self._failed(e, self._pending_step) from e
+
+    def poll(self) -> None:
+        """Seals a finished write without waiting for one that is not; called once a step."""
+        if self._pending is not None and not self._checkpointer.is_saving_in_progress():
+            self.finish()
+
+    def _failed(self, e: Exception, step: int) -> UserError:
+        free = shutil.disk_usage(self.folder).free / 2**20
+        reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+        return UserError(
+            f"{self.folder / str(step)}: the checkpoint could not be written ({reason}; {free:.0f} MiB free); "
+            "free some space and start again: the run goes on from the checkpoint before"
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints, newest first; the others are named in a warning."""
+        found = []
+        for path in sorted(self.folder.iterdir(), key=lambda p: p.name) if self.folder.is_dir() else []:
+            if path.is_dir() and path.name.isdigit():
+                problem = damage(path)
+                if problem:
+                    logging.warning("%s: passed over: %s", path, problem)
+                else:
+                    found.append(int(path.name))
+        return sorted(found, reverse=True)
+
+    def record(self, step: int) -> Record:
+        """What a checkpoint says beside its arrays."""
+        return read_record(self.folder / str(step))
+
+    def restore(self, abstract: Any) -> tuple[Any, Record] | None:
+        """The newest checkpoint that can be read, onto the shardings of `abstract`; None where there is none.
+
+        Raises:
+            UserError: a checkpoint is whole, but its state is of another model or optimiser.
+        """
+        for step in self.steps():
+            path = self.folder / str(step)
+            state, error = None, ""
+            try:
+                record = read_record(path)
+                state = self._ocp.load(path, abstract)
+            except UserError:
+                raise
+            except Exception as e:
+                error = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+            if jax.process_count() > 1:  # all processes take the same one
+                good = multihost_utils.process_allgather(np.array(state is not None))
+                state = state if bool(np.all(good)) else None
+            if state is not None:
+                _check_shapes(path, state, abstract)
+                return state, record
+            logging.warning("%s: passed over: cannot be read (%s)", path, error or "by another process")
+        return None
+
+    def close(self) -> None:
+        """Finishes what is under way."""
+        self.finish()
+        self._checkpointer.close()
+
+
+class _Always:
+    """Saves when it is told to; the loop decides when."""
+
+    def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+        return True
+
+
+def _check_shapes(path: Path, state: Any, abstract: Any) -> None:
+    for (where, have), want in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(abstract), strict=True):
+        if have.shape != want.shape:
+            name = jax.tree_util.keystr(where, simple=True, separator=".")
+            raise UserError(
+                f"{path}: {name} has shape {list(have.shape)} and the config makes it {list(want.shape)}; "
+                "go on with the config it was trained with, or give another --workdir"
+            )
+
+
+def read_record(path: Path) -> Record:
+    """What a checkpoint folder says beside its arrays.
+
+    Raises:
+        UserError: it says nothing that can be read.
+    """
+    try:
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        return Record(**metadata)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: is no checkpoint of duplex-jax train ({e})") from e
+
+
+def _files(path: Path) -> dict[str, int]:
+    return {
+        str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file() and f.name != SUMS
+    }
+
+
+def _seal(path: Path) -> None:
+    partial = path / f".{SUMS}"
+    partial.write_text(json.dumps(_files(path)))
+    os.replace(partial, path / SUMS)
+
+
+def damage(path: Path) -> str:
+    """Why a checkpoint folder cannot be whole; empty where nothing speaks against it."""
+    try:
+        wanted = json.loads((path / SUMS).read_text())
+    except (OSError, ValueError):
+        return f"it has no {SUMS}, so its writing was not finished"
+    have = _files(path)
+    for name, size in wanted.items():
+        if name not in have:
+            return f"{name} is missing"
+        if have[name] != size:
+            return f"{name} has {have[name]} bytes and not {size}"
+    return ""
+
+
+def stable_checkpoint(where: str) -> tuple[Path, int]:
+    """The folder and step of `WORKDIR` or `WORKDIR@STEP`, by default its newest whole checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    workdir, _, at = where.partition("@") if re.search(r"@\d+$", where) else (where, "", "")
+    folder = Path(workdir).absolute() / FOLDER
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and not damage(p)] if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"config.optim.decay_from={where}: no whole checkpoint below {folder}")
+    step = int(at) if at else max(steps)
+    if step not in steps:
+        raise UserError(
+            f"config.optim.decay_from={where}: no whole checkpoint of step {step}; there are {sorted(steps)}"
+        )
+    return folder / str(step), step
+
+
+def load_state(path: Path, abstract: Any) -> tuple[Any, Record]:
+    """One checkpoint by its folder.
+
+    Raises:
+        UserError: it cannot be read or is of another model.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    record = read_record(path)
+    try:
+        state = ocp.load(path, abstract)
+    except Exception as e:
+        raise UserError(f"{path}: cannot be read ({str(e)[:200]}); give another checkpoint") from e
+    _check_shapes(path, state, abstract)
+    return state, record

@@ -1,0 +1,365 @@
+"""The configuration of a run: frozen dataclasses, made by a Python file, any field overridden by a dotted flag."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duplex_jax.errors import UserError
+from duplex_jax.model.attention import BACKENDS
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import REMAT
+
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
+DECAYS = ("exponential", "linear", "cosine", "1-sqrt")
+DTYPES = ("float32", "bfloat16")
+ON_BAD = ("stop", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Attributes:
+        source: the model to start from, as `--model` takes it; empty for fresh weights of `shape`.
+        shape: of fresh weights; its vocabulary grows to the tokenizer's where it is smaller. Also what `compile` and
+            benchmarks use in place of `source`.
+        tokenizer: where the tokenizer comes from; the source's own by default.
+        template: minicpm, chatml or compact; the model's own by default.
+        vocab_multiple: the vocabulary is padded to a multiple of this, so that tensor parallelism divides it.
+    """
+
+    source: str = ""
+    shape: ModelConfig | None = None
+    tokenizer: str = ""
+    template: str = ""
+    vocab_multiple: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What it is trained on.
+
+    Attributes:
+        train: packed datasets, or folders or files of conversations small enough to pack on the spot.
+        weights: the share of each in the rows; by size where empty.
+        eval: the same, held out; empty for none.
+        length: T, tokens a row.
+        batch: rows of a step over all devices.
+        micro_batches: parts in which a step's rows go through the model, gradients summed.
+        idle_weight: the loss weight of idle decisions; speech has 1.
+        seed: of the order of rows.
+        workers: processes that read; 0 for a thread.
+    """
+
+    train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    eval: tuple[str, ...] = ()
+    length: int = 4096
+    batch: int = 8
+    micro_batches: int = 1
+    idle_weight: float = 1.0
+    seed: int = 0
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule.
+
+    Attributes:
+        steps: of the run.
+        lr: the highest learning rate.
+        schedule: wsd, cosine, linear or constant, each after a linear warm-up.
+        warmup: steps of it.
+        decay: the form of WSD's last phase: exponential, linear, cosine or 1-sqrt.
+        decay_steps: of that phase; `steps - decay_steps` is where the stable phase ends.
+        final: the last learning rate over the highest.
+        decay_from: a stable checkpoint (`WORKDIR` or `WORKDIR@STEP`) from which this run starts its decay at once.
+        beta1, beta2, eps, weight_decay: of AdamW; norms and vectors do not decay.
+        clip: the largest global norm of a gradient; 0 for none.
+    """
+
+    steps: int = 1000
+    lr: float = 1e-3
+    schedule: str = "wsd"
+    warmup: int = 50
+    decay: str = "exponential"
+    decay_steps: int = 100
+    final: float = 0.1
+    decay_from: str = ""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation (Hu et al. 2021, "LoRA").
+
+    Attributes:
+        rank: of the updates; 0 trains every weight.
+        alpha: updates are scaled by `alpha / rank`.
+        targets: which weights of a layer get one.
+        new_tokens: train the embedding (and head) rows of the template's control tokens fully.
+        merge: export the merged model; else the adapter alone.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    new_tokens: bool = True
+    merge: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a step is computed.
+
+    Attributes:
+        dtype: of the computation; master weights and moments stay float32.
+        frozen_dtype: of weights that LoRA leaves alone.
+        remat: what the backward pass computes again: none, dots or full.
+        attention: xla, splash (TPU), cudnn (GPU), or auto for the mesh's own.
+        loss_chunk: tokens of a row whose logits exist at once.
+    """
+
+    dtype: str = "float32"
+    frozen_dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    loss_chunk: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When the state is kept.
+
+    Attributes:
+        every: steps between checkpoints; 0 for the last one alone.
+        keep: the newest that stay.
+        keep_every: steps whose multiples stay for good; 0 for none.
+        export: write the model for `chat` when the run ends.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_every: int = 0
+    export: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is reported.
+
+    Attributes:
+        every: steps between lines.
+        eval_every: steps between evaluations; 0 for the last step alone.
+        eval_batches: most batches of one; 0 for all rows.
+        tensorboard: write events where tensorboardX is installed.
+        wandb: a Weights & Biases project; empty for none.
+    """
+
+    every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 0
+    tensorboard: bool = False
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """What happens at a bad step: a loss or gradient that is not finite, or a loss spike.
+
+    Attributes:
+        action: stop, or skip the update and go on; either way the weights stay as they were.
+        spike: a loss above this many times its running mean is a spike; 0 for none.
+        most: skipped updates in a row after which the run stops.
+    """
+
+    action: str = "stop"
+    spike: float = 0.0
+    most: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+        name: of the experiment.
+        seed: of fresh weights.
+        model, data, optim, lora, compute, checkpoint, log, trouble: see each.
+    """
+
+    name: str
+    seed: int = 0
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    lora: Lora = Lora()
+    compute: Compute = Compute()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    trouble: Trouble = Trouble()
+
+
+def load_config(path: str | Path) -> Config:
+    """The config that a Python file's `get_config()` makes.
+
+    Raises:
+        UserError: no such file, or it makes none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = [str(p) for p in sorted(path.parent.glob("[!_]*.py"))] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, 1)
+        raise UserError(f"--config={path}: no such file; {f'did you mean {near[0]}?' if near else 'see configs/'}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: is no Python file; see configs/ for examples")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, Config):
+        raise UserError(f"--config={path}: has no get_config() that returns a duplex_jax.train.config.Config")
+    return config
+
+
+def override(config: Any, settings: Sequence[tuple[str, str]]) -> Any:
+    """A config with fields changed by dotted name, as in `("optim.lr", "3e-4")`; sequences are comma-separated.
+
+    Raises:
+        UserError: no such field (names the nearest one), or the value is of another type.
+    """
+    for name, text in settings:
+        config = _set(config, name.split("."), text, name)
+    return config
+
+
+def _set(node: Any, path: list[str], text: str, full: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(node)}
+    head, rest = path[0], path[1:]
+    if head not in fields:
+        near = difflib.get_close_matches(head, fields, 1, cutoff=0.4)
+        prefix = full[: len(full) - len(".".join(path))]
+        known = f"did you mean --config.{prefix}{near[0]}?" if near else f"the fields are {', '.join(fields)}"
+        raise UserError(f"--config.{full}: there is no field {head!r}; {known}")
+    value = getattr(node, head)
+    if not rest:
+        if dataclasses.is_dataclass(value):
+            names = ", ".join(f"{full}.{f.name}" for f in dataclasses.fields(value))
+            raise UserError(f"--config.{full}: is a group of fields; set one of {names}")
+        return dataclasses.replace(node, **{head: _parse(_hints(type(node))[head], text, full)})
+    if not dataclasses.is_dataclass(value):
+        raise UserError(f"--config.{full}: {head!r} has no fields of its own in this config")
+    return dataclasses.replace(node, **{head: _set(value, rest, text, full)})
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _parse(kind: Any, text: str, name: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        return _parse(kind, text, name)
+    if origin is tuple:
+        inner = typing.get_args(kind)[0]
+        return tuple(_parse(inner, part.strip(), name) for part in text.split(",") if part.strip())
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is int and "e" in text.lower():
+            number = float(text)
+            if number != int(number):
+                raise ValueError(text)
+            return int(number)
+        return kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError):
+        raise UserError(f"--config.{name}={text}: must be of type {kind.__name__}") from None
+
+
+def check(config: Config) -> Config:
+    """The config itself, once its values make sense together.
+
+    Raises:
+        UserError: names the field and what would be right.
+    """
+    for field, value, allowed in (
+        ("optim.schedule", config.optim.schedule, SCHEDULES),
+        ("optim.decay", config.optim.decay, DECAYS),
+        ("compute.dtype", config.compute.dtype, DTYPES),
+        ("compute.frozen_dtype", config.compute.frozen_dtype, DTYPES),
+        ("compute.remat", config.compute.remat, tuple(REMAT)),
+        ("compute.attention", config.compute.attention, ("auto", *BACKENDS)),
+        ("trouble.action", config.trouble.action, ON_BAD),
+    ):
+        if value not in allowed:
+            raise UserError(f"config.{field}={value}: must be one of {', '.join(allowed)}")
+    for field, value in (
+        ("optim.steps", config.optim.steps), ("optim.lr", config.optim.lr), ("data.length", config.data.length),
+        ("data.batch", config.data.batch), ("data.micro_batches", config.data.micro_batches),
+        ("compute.loss_chunk", config.compute.loss_chunk), ("log.every", config.log.every),
+        ("model.vocab_multiple", config.model.vocab_multiple), ("checkpoint.keep", config.checkpoint.keep),
+    ):  # fmt: skip
+        if value <= 0:
+            raise UserError(f"config.{field}={value}: must be over 0")
+    if config.lora.rank < 0:
+        raise UserError(f"config.lora.rank={config.lora.rank}: must be 0 (every weight) or more")
+    if not 0 <= config.optim.final <= 1:
+        raise UserError(f"config.optim.final={config.optim.final}: must be in 0..1, a share of the learning rate")
+    if config.optim.schedule == "wsd" and config.optim.warmup + config.optim.decay_steps > config.optim.steps:
+        raise UserError(
+            f"config.optim: warm-up {config.optim.warmup} and decay {config.optim.decay_steps} are more than "
+            f"{config.optim.steps} steps; lower optim.warmup or optim.decay_steps, or raise optim.steps"
+        )
+    if not config.model.source and config.model.shape is None:
+        raise UserError("config.model: needs a source to start from, or a shape for fresh weights")
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(row: Mapping[str, Any], kind: type = Config) -> Any:
+    """The inverse of `to_dict`; fields that are unknown today are ignored, missing ones get their default."""
+    hints = _hints(kind)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in row:
+            continue
+        value, hint = row[field.name], hints[field.name]
+        options = [k for k in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(k)]
+        if options and value is not None:
+            value = from_dict(value, options[0])  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[field.name] = value
+    return kind(**values)
+
+
+def to_lines(config: Any, prefix: str = "config") -> list[str]:
+    """Every field as the flag that would set it."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            lines += to_lines(value, name)
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"--{name}={text}")
+    return lines

@@ -1,0 +1,328 @@
+"""One optimiser step as one compiled program, and the evaluation of one batch."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from duplex_jax import parallel
+from duplex_jax.model import lora, minicpm
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import Params, Weight
+from duplex_jax.train.config import Config
+from duplex_jax.train.loss import cross_entropy, targets_and_weights, token_statistics
+from duplex_jax.train.schedule import learning_rate
+
+State = dict[str, Any]
+"""`step` int32, `params` (what is trained), `opt` (moments), `mean_loss` float32 (running, 0 before the first step)."""
+
+BATCH_LOGICAL = (None, "batch", "length")
+"""Micro-batches, rows, tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything about a run that its compiled programs are made from.
+
+    Attributes:
+        config: the run.
+        model: shape of the model, vocabulary as trained.
+        mesh: of devices.
+        spec: what the mesh is called and made of.
+        row_ids: tokens whose embedding rows LoRA trains.
+        idle_id: the token that an idle assistant says.
+    """
+
+    config: Config
+    model: ModelConfig
+    mesh: Mesh
+    spec: parallel.MeshSpec
+    row_ids: tuple[int, ...] = ()
+    idle_id: int = 0
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether most weights stay as they are."""
+        return self.config.lora.rank > 0
+
+    @property
+    def scale(self) -> float:
+        """Of low-rank updates."""
+        return self.config.lora.alpha / max(1, self.config.lora.rank)
+
+    @property
+    def backend(self) -> str:
+        """Of attention."""
+        chosen = self.config.compute.attention
+        return self.spec.attention if chosen == "auto" else chosen
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        """Micro-batches, rows of one, tokens."""
+        data = self.config.data
+        return (data.micro_batches, data.batch // data.micro_batches, data.length)
+
+    @functools.cached_property
+    def batch_sharding(self) -> Any:
+        """Where a step's rows lie."""
+        return parallel.sharding(self.mesh, BATCH_LOGICAL)
+
+    def declare_trained(self) -> dict[str, Any]:
+        """What is trained: the model, or its updates."""
+        if not self.is_lora:
+            return minicpm.declare(self.model)
+        c = self.config.lora
+        return lora.declare(self.model, c.rank, c.targets, len(self.row_ids))
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+def abstract_tree(plan: Plan, declared: dict[str, Any], dtype: Any) -> Any:
+    """Shapes, dtype and shardings of declared weights."""
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, dtype, sharding=parallel.sharding(plan.mesh, w.axes)),
+        declared, is_leaf=_is_weight,
+    )  # fmt: skip
+
+
+def optimiser(plan: Plan) -> optax.GradientTransformation:
+    """Clipping, Adam's direction and weight decay; the learning rate is applied in `train_step`."""
+    optim = plan.config.optim
+
+    def decays(params: Any) -> Any:
+        def one(path: Any, x: Any) -> bool:
+            return "norm" not in jax.tree_util.keystr(path)
+
+        return jax.tree.map_with_path(one, params)
+
+    clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    return optax.chain(
+        *clip, optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, decays),
+    )  # fmt: skip
+
+
+def abstract_state(plan: Plan) -> State:
+    """The train state without its memory: every leaf with shape, dtype and sharding."""
+    trained = abstract_tree(plan, plan.declare_trained(), jnp.float32)
+    everywhere = parallel.replicated(plan.mesh)
+    tx = optimiser(plan)
+    shapes = jax.eval_shape(tx.init, trained)
+    opt = optax.tree.map_params(
+        tx, lambda _, like: like, shapes, trained,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    )  # fmt: skip
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        "params": trained,
+        "opt": opt,
+        "mean_loss": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
+    }
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of an abstract tree."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def abstract_frozen(plan: Plan) -> Any:
+    """The weights that LoRA leaves alone; an empty tree in full fine-tuning."""
+    if not plan.is_lora:
+        return {}
+    return abstract_tree(plan, minicpm.declare(plan.model), jnp.dtype(plan.config.compute.frozen_dtype))
+
+
+def abstract_batch(plan: Plan) -> dict[str, Any]:
+    """A step's rows."""
+    kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_weights": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct(plan.batch_shape, kind, sharding=plan.batch_sharding) for name, kind in kinds.items()
+    }
+
+
+def init_state(plan: Plan, params: Params | None) -> tuple[State, Params]:
+    """The state at step 0, and the weights that LoRA leaves alone, on the mesh.
+
+    Args:
+        plan: the run.
+        params: the model to start from, on the host; None draws a fresh one from the config's seed.
+
+    Returns:
+        State and frozen weights; every device gets its part alone.
+    """
+    abstract = abstract_state(plan)
+    key = jax.random.key(plan.config.seed)
+    whole = abstract_tree(plan, minicpm.declare(plan.model), jnp.float32)
+    with jax.set_mesh(plan.mesh):
+        if params is None:
+            params = jax.jit(functools.partial(minicpm.init_params, plan.model), out_shardings=shardings(whole))(key)
+        else:
+            params = put(params, whole)
+        frozen: Params = {}
+        if plan.is_lora:
+            c = plan.config.lora
+            init = functools.partial(lora.init, plan.model, c.rank, c.targets, ids=plan.row_ids)
+            trained = jax.jit(lambda p, k: init(p, key=k), out_shardings=shardings(abstract["params"]))(params, key)
+            dtype = jnp.dtype(plan.config.compute.frozen_dtype)
+            frozen = params if dtype == jnp.float32 else jax.tree.map(lambda x: x.astype(dtype), params)
+        else:
+            trained = params
+        opt = jax.jit(optimiser(plan).init, out_shardings=shardings(abstract["opt"]))(trained)
+        zeros = jax.jit(
+            lambda: (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)),
+            out_shardings=(abstract["step"].sharding, abstract["mean_loss"].sharding),
+        )()
+    return {"step": zeros[0], "params": trained, "opt": opt, "mean_loss": zeros[1]}, frozen
+
+
+def put(params: Any, abstract: Any) -> Any:
+    """Host arrays onto the mesh, each process giving the parts that its devices hold."""
+
+    def one(x: Any, like: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(
+            like.shape, like.sharding, lambda index: np.asarray(host[index], dtype=like.dtype)
+        )
+
+    return jax.tree.map(one, params, abstract)
+
+
+def whole_params(plan: Plan, trained: Any, frozen: Any) -> Params:
+    """The tree that the model takes."""
+    if not plan.is_lora:
+        return trained
+    return lora.combine(frozen, trained, plan.scale, plan.row_ids)
+
+
+def _computed(params: Any, dtype: Any) -> Any:
+    """Matrices in the dtype of the computation, cast before they travel; norms and token numbers stay."""
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        keep = "norm" in jax.tree_util.keystr(path) or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if keep else x.astype(dtype)
+
+    return jax.tree.map_with_path(one, params)
+
+
+def _hidden(plan: Plan, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    compute = plan.config.compute
+    return minicpm.forward(
+        plan.model, params, batch["tokens"], batch["positions"], batch["segment_ids"],
+        dtype=jnp.dtype(compute.dtype), remat=compute.remat, backend=plan.backend, shard=parallel.constrain,
+    )  # fmt: skip
+
+
+def loss_sum(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """sum(weight * nll) over the rows `[B, T]` of one micro-batch."""
+    params = whole_params(plan, trained, frozen)
+    targets, weights = targets_and_weights(batch)
+    hidden = _hidden(plan, params, batch)
+    return cross_entropy(plan.model, params, hidden, targets, weights, plan.config.compute.loss_chunk)
+
+
+def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
+    """Loss, total weight, and the gradient of the loss, over all micro-batches `[A, B, T]` of a step.
+
+    The loss is sum(weight * nll) / sum(weight) over everything, so it does not matter how a step is cut up.
+    """
+    dtype = jnp.dtype(plan.config.compute.dtype)
+    total = jnp.sum(jax.vmap(lambda b: targets_and_weights(b)[1])(batch))
+    computed = _computed(trained, dtype)
+    frozen = _computed(frozen, dtype)
+    value_and_grad = jax.value_and_grad(functools.partial(loss_sum, plan))
+    if plan.batch_shape[0] == 1:
+        loss, grads = value_and_grad(computed, frozen, jax.tree.map(lambda x: x[0], batch))
+    else:
+
+        def body(carry: Any, micro: Any) -> tuple[Any, None]:
+            loss, grads = value_and_grad(computed, frozen, micro)
+            return (carry[0] + loss, jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[1], grads)), None
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
+        (loss, grads), _ = jax.lax.scan(body, zero, batch)
+    divisor = jnp.maximum(total, 1e-9)
+    return loss / divisor, total, jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+
+
+def train_step(plan: Plan, state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, dict[str, Any]]:
+    """One update; at a loss or gradient that is not finite, or a spike, the weights stay as they were."""
+    optim, trouble = plan.config.optim, plan.config.trouble
+    loss, weight, grads = gradients(plan, state["params"], frozen, batch)
+    norm = optax.global_norm(grads)
+    rate = learning_rate(optim)(state["step"])
+    mean = state["mean_loss"]
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    spike = (mean > 0) & (loss > trouble.spike * mean) if trouble.spike else jnp.zeros((), bool)
+    good = finite & ~spike
+
+    def update(operands: Any) -> Any:
+        params, opt, grads = operands
+        direction, opt = optimiser(plan).update(grads, opt, params)
+        return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt
+
+    params, opt = jax.lax.cond(good, update, lambda o: (o[0], o[1]), (state["params"], state["opt"], grads))
+    smooth = jnp.where(mean > 0, 0.95 * mean + 0.05 * loss, loss)
+    state = {
+        "step": state["step"] + 1, "params": params, "opt": opt, "mean_loss": jnp.where(good, smooth, mean),
+    }  # fmt: skip
+    tokens = jnp.sum(batch["segment_ids"] > 0)
+    return state, {
+        "loss": loss, "grad_norm": norm, "lr": rate, "loss_weight": weight, "tokens": tokens,
+        "finite": finite, "spike": spike,
+    }  # fmt: skip
+
+
+def jitted_step(plan: Plan) -> Any:
+    """`train_step` compiled for the plan's mesh; the state is donated."""
+    state = shardings(abstract_state(plan))
+    return jax.jit(
+        functools.partial(train_step, plan),
+        in_shardings=(state, shardings(abstract_frozen(plan)), shardings(abstract_batch(plan))),
+        out_shardings=(state, parallel.replicated(plan.mesh)),
+        donate_argnums=0,
+    )
+
+
+def eval_step(plan: Plan, num_categories: int, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
+    """Sums over one batch `[B, T]`, by category: losses, weights, and speak/idle decisions by teacher forcing.
+
+    Returns:
+        float32 `[C]` each: `loss` (sum of weight * nll), `weight`, `idle_right` (idle, and the model would be),
+        `idle_said` (the model would be), `idle_wanted` (idle in the data), `decisions`.
+    """
+    dtype = jnp.dtype(plan.config.compute.dtype)
+    params = _computed(whole_params(plan, trained, frozen), dtype)
+    targets, weights = targets_and_weights(batch)
+    nll, best = token_statistics(plan.model, params, _hidden(plan, params, batch), targets)
+    decision = jnp.pad(batch["decisions"][:, 1:], ((0, 0), (0, 1)))
+    said, wanted = decision & (best == plan.idle_id), decision & (targets == plan.idle_id)
+    member = batch["categories"][..., None] == jnp.arange(num_categories)
+
+    def per_category(x: jax.Array) -> jax.Array:
+        return jnp.sum(member * x[..., None].astype(jnp.float32), axis=(0, 1))
+
+    return {
+        "loss": per_category(nll * weights), "weight": per_category(weights),
+        "idle_right": per_category(said & wanted), "idle_said": per_category(said),
+        "idle_wanted": per_category(wanted), "decisions": per_category(decision),
+    }  # fmt: skip
+
+
+def jitted_eval(plan: Plan, num_categories: int) -> Any:
+    """`eval_step` compiled for the plan's mesh; its results are on every device."""
+    rows = parallel.sharding(plan.mesh, BATCH_LOGICAL[1:])
+    names = ("tokens", "segment_ids", "positions", "loss_weights", "decisions", "categories")
+    return jax.jit(
+        functools.partial(eval_step, plan, num_categories),
+        in_shardings=(
+            shardings(abstract_state(plan)["params"]), shardings(abstract_frozen(plan)), dict.fromkeys(names, rows),
+        ),
+        out_shardings=parallel.replicated(plan.mesh),
+    )  # fmt: skip

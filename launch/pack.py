@@ -1,0 +1,57 @@
+"""`duplex-jax pack`: conversations to fixed-length rows, once, before training."""
+
+import sys
+import time
+
+from absl import flags
+
+from launch import app
+
+_INPUT = flags.DEFINE_string("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Whose tokenizer: a folder, a .gguf file, hf:owner/name or a name.")
+_LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")
+_TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; the tokenizer's own by default.")
+_WORKERS = flags.DEFINE_integer("workers", 2, "Processes that encode.", lower_bound=1)
+flags.mark_flag_as_required("model")
+
+
+def main(argv: list[str]) -> int | None:
+    """Packs, and prints what came of it."""
+    app.no_arguments(argv)
+    from duplex_jax.data.dataset import Tally, write_packed
+
+    began = time.monotonic()
+    shown = 0.0
+
+    def progress(tally: Tally) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > (1 if sys.stderr.isatty() else 30):
+            shown = now
+            rate = tally.tokens / max(1e-9, now - began)
+            end = "\r" if sys.stderr.isatty() else "\n"
+            print(f"{tally.rows:,} rows  {tally.tokens:,} tokens  {rate:,.0f} tokens/s", end=end, file=sys.stderr)
+
+    made = write_packed(
+        _INPUT.value, _OUT.value, _MODEL.value, _LENGTH.value, _TEMPLATE.value, _WORKERS.value, progress
+    )
+    seconds = time.monotonic() - began
+    print(
+        f"{_OUT.value}: {made.rows:,} rows of {made.length}, {made.tokens:,} tokens in {made.documents:,} documents "
+        f"({made.split:,} of {made.conversations:,} conversations split, {made.left_out:,} tokens left out)\n"
+        f"efficiency {made.efficiency:.4f}, template {made.template}, hash {made.hash}, "
+        f"{made.tokens / seconds:,.0f} tokens/s"
+    )
+    for name, tokens in zip(made.categories, made.category_tokens, strict=True):
+        print(f"  {name:24}{tokens:>14,} tokens")
+    return 0
+
+
+def start() -> None:
+    """Runs the job."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()

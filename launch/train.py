@@ -1,0 +1,121 @@
+"""`duplex-jax train`: one program for a laptop and a pod; `--mesh` says which."""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from launch import app
+
+_CONFIG = flags.DEFINE_string("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
+_MESH = flags.DEFINE_string("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
+_DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
+_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
+_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the exported model; a run goes on from it.")
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to trace into WORKDIR/profile.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of the first process; Slurm, TPU pods and Open MPI are recognised without."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 for what the cluster says.")
+_PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this is.")
+
+_DOTTED: list[tuple[str, str]] = []
+
+
+def take_dotted(argv: list[str], prefix: str = "config") -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits off `--config.a.b=value` (and `--config.a.b value`), which absl has no flags for."""
+    rest, dotted = [], []
+    words = iter(argv)
+    for word in words:
+        name = word.lstrip("-")
+        if not word.startswith("-") or not name.startswith(prefix + "."):
+            rest.append(word)
+            continue
+        name, equals, value = name.removeprefix(prefix + ".").partition("=")
+        if not equals:
+            value = next(words, None)  # type: ignore[assignment]
+            if value is None or value.startswith("--"):
+                app.fail(f"--{prefix}.{name}: needs a value, as in --{prefix}.{name}=VALUE")
+        dotted.append((name, value))
+    return rest, dotted
+
+
+def prepare_devices(spec, num_processes: int) -> None:
+    """Chooses the platform before JAX looks for devices; CPU devices are pretended."""
+    import jax
+
+    if spec.platform == "cpu":
+        processes = max(1, num_processes)
+        if spec.size % processes:
+            raise UserError(f"mesh {spec.name}: {spec.size} devices do not divide by {processes} processes")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", spec.size // processes)
+    elif spec.platform == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+
+
+def start_processes(spec) -> None:
+    """Joins the other processes of the run where there are any."""
+    import jax
+
+    if _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value or None, max(0, _PROCESS.value))
+    elif spec.hosts > 1:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as e:
+            raise UserError(
+                f"mesh {spec.name}: has {spec.hosts} hosts and the others cannot be found ({e}); start one process a "
+                "host under Slurm or on a TPU pod, or give --coordinator, --num_processes and --process_id"
+            ) from e
+
+
+def parse_profile(text: str):
+    """`FIRST:LAST` as a window."""
+    from duplex_jax.train.loop import Profile
+
+    if not text:
+        return None
+    try:
+        first, last = map(int, text.split(":"))
+        if not 0 <= first < last:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--profile={text}: must be FIRST:LAST, two step numbers, as in 10:13") from None
+    return Profile(first, last)
+
+
+def main(argv: list[str]) -> int | None:
+    """Builds config and mesh, joins the other processes, trains."""
+    app.no_arguments(argv)
+    from duplex_jax import parallel
+    from duplex_jax.train import config as configs
+
+    if not _CONFIG.value or not _WORKDIR.value:
+        raise UserError("train needs --config=FILE and --workdir=DIR (--help lists the flags)")
+    config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
+    spec = parallel.load_mesh_spec(_MESH.value)
+    spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
+    parallel.check_batch(spec, config.data.batch, config.data.micro_batches)
+    if config.model.shape is not None:
+        parallel.check_heads(spec, config.model.shape)
+    profile = parse_profile(_PROFILE.value)
+    prepare_devices(spec, _PROCESSES.value)
+    start_processes(spec)
+    from duplex_jax.train.loop import train
+
+    return train(config, spec, Path(_WORKDIR.value), profile)
+
+
+def start() -> None:
+    """Runs the job."""
+    sys.argv[1:], dotted = take_dotted(sys.argv[1:])
+    _DOTTED.extend(dotted)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
