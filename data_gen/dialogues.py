@@ -101,7 +101,7 @@ def _roles(name: str, items: Any, role_key: str, text_key: str) -> list[tuple[st
         field = f"{name}[{i}]"
         if not isinstance(item, dict):
             raise BadRow(f"{field}: must be an object with {role_key} and {text_key}")
-        role = _ROLES.get(item.get(role_key))
+        role = _ROLES.get(str(item.get(role_key)))
         if role is None:
             raise BadRow(f"{field}.{role_key}: {item.get(role_key)!r} is none of {', '.join(_ROLES)}")
         if not isinstance(item.get(text_key), str):

@@ -1,5 +1,6 @@
 """Where units of work run: in this process, in local processes, or on a Ray cluster; the work is the same function."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -100,8 +101,10 @@ class Ray:
             raise UserError("--engine=ray needs Ray; pip install 'duplex-jax[ray]'") from e
         self._ray = ray
         if not ray.is_initialized():
-            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(log_to_driver=False, logging_level="warning", **local)
+            local: dict[str, Any] = (
+                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            )
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
         self.parallel = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._task = ray.remote(work)
         self._context = ray.put(context)

@@ -38,6 +38,11 @@ def slice_words(text: str, rng: random.Random, words: tuple[int, int] = USER_WOR
     return [s for s in slices if s]
 
 
+def count_words(text: str) -> int:
+    """Words of a user's slice, as `slice_words` counts them."""
+    return sum(1 for m in _WORD.finditer(text) if m.group().strip())
+
+
 def slice_ids(ids: list[int], tokenizer: Tokenizer, size: int = MAX_SLICE_TOKENS) -> Iterator[list[int]]:
     """Cuts a message's ids into runs of at most `size`, never within a character.
 

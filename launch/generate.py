@@ -1,21 +1,35 @@
 """`duplex-jax generate`: Duplex-UltraChat timelines from turn-based dialogues; checks and describes a data set too."""
 
+import contextlib
+import json
 import os
+from pathlib import Path
 
 from absl import flags
 
+from data_gen.batch import BatchWriter, collect, submit
+from data_gen.cache import ReplyCache
+from data_gen.check import check_dataset
+from data_gen.client import Budget, Client
 from data_gen.dialogues import count_dialogues
 from data_gen.engines import make_engine
-from data_gen.pipeline import generate, make_recipe, parse_shares
+from data_gen.pipeline import Summary, generate, make_recipe, parse_shares
+from data_gen.rewriter import Sampling
+from data_gen.stats import read_stats, table, write_histograms
 from data_gen.unit import Context, make_unit
 from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.tokenizer import resolve_tokenizer
 from launch import app
 
+EXIT_PROBLEMS = 1
 EXIT_UNFINISHED = 3
 
 _INPUT = flags.DEFINE_string("input", None, "Dialogues: a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the data set; a run that was stopped goes on there.")
+_CHECK = flags.DEFINE_string("check", None, "Check a data set: every rule of the format and of its categories.")
+_STATS = flags.DEFINE_string("stats", None, "Describe a data set: Table 1 beside the paper's, histograms to --out.")
+
 _CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")
 _SHARES = flags.DEFINE_list("shares", [], "NAME=NUMBER,...: timelines for each source dialogue; Table 1's by default.")
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same data set.")
@@ -30,28 +44,144 @@ _BAD = flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this sto
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Local processes.", lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the work runs.")
 
+_REWRITER = flags.DEFINE_enum("rewriter", "template", ["template", "openai"], "Who writes what no dialogue holds.")
+_BASE_URL = flags.DEFINE_string(
+    "base_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
+)
+_MODEL = flags.DEFINE_string("rewriter_model", None, "The model's name there.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Of the model.", lower_bound=0.0)
+_CONCURRENCY = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1)
+_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1)
+_RETRIES = flags.DEFINE_integer("retries", 6, "Times to send a request again that got no reply.", lower_bound=0)
+_ATTEMPTS = flags.DEFINE_integer("attempts", 3, "Replies to a question that may be unusable.", lower_bound=1)
+_CACHE = flags.DEFINE_string("cache", None, "File of the replies; OUT/replies.sqlite by default.")
+_BUDGET_TOKENS = flags.DEFINE_integer("budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.")
+_BUDGET_DOLLARS = flags.DEFINE_float("budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.")
+_PRICE_IN = flags.DEFINE_float("price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0)
+_PRICE_OUT = flags.DEFINE_float("price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0)
+_BATCH = flags.DEFINE_enum(
+    "batch", None, ["write", "submit", "collect"], "Ask by OpenAI's Batch files in OUT/batch instead of live."
+)
 
-def main(argv: list[str]) -> int | None:
+
+def main(argv: list[str]) -> int:
     app.no_arguments(argv)
-    return _generate()
+    if _CHECK.value:
+        return _check(Path(_CHECK.value))
+    if _STATS.value:
+        return _stats(Path(_STATS.value))
+    if not _OUT.value or (not _INPUT.value and _BATCH.value not in ("submit", "collect")):
+        raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, or --stats=FOLDER)")
+    out = Path(_OUT.value)
+    if _BATCH.value == "submit":
+        for name in submit(out / "batch", _BASE_URL.value):
+            print(f"batch {name} started; --batch=collect fetches its replies")
+        return 0
+    if _BATCH.value == "collect":
+        return _collect(out)
+    return _generate(Path(_INPUT.value or ""), out)
 
 
-def _generate() -> int:
-    if not _INPUT.value or not _OUT.value:
-        raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, --stats=FOLDER)")
+def _cache(out: Path) -> ReplyCache:
+    return ReplyCache(_CACHE.value or out / "replies.sqlite")
+
+
+def _generate(dialogues: Path, out: Path) -> int:
     shares = parse_shares(_CATEGORIES.value, _SHARES.value)
-    total = count_dialogues(_INPUT.value, _LIMIT.value)
+    check_writable(out / "recipe.json")
+    sampling = None
+    if _REWRITER.value == "openai":
+        if not _MODEL.value:
+            raise UserError("--rewriter=openai needs --rewriter_model=NAME")
+        if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
+            raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+        sampling = Sampling(_MODEL.value, _TEMPERATURE.value, _SEED.value)
+    elif _BATCH.value:
+        raise UserError("--batch needs --rewriter=openai; templates ask nobody")
+    total = count_dialogues(dialogues, _LIMIT.value)
     tokenizer = resolve_tokenizer(_TOKENIZER.value)
     recipe = make_recipe(
-        _INPUT.value, shares, tokenizer, _TOKENIZER.value,
-        seed=_SEED.value, max_idle_pairs=_IDLE.value, block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value,
+        dialogues, shares, tokenizer, _TOKENIZER.value,
+        seed=_SEED.value, sampling=sampling, attempts=_ATTEMPTS.value, max_idle_pairs=_IDLE.value,
+        block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value,
     )  # fmt: skip
-    context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, None, recipe.compress)
-    engine = make_engine(_ENGINE.value, make_unit, context, _WORKERS.value)
-    try:
-        summary = generate(_INPUT.value, _OUT.value, recipe, engine, None, _BAD.value, total)
-    finally:
-        engine.close()
+    context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress)
+    answers: Client | BatchWriter | None = None
+    with contextlib.ExitStack() as stack:
+        engine = make_engine(_ENGINE.value, make_unit, context, _WORKERS.value)
+        stack.callback(engine.close)
+        if sampling:
+            cache = _cache(out)
+            stack.callback(cache.close)
+            answers = BatchWriter(cache, _ATTEMPTS.value) if _BATCH.value else _client(cache, stack)
+        summary = generate(dialogues, out, recipe, engine, answers, _BAD.value, total)
+    _print(summary)
+    if isinstance(answers, Client):
+        for line in answers.report.lines():
+            print(line)
+        with atomic_write(out / "rewriter.json") as f:
+            json.dump(answers.report.as_json(), f, indent=1)
+    if isinstance(answers, BatchWriter) and answers.waiting:
+        files = answers.write(out / "batch")
+        print(f"{len(answers.waiting):,} requests are in {len(files)} files of {out / 'batch'}; --batch=submit next")
+        return 0
+    if summary.stopped or summary.unfinished:
+        why = f": {summary.stopped}" if summary.stopped else ""
+        print(f"unfinished{why}; {summary.unfinished} shards wait. Every reply is kept: run again to go on.")
+        return EXIT_UNFINISHED
+    return 0
+
+
+def _client(cache: ReplyCache, stack: contextlib.ExitStack) -> Client:
+    budget = Budget(_BUDGET_TOKENS.value, _BUDGET_DOLLARS.value, _PRICE_IN.value, _PRICE_OUT.value)
+    client = Client(
+        _BASE_URL.value, cache, _CONCURRENCY.value, _TIMEOUT.value, _ATTEMPTS.value, _RETRIES.value, budget=budget
+    )
+    # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
+    stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
+    return client
+
+
+def _collect(out: Path) -> int:
+    cache = _cache(out)
+    counts = collect(out / "batch", _BASE_URL.value, cache)
+    cache.close()
+    print(f"{counts.pop('replies'):,} replies are in the cache; batches: " + _listed(counts))
+    print("--batch=write makes what can be made with them, and writes what is still to be asked")
+    return 0
+
+
+def _print(summary: Summary) -> None:
+    print(f"{summary.dialogues:,} dialogues read, {summary.bad_rows:,} bad rows left out (bad_rows.tsv)")
+    for name, rows in summary.rows.items():
+        left_out = summary.left_out.get(name)
+        print(f"  {name:24}{rows:>10,} timelines" + (f"; left out: {_listed(left_out)}" if left_out else ""))
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} x {n:,}" for name, n in counts.items()) or "none"
+
+
+def _check(folder: Path) -> int:
+    report = check_dataset(folder, _TOKENIZER.value if flags.FLAGS["tokenizer"].present else None, _WORKERS.value)
+    for problem in report.problems:
+        print(problem)
+    more = report.number - len(report.problems)
+    if more > 0:
+        print(f"and {more:,} more")
+    print(f"{report.timelines:,} timelines in {report.shards:,} files: {report.number:,} problems")
+    for note in report.notes:
+        print(note)
+    return EXIT_PROBLEMS if report.number else 0
+
+
+def _stats(folder: Path) -> int:
+    stats = read_stats(folder, _TOKENIZER.value, _WORKERS.value)
+    print("\n".join(table(stats)))
+    target = Path(_OUT.value) if _OUT.value else folder
+    with atomic_write(target / "stats.json") as f:
+        json.dump(stats.as_json(), f, indent=1)
+    print(f"wrote {target / 'stats.json'}" + write_histograms(stats, target / "stats.png"))
     return 0
 
 

@@ -20,7 +20,7 @@ def make(
     """All dialogues, the topic changing with every round as long as there are two."""
     talk = Conversation(rng, tokenizer, max_idle_pairs)
     waiting = [list(d.rounds) for d in dialogues]
-    order = []
+    order: list[int] = []
     while any(waiting):
         left = [i for i, rounds in enumerate(waiting) if rounds]
         others = [i for i in left if not order or i != order[-1]]
