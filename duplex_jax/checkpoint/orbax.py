@@ -23,7 +23,7 @@ PARAMS_FOLDER = "params"
 
 
 @contextlib.contextmanager
-def quiet(level: int = logging.WARNING) -> Iterator[None]:
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
     """Keeps Orbax's forty lines a call out of a job's own log, up to `level`."""
     before = logging.get_verbosity()
     logging.set_verbosity(min(before, level))
@@ -121,6 +121,8 @@ def read_metadata(folder: Path) -> Any:
     try:
         with quiet():
             stored = ocp.metadata(path).metadata
+        if stored is None:
+            raise ValueError("its metadata is damaged")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored, is_leaf=_has_shape)
     except Exception as e:  # missing and cut-off files surface in every way there is
         raise UserError(f"{path}: cannot be read ({str(e)[:200]}); write the store again") from e
