@@ -4,6 +4,7 @@ import asyncio
 import collections
 import dataclasses
 import json
+import logging
 import os
 import random
 import threading
@@ -64,7 +65,7 @@ class Report:
     dollars: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {k: dict(v) if isinstance(v, collections.Counter) else v for k, v in vars(self).items()}
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -284,6 +285,8 @@ def make_api(base_url: str, timeout: float, asynchronous: bool) -> Any:
     """The `openai` package's client; its own retries are off, since ours are counted and slowed down together."""
     import openai
 
+    # A log line for every request would drown the progress.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     # Local servers ask for no key, but the package wants one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     kind = openai.AsyncOpenAI if asynchronous else openai.OpenAI

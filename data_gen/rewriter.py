@@ -263,8 +263,9 @@ def _tokens(text: str) -> int:
 
 _QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
 _REFUSAL = re.compile(
-    r"(?:i'?m |i am )?(?:very |so )?(?:sorry|apologi[sz]e)?[,.]?\s*(?:but )?(?:"
-    r"as an ai\b|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b"
+    r"(?:i'?m |i am )?(?:very |so )?(?:sorry|apologi[sz]e)?(?: for any confusion)?[,.]?\s*(?:but )?(?:"
+    r"as an? (?:ai|chatbot|language model)\b|i(?:'m| am) (?:just |only )?an? (?:ai|language model)\b"
+    r"|i (?:do not|don't) have the (?:ability|capability|capacity)\b"
     r"|i(?:'m| am) (?:unable|not able) to\b"
     r"|i (?:can(?:'t|not)|won't) (?:help|assist|fulfill|comply|provide|rewrite|fuse|answer|do|create|generate|continue)"
     r")"
