@@ -1,6 +1,7 @@
 """How every job starts and ends: flags, one clear line for bad input, exit codes."""
 
 import contextlib
+import logging as std_logging
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     def guarded(argv: list[str]) -> int | None:
         logging.use_absl_handler()
+        std_logging.getLogger("jax").setLevel(std_logging.WARNING)  # which backends it tried is no news to a user
         try:
             return main(argv[1:])
         except UserError as e:
@@ -54,6 +56,17 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     raise SystemExit(0)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, in `DUPLEX_JAX_CACHE` or the user's cache folder; `off` keeps none."""
+    import jax
+
+    folder = os.environ.get("DUPLEX_JAX_CACHE") or os.path.expanduser("~/.cache/duplex_jax")
+    if folder == "off":
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def no_arguments(argv: Sequence[str]) -> None:

@@ -264,12 +264,14 @@ class Engine:
 
     def encode(self, row: Row, count: int, then: Sequence[int] = ()) -> None:
         """Encodes at least `count` of the row's pending ids (followed by `then`) ahead of the step, in chunks."""
-        ids = [*row.ids, *then] if count > 0 else []
-        while count > 0:
+        if count <= 0:
+            return
+        ids = [*row.ids, *then]
+        stop = min(row.cached + count, len(ids) - 1)  # the last id is fed with the step that needs its logits
+        while row.cached < stop:
             chunk = ids[row.cached : min(row.cached + self.chunk, len(ids) - 1)]
             self.cache = self._extend(self.cache, row.index, chunk, row.cached)
             row.cached += len(chunk)
-            count -= len(chunk)
 
     def logits(self, row: Row) -> np.ndarray:
         """float32 `[V]`: the logits that the row's next token is drawn from. The row must hold an id."""

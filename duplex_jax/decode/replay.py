@@ -1,0 +1,111 @@
+"""Replaying the user's side of timelines on a virtual clock, as fast as it goes, many at once."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions
+from duplex_jax.timeline import SlicePair, Timeline
+from duplex_jax.tokenizer import decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How conversations are replayed.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        seed: of the first conversation; the next one has the next seed.
+        system: a system prompt.
+        keep_idle: see `DuplexSession`.
+        dormant: see `DuplexSession`.
+        max_tokens: of a turn-based answer.
+    """
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    system: str | None = None
+    keep_idle: int | None = 1
+    dormant: bool = False
+    max_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """One interval that was replayed: of which conversation, what the user said, what came."""
+
+    conversation: int
+    user: str | None
+    slice: Slice
+
+
+def replay(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> Iterator[Replayed | tuple[int, Timeline]]:
+    """Feeds the user's slices of each timeline to a session of its own, as many at once as the engine has rows.
+
+    Yields:
+        Each interval as it is done, and at a conversation's end `(its number, the timeline that came out)`, whose
+        `meta` holds the seconds of each slice. A conversation gives the same whatever runs beside it.
+    """
+    waiting = enumerate(timelines)
+    live: dict[int, tuple[Timeline, DuplexSession, list[float]]] = {}
+    try:
+        while True:
+            for number, timeline in itertools.islice(waiting, engine.cache.rows - len(live)):
+                live[number] = (timeline, _open(engine, options, number), [])
+            if not live:
+                return
+            users = {n: t.pairs[len(s.timeline)].user for n, (t, s, _) in live.items()}
+            slices = step_sessions({live[n][1]: user for n, user in users.items()})
+            for number, (timeline, session, seconds) in list(live.items()):
+                result = slices[session]
+                seconds.append(round(result.seconds, 4))
+                yield Replayed(number, users[number], result)
+                if len(session.timeline) == len(timeline.pairs):
+                    session.close()
+                    del live[number]
+                    yield number, _result(timeline, session.timeline, {"seconds": seconds})
+    finally:
+        for _, session, _ in live.values():
+            session.close()
+
+
+def _open(engine: Engine, options: Replay, number: int) -> DuplexSession:
+    return DuplexSession(
+        engine,
+        system=options.system,
+        seed=options.seed + number,
+        sampling=options.sampling,
+        keep_idle=options.keep_idle,
+        dormant=options.dormant,
+    )
+
+
+def _result(timeline: Timeline, pairs: list[SlicePair], meta: dict[str, object]) -> Timeline:
+    return dataclasses.replace(timeline, pairs=pairs, events=[], meta=timeline.meta | meta)
+
+
+def replay_turns(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> Iterator[tuple[int, Timeline]]:
+    """The turn-based baseline on the same timelines: a pause ends a query, and its answer comes whole.
+
+    While it answers it does not listen: the answer stands in the pair that carries the query's last words.
+    """
+    for number, timeline in enumerate(timelines):
+        session = TurnSession(engine, system=options.system, seed=options.seed + number, sampling=options.sampling)
+        pairs: list[SlicePair] = []
+        query: list[str] = []
+        try:
+            for i, (user, _) in enumerate(timeline.pairs):
+                answer = None
+                if user is not None:
+                    query.append(user)
+                    ends = i + 1 == len(timeline.pairs) or timeline.pairs[i + 1].user is None
+                    if ends:
+                        ids = [t for part in session.reply(" ".join(query), options.max_tokens) for t in part]
+                        answer = decode(engine.template.tokenizer, ids) or None
+                        query.clear()
+                pairs.append(SlicePair(user, answer))
+        finally:
+            session.close()
+        yield number, _result(timeline, pairs, {})

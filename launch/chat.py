@@ -1,0 +1,258 @@
+"""`duplex-jax chat`: talk with a model slice by slice, or replay the user's side of a timeline."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.replay import Replay, Replayed, replay, replay_turns
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import DuplexSession, Slice, TurnSession
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines
+from duplex_jax.tokenizer import complete_utf8, decode_bytes
+from launch import app
+
+_MODEL = flags.DEFINE_string("model", "smollm2-135m-instruct", "A folder, a file, hf:owner/name, or a known name.")
+_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
+_MODE = flags.DEFINE_enum("mode", "duplex", ["duplex", "turn_based"], "Slices, or the baseline of whole turns.")
+_TIMELINE = flags.DEFINE_string("timeline", None, "Replay the user's side of this JSONL file on a virtual clock.")
+_OUT = flags.DEFINE_string("out", None, "With --timeline: write the timelines that came out to this JSONL file.")
+_ROWS = flags.DEFINE_integer("rows", 1, "With --timeline: conversations at once.", lower_bound=1)
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
+_IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Above 0 the model is more patient, below 0 more eager.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of every random draw.", 0, 2**32 - 1)
+_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
+_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.", lower_bound=1)
+_JSON = flags.DEFINE_bool("json", False, "One JSON object a line on standard output, for programs.")
+
+
+def _options() -> Replay:
+    return Replay(
+        sampling=Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _IDLE_BIAS.value),
+        seed=_SEED.value,
+        system=_SYSTEM.value,
+        keep_idle=None if _KEEP_IDLE.value < 0 else _KEEP_IDLE.value,
+        dormant=_DORMANT.value,
+        max_tokens=_MAX_TOKENS.value,
+    )
+
+
+def _engine(rows: int) -> Engine:
+    from duplex_jax.checkpoint.registry import load_model
+
+    app.use_compilation_cache()
+    _say(f"loading {_MODEL.value}")
+    model = load_model(_MODEL.value, dtype="auto", template=_TEMPLATE.value)
+    return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
+
+
+def _say(text: str) -> None:
+    """A word about what goes on, beside the output."""
+    if sys.stderr.isatty():
+        print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
+
+
+_HEADER = f"{'slice':>5}  {'user':34}  {'assistant':46}  seconds"
+
+
+def _line(user: str | None, result: Slice) -> str:
+    """One interval as a row of the live view."""
+    said, heard = ((IDLE if t is None else t.replace("\n", "\\n")) for t in (result.text, user))
+    return f"{result.index:5}  {heard:34}  {said:46}  {result.seconds:.2f}"
+
+
+def _json_line(user: str | None, result: Slice, conversation: int | None = None) -> str:
+    row = {"index": result.index, "user": user, "assistant": result.text,
+           "seconds": round(result.seconds, 4), "context": result.context}  # fmt: skip
+    return json.dumps(row if conversation is None else {"conversation": conversation, **row}, ensure_ascii=False)
+
+
+def _replay_file(options: Replay) -> None:
+    timelines = list(read_timelines(_TIMELINE.value))
+    if not timelines:
+        raise UserError(f"{_TIMELINE.value}: holds no timeline; one JSON object a line")
+    if _OUT.value:
+        check_writable(_OUT.value)
+    engine = _engine(min(_ROWS.value, len(timelines)))
+    done: dict[int, Timeline] = {}
+    if _MODE.value == "turn_based":
+        for number, timeline in replay_turns(engine, timelines, options):
+            done[number] = timeline
+            for pair in timeline.pairs:
+                if _JSON.value:
+                    row = {"conversation": number, "user": pair.user, "assistant": pair.assistant}
+                    print(json.dumps(row, ensure_ascii=False), flush=True)
+                elif pair.user or pair.assistant:
+                    print(f"user       {pair.user}" + (f"\nassistant  {pair.assistant}" if pair.assistant else ""))
+    else:
+        if not _JSON.value:
+            print(_HEADER, flush=True)
+        for item in replay(engine, timelines, options):
+            if not isinstance(item, Replayed):
+                done[item[0]] = item[1]
+            elif _JSON.value:
+                print(_json_line(item.user, item.slice, item.conversation), flush=True)
+            else:
+                number = f"{item.conversation}: " if len(timelines) > 1 else ""
+                print(number + _line(item.user, item.slice), flush=True)
+    if _OUT.value:
+        with atomic_write(_OUT.value) as f:
+            for number in sorted(done):
+                f.write(dump_line(done[number]))
+        _say(f"wrote {_OUT.value}")
+
+
+def _stdin_lines() -> Iterator[str]:
+    """Lines of standard input as text; bad UTF-8 is refused by line."""
+    for n, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as e:
+            raise UserError(f"standard input, line {n}: not UTF-8 (byte {e.start}); send UTF-8 text") from e
+
+
+def _pipe(options: Replay) -> None:
+    """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
+    session = _open(_engine(1), options)
+    if not _JSON.value:
+        print(_HEADER, flush=True)
+    for line in _stdin_lines():
+        user = line.strip() or None
+        result = session.step(None if user == IDLE else user)
+        print(_json_line(user, result) if _JSON.value else _line(user, result), flush=True)
+
+
+def _open(engine: Engine, options: Replay) -> DuplexSession:
+    return DuplexSession(
+        engine, system=options.system, seed=options.seed, sampling=options.sampling,
+        keep_idle=options.keep_idle, dormant=options.dormant,
+    )  # fmt: skip
+
+
+def _turns(options: Replay) -> None:
+    """The baseline: a whole query in, a whole answer out, streamed."""
+    engine = _engine(1)
+    session = TurnSession(engine, system=options.system, seed=options.seed, sampling=options.sampling)
+    terminal = sys.stdin.isatty()
+
+    def queries() -> Iterator[str]:
+        if not terminal:
+            yield from _stdin_lines()
+            return
+        while True:
+            try:
+                yield input("you        ")
+            except EOFError:
+                return
+
+    for query in queries():
+        if not query.strip():
+            continue
+        began = time.perf_counter()
+        data, words = b"", []
+        if not _JSON.value:
+            print("assistant  ", end="", flush=True)
+        for ids in session.reply(query.strip(), options.max_tokens):
+            data += decode_bytes(engine.template.tokenizer, ids)
+            whole = complete_utf8(data)
+            words.append(data[:whole].decode("utf-8", errors="replace"))
+            data = data[whole:]
+            if not _JSON.value:
+                print(words[-1], end="", flush=True)
+        seconds = time.perf_counter() - began
+        if _JSON.value:
+            row = {"user": query, "assistant": "".join(words), "seconds": round(seconds, 4)}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        else:
+            print(f"  ({seconds:.1f} s)", flush=True)
+
+
+def _terminal(options: Replay) -> None:
+    """A live conversation: type at any moment; on each tick of the clock whole words go out and a slice comes back."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.patch_stdout import patch_stdout
+
+    engine = _engine(1)
+    _say("compiling; later starts are faster")
+    engine.warm_up(1024)
+    session = _open(engine, options)
+    prompt: PromptSession[str] = PromptSession()
+    sent: list[str] = []  # lines that were ended with Enter and wait for the clock
+
+    def take() -> str | None:
+        """What the user has typed since the last tick; a word that is not finished stays in the input line."""
+        buffer = prompt.default_buffer
+        words = " ".join(sent)
+        sent.clear()
+        if prompt.app.is_running and " " in buffer.text:
+            whole, _, rest = buffer.text.rpartition(" ")
+            words = f"{words} {whole}"
+            buffer.document = Document(rest, len(rest))
+        return words.strip() or None
+
+    async def clock() -> None:
+        tick = time.monotonic()
+        while True:
+            tick = max(tick + _SLICE_SECONDS.value, time.monotonic())
+            await asyncio.sleep(tick - time.monotonic())
+            user = take()
+            result = await asyncio.to_thread(session.step, user)
+            print(_line(user, result), flush=True)
+
+    async def typing() -> None:
+        while True:
+            sent.append(await prompt.prompt_async("> "))
+
+    async def both() -> None:
+        ticking = asyncio.create_task(clock())
+        try:
+            await typing()
+        except EOFError:
+            return
+        finally:
+            ticking.cancel()
+
+    print("Type at any moment; Ctrl-D or Ctrl-C ends the conversation.\n" + _HEADER)
+    with patch_stdout():
+        asyncio.run(both())
+
+
+def main(argv: list[str]) -> None:
+    """Chooses between a file, a pipe and a terminal."""
+    app.no_arguments(argv)
+    options = _options()
+    if _OUT.value and not _TIMELINE.value:
+        raise UserError("--out needs --timeline, the file whose user side is replayed")
+    if _TIMELINE.value:
+        if not Path(_TIMELINE.value).exists():
+            raise UserError(f"--timeline={_TIMELINE.value}: no such file; give a JSONL file of timelines")
+        _replay_file(options)
+    elif _MODE.value == "turn_based":
+        _turns(options)
+    elif sys.stdin.isatty() and not _JSON.value:
+        _terminal(options)
+    else:
+        _pipe(options)
+
+
+def start() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
