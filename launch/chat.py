@@ -80,10 +80,10 @@ def _json_line(user: str | None, result: Slice, conversation: int | None = None)
     return json.dumps(row if conversation is None else {"conversation": conversation, **row}, ensure_ascii=False)
 
 
-def _replay_file(options: Replay) -> None:
-    timelines = list(read_timelines(_TIMELINE.value))
+def _replay_file(path: str, options: Replay) -> None:
+    timelines = list(read_timelines(path))
     if not timelines:
-        raise UserError(f"{_TIMELINE.value}: holds no timeline; one JSON object a line")
+        raise UserError(f"{path}: holds no timeline; one JSON object a line")
     if _OUT.value:
         check_writable(_OUT.value)
     engine = _engine(min(_ROWS.value, len(timelines)))
@@ -106,8 +106,8 @@ def _replay_file(options: Replay) -> None:
             elif _JSON.value:
                 print(_json_line(item.user, item.slice, item.conversation), flush=True)
             else:
-                number = f"{item.conversation}: " if len(timelines) > 1 else ""
-                print(number + _line(item.user, item.slice), flush=True)
+                prefix = f"{item.conversation}: " if len(timelines) > 1 else ""
+                print(prefix + _line(item.user, item.slice), flush=True)
     if _OUT.value:
         with atomic_write(_OUT.value) as f:
             for number in sorted(done):
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
     if _TIMELINE.value:
         if not Path(_TIMELINE.value).exists():
             raise UserError(f"--timeline={_TIMELINE.value}: no such file; give a JSONL file of timelines")
-        _replay_file(options)
+        _replay_file(_TIMELINE.value, options)
     elif _MODE.value == "turn_based":
         _turns(options)
     elif sys.stdin.isatty() and not _JSON.value:

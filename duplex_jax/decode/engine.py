@@ -375,7 +375,7 @@ class Engine:
         name = f"{kind} of {bucket or self.chunk} tokens over {slots} slots in {cache.rows} rows of {cache.slots}"
         if name in self._programs:
             return self._programs[name]
-        sizes = {"slots": slots, "capacity": self.capacity}
+        sizes: dict[str, Any] = {"slots": slots, "capacity": self.capacity}
         # By keyword, closed over: what is static in each program.
         bodies: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
             "step": (

