@@ -344,10 +344,10 @@ class Engine:
         if k.shape != want or v.shape != (*want[:2], n, c.head_dim) or n > len(ids):
             raise UserError(f"cached keys have shape {k.shape}; this model's are {want} for at most {len(ids)} tokens")
         slots = self._slots(n)
-        part = KVCache(
-            np.zeros((want[0], 1, *want[1:3], slots), k.dtype), np.zeros((want[0], 1, want[1], slots, want[2]), v.dtype)
-        )  # type: ignore[arg-type]
-        part.k[:, 0, ..., :n], part.v[:, 0, :, :n] = k, v  # type: ignore[index]
+        padded = [np.zeros((c.num_layers, 1, *want[1:3], slots), k.dtype)]
+        padded.append(padded[0].transpose(0, 1, 2, 4, 3).copy())
+        padded[0][:, 0, ..., :n], padded[1][:, 0, :, :n] = k, v
+        part = KVCache(jnp.asarray(padded[0]), jnp.asarray(padded[1]))
         self.cache = self._program("write", slots, self.cache)(self.cache, row.index, part)
         row.cached = n
 

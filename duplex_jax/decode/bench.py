@@ -1,0 +1,375 @@
+"""What a slice costs against how much was said before it: our step beside what people would run instead.
+
+Four ways to answer the same slice of the same conversation with the same float32 weights:
+
+    ours                     the engine's step: the history lies in the KV cache
+    re-encoding (JAX)        the reference's way in the same model: the whole history is encoded anew for each slice
+    re-encoding (torch)      the same with transformers' `generate`
+    cached (torch)           transformers' `generate` with its own DynamicCache kept from slice to slice
+
+All draw greedily. The measurements of one repetition follow each other closely, way after way and history after
+history, so that a busy machine hurts them alike.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from duplex_jax.checkpoint.registry import LoadedModel, save_model
+from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write
+from duplex_jax.slicing import MAX_SLICE_TOKENS
+from duplex_jax.template import Template
+from duplex_jax.timeline import read_timelines
+
+HISTORIES = (256, 512, 1024, 2048, 4096)
+USER_TOKENS = 6
+_PREFILL_CHUNK = 512
+
+# What the user says in the measured slice; the first to which the model says a whole slice is taken.
+_QUESTIONS = (
+    " Tell me a long story about the sea and the people who live beside it.",
+    " Explain how the telephone was invented, and who did it first of all.",
+    " What should I see when I am in Rome for a week with my children?",
+    " Write a letter to my friend about the weather and the garden here.",
+    " Count the planets for me, one after the other, please, slowly now.",
+)
+
+
+class Peer(Protocol):
+    """One way to answer a slice.
+
+    Attributes:
+        name: as the table shows it.
+        slow: whether a slice takes as long as its history: measured fewer times.
+    """
+
+    name: str
+    slow: bool
+
+    def prepare(self, history: list[int]) -> None:
+        """Makes ready, off the clock, for a slice behind `history`, a beginning of the longest one."""
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        """Takes the user's ids; gives the ids said, and how many tokens went through the layers for them."""
+
+
+class OurStep:
+    """The engine's step behind a cached history."""
+
+    name, slow = "ours", False
+
+    def __init__(self, engine: Engine, entries: tuple[np.ndarray, np.ndarray]):
+        self._engine, self._entries = engine, entries
+        self._row: Row | None = None
+
+    def prepare(self, history: list[int]) -> None:
+        if self._row is None or self._row.ids[: len(history)] != history or self._row.cached < len(history) - 1:
+            if self._row is not None:
+                self._engine.close(self._row)
+            self._row = self._engine.open(sampling=Sampling(temperature=0))
+            k, v = self._entries
+            n = len(history) - 1  # the last id of a live session is pending too
+            self._engine.write(self._row, history, (k[..., :n], v[..., :n, :]))
+        self._engine.truncate(self._row, len(history))
+        self._row.cached = min(self._row.cached, len(history) - 1)
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        assert self._row is not None
+        before = self._row.cached
+        said = self._engine.advance({self._row: Request(user, allow_idle=False)})[self._row]
+        return said, self._row.cached - before
+
+
+class Reencoding:
+    """The reference's way in the same model: nothing is kept from slice to slice."""
+
+    name, slow = "re-encoding (JAX)", True
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.row = engine.open(sampling=Sampling(temperature=0))
+
+    def prepare(self, history: list[int]) -> None:
+        self._engine.truncate(self.row, 0, history)
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        said = self._engine.advance({self.row: Request(user, allow_idle=False)})[self.row]
+        return said, self.row.cached
+
+
+class Torch:
+    """transformers' `generate` on the exported weights.
+
+    Args:
+        model: a causal language model of transformers.
+        longest: the longest history; it is encoded once where `cached` is asked for.
+        cached: keeps a DynamicCache of the history from slice to slice.
+        said: most tokens of a slice.
+    """
+
+    def __init__(self, model: Any, longest: list[int], cached: bool, said: int = MAX_SLICE_TOKENS):
+        import torch
+
+        self.name = "cached (torch)" if cached else "re-encoding (torch)"
+        self.slow = not cached
+        self._torch, self._model, self._said = torch, model, said
+        self._master: list[tuple[Any, Any]] | None = None
+        self._history: list[int] = []
+        self._cache: Any = None
+        if cached:
+            with torch.inference_mode():
+                out = model.model(self._ids(longest), use_cache=True)
+            self._master = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+    def _ids(self, ids: Sequence[int]) -> Any:
+        return self._torch.tensor([list(ids)], device=self._model.device)
+
+    def prepare(self, history: list[int]) -> None:
+        from transformers import DynamicCache
+
+        self._history = history
+        if self._master is not None:
+            n = len(history) - 1
+            self._cache = DynamicCache()
+            for i, (k, v) in enumerate(self._master):
+                self._cache.update(k[:, :, :n].clone(), v[:, :, :n].clone(), i)
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        ids = self._ids([*self._history, *user])
+        out = self._model.generate(
+            ids, attention_mask=self._torch.ones_like(ids), past_key_values=self._cache, return_dict_in_generate=True,
+            do_sample=False, min_new_tokens=self._said, max_new_tokens=self._said,
+        )  # fmt: skip
+        before = 0 if self._cache is None else len(self._history) - 1
+        return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values.get_seq_length() - before
+
+
+def conversation(template: Template, length: int) -> list[int]:
+    """Exactly `length` ids of a conversation in slices: the one that comes with the package, over and over."""
+    with resources.as_file(resources.files("duplex_jax") / "assets" / "demo.jsonl") as path:
+        pairs = template.encode(next(iter(read_timelines(path))))
+    start = template.start()
+    body = pairs.ids[len(start) :].tolist()
+    return (start + body * (length // len(body) + 1))[:length]
+
+
+def _torch_model(model: LoadedModel) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model", dtype="float32")
+        loaded = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    loaded.generation_config.eos_token_id = None
+    return loaded.to(device).eval()
+
+
+@dataclasses.dataclass
+class _Timings:
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    said: list[int] = dataclasses.field(default_factory=list)
+
+
+def run(
+    model: LoadedModel,
+    histories: Sequence[int] = HISTORIES,
+    repeats: int = 10,
+    slow_repeats: int = 2,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measures every way at every history.
+
+    Args:
+        model: its weights are taken as float32.
+        histories: tokens that were said before the slice.
+        repeats: measurements of the ways that keep their cache.
+        slow_repeats: measurements of those that encode the history anew.
+        say: is told what goes on, a line at a time.
+
+    Returns:
+        A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
+        reason), `rows` (one for each history and peer: median and least seconds, tokens processed, ratio of the
+        medians to ours, how many of the said tokens are ours), and `flatness`, for each peer the least seconds at the
+        longest history over those at the shortest.
+
+    Raises:
+        UserError: histories that make no sense or do not fit the model.
+    """
+    histories = sorted(set(histories))
+    if not histories or histories[0] < 2 or repeats < 1 or slow_repeats < 1:
+        raise UserError(f"histories {list(histories)} and repeats must be positive; a history has at least 2 tokens")
+    config, said = model.config, MAX_SLICE_TOKENS
+    capacity = max(histories[-1] + USER_TOKENS + said, 2 * (_PREFILL_CHUNK + said))
+    if capacity > config.max_position_embeddings:
+        raise UserError(f"a history of {histories[-1]} with its slice needs {capacity} positions and the model has "
+                        f"{config.max_position_embeddings}; give a shorter one")  # fmt: skip
+    longest = conversation(model.template, histories[-1])
+    engine = Engine(config, model.params, model.template, capacity=capacity, dtype="float32")
+    prefiller = Engine(
+        config, engine.params, model.template, capacity=capacity, dtype="float32", feed_buckets=(16, _PREFILL_CHUNK)
+    )
+    say(f"encoding the longest history, {histories[-1]} tokens")
+    reencoding = Reencoding(prefiller)
+    reencoding.prepare(longest)
+    prefiller.encode(reencoding.row, len(longest))
+    ours = OurStep(engine, prefiller.read(reencoding.row))
+    peers: list[Peer] = [ours, reencoding]
+    left_out = {}
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"{' and '.join(missing)} not installed: pip install 'duplex-jax[torch]'"
+        left_out = {"re-encoding (torch)": reason, "cached (torch)": reason}
+        say(f"left out: {', '.join(left_out)}; {reason}")
+    else:
+        exported = _torch_model(model)
+        peers += [Torch(exported, longest, cached=False), Torch(exported, longest, cached=True)]
+
+    slices = {}
+    for history in histories:
+        say(f"warming up at {history} tokens")
+        slices[history] = _whole_slice(model, ours, longest[:history])
+        for peer in peers[1:]:
+            if not peer.slow or history == histories[0]:
+                peer.prepare(longest[:history])
+                peer.step(slices[history])
+    # The step of a re-encoding slice is compiled off the clock too, behind entries that are already there.
+    for history in reversed(histories):
+        prefiller.truncate(reencoding.row, 0, longest[:history])
+        prefiller.encode(reencoding.row, history)
+        reencoding.step(slices[history])
+
+    results = {(history, peer.name): _Timings() for history in histories for peer in peers}
+    for repeat in range(max(repeats, slow_repeats)):
+        for history in histories:
+            for peer in peers:
+                if repeat >= (slow_repeats if peer.slow else repeats):
+                    continue
+                peer.prepare(longest[:history])
+                timings = results[history, peer.name]
+                began = time.perf_counter()
+                timings.said, timings.tokens = peer.step(slices[history])
+                timings.seconds.append(time.perf_counter() - began)
+        say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
+    return _report(model, histories, peers, results, left_out)
+
+
+def _whole_slice(model: LoadedModel, ours: OurStep, history: list[int]) -> list[int]:
+    """The user's ids to which the model says as many tokens as a slice may have."""
+    for question in _QUESTIONS:
+        user = model.tokenizer.encode(question)[:USER_TOKENS]
+        ours.prepare(history)
+        if len(ours.step(user)[0]) == MAX_SLICE_TOKENS:
+            return user
+    raise UserError(
+        f"{model.name}: at {len(history)} tokens it ends every slice early; the benchmark needs whole slices"
+    )
+
+
+def _report(
+    model: LoadedModel, histories: Sequence[int], peers: Sequence[Peer],
+    results: dict[tuple[int, str], _Timings], left_out: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    rows = []
+    for history in histories:
+        base = results[history, "ours"]
+        for peer in peers:
+            timings = results[history, peer.name]
+            median = statistics.median(timings.seconds)
+            rows.append({
+                "history": history,
+                "peer": peer.name,
+                "median_seconds": median,
+                "min_seconds": min(timings.seconds),
+                "repeats": len(timings.seconds),
+                "tokens": timings.tokens,
+                "ratio": median / statistics.median(base.seconds),
+                "min_ratio": min(timings.seconds) / min(base.seconds),
+                "same_tokens": sum(a == b for a, b in zip(timings.said, base.said, strict=False)),
+            })  # fmt: skip
+    first, last = histories[0], histories[-1]
+    flatness = {p.name: min(results[last, p.name].seconds) / min(results[first, p.name].seconds) for p in peers}
+    return {
+        "model": model.name,
+        "dtype": "float32",
+        "slice": {"in": USER_TOKENS, "out": MAX_SLICE_TOKENS},
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend(),
+                    "device": jax.devices()[0].device_kind, "jax": jax.__version__},
+        "left_out": left_out,
+        "rows": rows,
+        "flatness": {"from": first, "to": last, **flatness},
+    }  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    lines = [f"{'history':>7}  {'':22}{'median s':>9}{'least s':>9}{'tokens':>8}{'x ours':>8}{'least x':>9}"]
+    for row in report["rows"]:
+        lines.append(
+            f"{row['history']:>7}  {row['peer']:22}{row['median_seconds']:>9.3f}{row['min_seconds']:>9.3f}"
+            f"{row['tokens']:>8}{row['ratio']:>8.2f}{row['min_ratio']:>9.2f}"
+        )
+    flat = dict(report["flatness"])
+    first, last = flat.pop("from"), flat.pop("to")
+    lines.append(f"least seconds at {last} over those at {first}: "
+                 + ", ".join(f"{name} {ratio:.2f}" for name, ratio in flat.items()))  # fmt: skip
+    lines += [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
+    return lines
+
+
+def check_plot() -> None:
+    """Refuses, before any time is spent, a plot that cannot be drawn.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a PNG needs matplotlib: pip install 'duplex-jax[plot]'")
+
+
+def plot(report: dict[str, Any], path: str | Path) -> None:
+    """Draws seconds per slice and tokens processed against history, a line a way, into a PNG file.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    check_plot()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, field, label in zip(
+        axes, ("median_seconds", "tokens"), ("seconds per slice", "tokens processed per slice"), strict=True
+    ):
+        for peer in dict.fromkeys(row["peer"] for row in report["rows"]):
+            points = [(row["history"], row[field]) for row in report["rows"] if row["peer"] == peer]
+            axis.plot(*zip(*points, strict=True), marker="o", label=peer)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of history", ylabel=label)
+        axis.set_xticks(sorted({row["history"] for row in report["rows"]}), minor=False)
+        axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.3)
+    axes[0].legend()
+    taken = report["slice"]
+    figure.suptitle(f"{report['model']}, {report['dtype']}: {taken['in']} tokens in, {taken['out']} out")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
