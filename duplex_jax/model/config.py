@@ -200,6 +200,8 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, plain in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
         if scaling.get(name, plain) != plain:
             raise UserError(f"{where}: RoPE scaling with {name}={scaling[name]!r} is not supported; plain {kind} is")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": RopeScaling()}
     longest = int(config.get("max_position_embeddings", 4096))
     original = int(
         scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
