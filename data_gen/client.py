@@ -136,6 +136,7 @@ class Client:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._slots = asyncio.Semaphore(self.concurrency)
+        self._released = asyncio.Event()
         self._api = make_api(self.base_url, self.timeout, asynchronous=True)
         self._ready.set()
         self._loop.run_forever()
@@ -193,7 +194,7 @@ class Client:
         cause = ""
         for retry in range(self.retries + 1):
             await self._wait_turn()
-            self._reserve(request)
+            await self._reserve(request)
             self.report.sent += 1
             wait = self.backoff * 2**retry * self._jitter.uniform(0.5, 1.5)
             try:
@@ -226,7 +227,7 @@ class Client:
             except (ValueError, TypeError, AttributeError, openai.OpenAIError):
                 cause = "broken reply"
             finally:
-                self._reserved.pop(id(asyncio.current_task()), None)
+                self._release()
             if retry < self.retries:
                 self.report.retried[cause] += 1
                 await asyncio.sleep(min(wait, _LONGEST_WAIT))
@@ -242,21 +243,35 @@ class Client:
         if self._stopped:
             raise Stopped(self._stopped)
 
-    def _reserve(self, request: Request) -> None:
-        """Sets aside what a request may cost at most, so that requests in flight cannot exceed a budget together."""
-        most_in = sum(len(text.encode()) // 2 + 8 for _, text in request.messages)
-        self._reserved[id(asyncio.current_task())] = (most_in, request.max_tokens)
-        prompt = self.report.prompt_tokens + sum(n for n, _ in self._reserved.values())
-        completion = self.report.completion_tokens + sum(n for _, n in self._reserved.values())
+    async def _reserve(self, request: Request) -> None:
+        """Sets aside what a request may cost at most, so that requests in flight cannot exceed a budget together.
+
+        Where that is too much it waits for those in flight, which mostly cost less than was set aside.
+        """
+        most = sum(len(text.encode()) // 2 + 8 for _, text in request.messages), request.max_tokens
+        while limits := self._exceeded(*most):
+            if not self._reserved:
+                self._stopped = f"the next request might exceed {' and '.join(limits)}"
+            if self._stopped:
+                raise Stopped(self._stopped)
+            await self._released.wait()
+        self._reserved[id(asyncio.current_task())] = most
+
+    def _release(self) -> None:
+        self._reserved.pop(id(asyncio.current_task()), None)
+        self._released.set()
+        self._released = asyncio.Event()
+
+    def _exceeded(self, prompt: int, completion: int) -> list[str]:
+        """The limits that so many more tokens could exceed."""
+        prompt += self.report.prompt_tokens + sum(n for n, _ in self._reserved.values())
+        completion += self.report.completion_tokens + sum(n for _, n in self._reserved.values())
         limits = []
         if self.budget.tokens and prompt + completion > self.budget.tokens:
             limits.append(f"--budget_tokens={self.budget.tokens:,}")
         if self.budget.dollars and self.budget.cost(prompt, completion) > self.budget.dollars:
             limits.append(f"--budget_dollars={self.budget.dollars:g}")
-        if limits:
-            self._reserved.pop(id(asyncio.current_task()), None)
-            self._stopped = f"the next request might exceed {' and '.join(limits)}"
-            raise Stopped(self._stopped)
+        return limits
 
     def _spend(self, reply: Reply) -> None:
         self.report.prompt_tokens += reply.prompt_tokens
@@ -286,7 +301,8 @@ def make_api(base_url: str, timeout: float, asynchronous: bool) -> Any:
     import openai
 
     # A log line for every request would drown the progress.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Local servers ask for no key, but the package wants one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     kind = openai.AsyncOpenAI if asynchronous else openai.OpenAI
