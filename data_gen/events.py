@@ -4,15 +4,17 @@ Each event names one pair. `barge_in` and `yield` share theirs: the assistant he
 nothing in the very slice that answers them.
 """
 
-QUERY_END = "query_end"
-BARGE_IN = "barge_in"
-YIELD = "yield"
-RESUME = "resume"
-BE_QUIET = "be_quiet"
-BACKCHANNEL = "backchannel"
-HESITATION = "hesitation"
-SILENCE = "silence"
-OPENING = "opening"
+from duplex_jax.timeline import (
+    BACKCHANNEL,
+    BARGE_IN,
+    BE_QUIET,
+    HESITATION,
+    OPENING,
+    QUERY_END,
+    RESUME,
+    SILENCE,
+    YIELD,
+)
 
 KINDS = {
     QUERY_END: "carries the last words of something that the user wants answered",

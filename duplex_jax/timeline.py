@@ -28,6 +28,17 @@ CATEGORIES = (
     "back_on_topic",
 )
 
+# Kinds of events that generating writes and scoring reads; `data_gen.events` says what each one means.
+QUERY_END = "query_end"
+BARGE_IN = "barge_in"
+YIELD = "yield"
+RESUME = "resume"
+BE_QUIET = "be_quiet"
+BACKCHANNEL = "backchannel"
+HESITATION = "hesitation"
+SILENCE = "silence"
+OPENING = "opening"
+
 _ESCAPE = re.compile(r"<(\\*)idle>")
 _UNESCAPE = re.compile(r"<\\(\\*)idle>")
 _FIELDS = ("output", "id", "category", "source_ids", "events", "meta")

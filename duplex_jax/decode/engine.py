@@ -84,6 +84,15 @@ class Request:
     allow_idle: bool = True
 
 
+def never_sampled(config: ModelConfig, template: Template) -> np.ndarray:
+    """bool `[V]`: padding and control tokens, but for the two that end a slice."""
+    suppress = np.ones(config.padded_vocab_size, bool)
+    suppress[: config.vocab_size] = False
+    suppress[[i for i in template.tokenizer.special.values() if i < config.vocab_size]] = True
+    suppress[[i for i in template.stop_ids if i < config.vocab_size]] = False
+    return suppress
+
+
 class Engine:
     """Rows of a fixed-shape KV cache and the compiled programs over them. Not thread-safe.
 
@@ -140,11 +149,7 @@ class Engine:
         self._n_shadows = len(self._free_shadows)
         self.rows: set[Row] = set()
         self.compilations: collections.Counter[str] = collections.Counter()
-        suppress = np.ones(config.padded_vocab_size, bool)
-        suppress[: config.vocab_size] = False
-        suppress[[i for i in template.tokenizer.special.values() if i < config.vocab_size]] = True
-        suppress[[i for i in template.stop_ids if i < config.vocab_size]] = False
-        self._suppress = jnp.asarray(suppress)
+        self._suppress = jnp.asarray(never_sampled(config, template))
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     # Rows come and go.

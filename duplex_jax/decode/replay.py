@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -41,8 +41,16 @@ class Replayed:
     slice: Slice
 
 
-def replay(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> Iterator[Replayed | tuple[int, Timeline]]:
+def replay(
+    engine: Engine, timelines: Iterable[Timeline], options: Replay, seeds: Sequence[int] | None = None
+) -> Iterator[Replayed | tuple[int, Timeline]]:
     """Feeds the user's slices of each timeline to a session of its own, as many at once as the engine has rows.
+
+    Args:
+        engine: whose rows are taken.
+        timelines: whose user sides are replayed.
+        options: how.
+        seeds: of each conversation, in place of `options.seed` and the numbers that follow it.
 
     Yields:
         Each interval as it is done, and at a conversation's end `(its number, the timeline that came out)`, whose
@@ -53,7 +61,8 @@ def replay(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> It
     try:
         while True:
             for number, timeline in itertools.islice(waiting, engine.cache.rows - len(live)):
-                live[number] = (timeline, _open(engine, options, number), [])
+                seed = options.seed + number if seeds is None else seeds[number]
+                live[number] = (timeline, _open(engine, options, seed), [])
             if not live:
                 return
             users = {n: t.pairs[len(s.timeline)].user for n, (t, s, _) in live.items()}
@@ -71,11 +80,11 @@ def replay(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> It
             session.close()
 
 
-def _open(engine: Engine, options: Replay, number: int) -> DuplexSession:
+def _open(engine: Engine, options: Replay, seed: int) -> DuplexSession:
     return DuplexSession(
         engine,
         system=options.system,
-        seed=options.seed + number,
+        seed=seed,
         sampling=options.sampling,
         keep_idle=options.keep_idle,
         dormant=options.dormant,
