@@ -79,6 +79,10 @@ class Processes:
     def submit(self, *args: Any) -> Future:
         return self._pool.submit(_in_worker, self._work, *args)
 
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return list(self._pool._processes or {})
+
     def close(self) -> None:
         processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,7 @@ from duplex_jax.tokenizer import Tokenizer
 AWKWARD = Dialogue(
     "awkward",
     (
-        ("Schreib etwas über Straßen.", "Die Straße ist lang. " * 6 + "再见，朋友。" * 5 + "👩‍👩‍👧‍👦 und mehr Wörter. " * 4),
+        ("Schreib über Straßen.", "Die Straße ist lang. " * 6 + "再见，朋友。" * 5 + "👩‍👩‍👧 und Wörter. " * 4),
         ("```code```", "def f(x):\n    return x[0]\n\n\n" * 8),
         ("كيف حالك", "أنا بخير شكرا لك على سؤالك " * 8),
     ),

@@ -1,0 +1,76 @@
+"""`duplex-jax bench NAME [key=value ...] [--json=FILE]`: measures one part and prints a table.
+
+A measurement is a function with defaults for all its arguments that returns what JSON can hold; `key=value` sets an
+argument. It says in its docstring what it measures.
+"""
+
+import importlib
+import inspect
+import json
+from typing import Any
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write, check_writable
+from launch import app
+
+MEASUREMENTS = {
+    "generate": "data_gen.bench:bench_generate",
+}
+
+_JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] not in MEASUREMENTS:
+        raise UserError(f"bench needs the name of a measurement: {', '.join(MEASUREMENTS)}")
+    module, _, name = MEASUREMENTS[argv[0]].partition(":")
+    measure = getattr(importlib.import_module(module), name)
+    arguments = parse_arguments(argv[1:], inspect.signature(measure))
+    if _JSON.value:
+        check_writable(_JSON.value)
+    result = measure(**arguments)
+    for row in table(result):
+        print(row)
+    if _JSON.value:
+        with atomic_write(_JSON.value) as f:
+            json.dump({"measurement": argv[0], "arguments": arguments} | result, f, indent=1)
+
+
+def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str, Any]:
+    """`key=value` items as arguments of the type of their defaults.
+
+    Raises:
+        UserError: no such argument, or a value of another type.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in signature.parameters:
+            raise UserError(f"{item!r}: must be key=value, with one of {', '.join(signature.parameters)} as key")
+        kind = type(signature.parameters[key].default)
+        try:
+            found[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+        except ValueError as e:
+            raise UserError(f"{item!r}: must be {kind.__name__}") from e
+    return found
+
+
+def table(result: Any, name: str = "") -> list[str]:
+    """Nested figures as lines: a line for each figure, its path in front."""
+    if isinstance(result, dict):
+        items = [(f"{name}.{key}" if name else str(key), value) for key, value in result.items()]
+    elif isinstance(result, list):
+        items = [(f"{name}[{i}]", value) for i, value in enumerate(result)]
+    else:
+        return [f"{name:60}{result:>16,}" if isinstance(result, int | float) else f"{name:60}{result!s:>16}"]
+    return [line for key, value in items for line in table(value, key)]
+
+
+def start() -> None:
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
