@@ -1,0 +1,83 @@
+"""Intervals for what is measured: Wilson's for rates, the bootstrap over conversations for everything else."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959963984540054
+Sums = Mapping[str, Any]
+"""Counts by name, each a number or an array `[R]` of one number a resample."""
+
+
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float] | None:
+    """Wilson's score interval of a rate (Wilson 1927, "Probable inference, the law of succession"); 95% by default.
+
+        centre = (p + z^2 / 2n) / (1 + z^2 / n)
+        half   = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)        p = successes / n, n = trials
+
+    Args:
+        successes: at most `trials`; a fraction where several runs over the same items are averaged.
+        trials: n.
+        z: the normal quantile.
+
+    Returns:
+        The bounds, within [0, 1]; None without a trial.
+    """
+    if trials <= 0:
+        return None
+    n, p = trials, successes / trials
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z / scale * (max(p * (1 - p), 0.0) / n + z * z / (4 * n * n)) ** 0.5
+    # At 0 and 1 the formula gives exactly 0 and 1, but for rounding.
+    return (0.0 if p <= 0 else centre - half), (1.0 if p >= 1 else centre + half)
+
+
+class Bootstrap:
+    """Percentile intervals by drawing conversations with replacement (Efron and Tibshirani 1993, chapter 13).
+
+    Events of one conversation hang together, so conversations are drawn and not events. All statistics of one set of
+    conversations see the same draws.
+
+    Args:
+        items: counts of each conversation, by name; a name that is missing counts 0.
+        resamples: R, how many times as many conversations as there are get drawn.
+        seed: of the draws.
+    """
+
+    def __init__(self, items: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0):
+        names = sorted({name for item in items for name in item})
+        table = np.array([[item.get(name, 0.0) for name in names] for item in items], float).reshape(-1, len(names))
+        self.items = len(items)
+        if self.items:
+            rng = np.random.default_rng(seed)
+            weights = rng.multinomial(self.items, np.full(self.items, 1 / self.items), size=resamples)
+            self._sums = dict(zip(names, (weights @ table).T, strict=True))
+
+    def interval(self, statistic: Callable[[Sums], Any]) -> tuple[float, float] | None:
+        """The middle 95% of a statistic of summed counts; None for fewer than two conversations, or where it is
+        undefined. Draws in which it is undefined are left out."""
+        if self.items < 2:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.atleast_1d(np.asarray(statistic(Defaulted(self._sums)), float))
+        values = values[np.isfinite(values)]
+        if len(values) < 2:
+            return None
+        low, high = np.percentile(values, [2.5, 97.5])
+        return float(low), float(high)
+
+
+class Defaulted(dict[str, Any]):
+    """Counts in which a name that is missing is 0."""
+
+    def __missing__(self, name: str) -> np.float64:
+        return np.float64(0)
+
+
+def value_of(statistic: Callable[[Sums], Any], sums: Mapping[str, float]) -> float | None:
+    """A statistic of summed counts; None where it is undefined (0 / 0)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(Defaulted({name: np.float64(n) for name, n in sums.items()})))
+    return value if np.isfinite(value) else None
