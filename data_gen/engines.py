@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from duplex_jax.errors import UserError
 
+# A worker's own: what all its calls share, and (Ray) the reference that it was fetched by.
 _context: Any = None
+_reference: Any = None
 
 
 class Engine(Protocol):
@@ -108,16 +110,30 @@ class Ray:
             local: dict[str, Any] = (
                 {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
             )
-            ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
+            except Exception as e:  # whichever of its many errors: all of them mean that there is no cluster
+                raise UserError(f"--engine=ray: no Ray cluster ({type(e).__name__}: {e}); see RAY_ADDRESS") from e
         self.parallel = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._task = ray.remote(work)
-        self._context = ray.put(context)
+        self._task = ray.remote(_in_ray)
+        self._work = work
+        # In a list Ray leaves the reference alone, and a worker fetches what it stands for once, not for every call.
+        self._context = [ray.put(context)]
 
     def submit(self, *args: Any) -> Future:
-        return self._task.remote(self._context, *args).future()
+        return self._task.remote(self._context, self._work, *args).future()
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _in_ray(reference: list[Any], work: Callable[..., Any], *args: Any) -> Any:
+    global _context, _reference
+    if _reference != reference[0]:
+        import ray
+
+        _context, _reference = ray.get(reference[0]), reference[0]
+    return work(_context, *args)
 
 
 def make_engine(name: str, work: Callable[..., Any], context: Any, workers: int) -> Engine:
