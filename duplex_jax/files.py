@@ -136,6 +136,33 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+class _ZstdFrames(io.RawIOBase):
+    """Decompresses every frame of a file; the library's own reader takes a cut-off file for its end."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            chunk = unused or self._raw.read(1 << 16)
+            if self._frame is None or self._frame.eof:
+                if not chunk:
+                    return 0
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            elif not chunk:
+                raise EOFError("it is cut off")
+            self._ready = self._frame.decompress(chunk)
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+
 @contextlib.contextmanager
 def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a file of lines as bytes, decompressing `.gz` and `.zst` by name.
@@ -152,6 +179,6 @@ def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
         if path.suffix == ".gz":
             yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
         elif path.suffix == ".zst":
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
+            yield io.BufferedReader(_ZstdFrames(raw))
         else:
             yield raw

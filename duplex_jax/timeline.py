@@ -173,7 +173,7 @@ def _event(e: Any, i: int, n: int) -> Event:
 def parse_line(line: bytes, where: str) -> Timeline:
     """Reads one JSONL line; `where` ("file:line") opens the message of the error it raises."""
     try:
-        return from_row(json.loads(line.decode("utf-8")))
+        return from_row(json.loads(line.decode("utf-8").rstrip("\r\n")))
     except UnicodeDecodeError as e:
         raise TimelineError(f"{where}: not UTF-8 (byte {e.start}); save the file as UTF-8") from e
     except json.JSONDecodeError as e:

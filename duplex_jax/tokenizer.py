@@ -6,6 +6,7 @@ ordinary characters. Control tokens are reached by name only, through `special`.
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class SentencePieceTokenizer:
         n = self._sp.get_piece_size()
         self.special = {self._sp.id_to_piece(i): i for i in range(n) if self._sp.is_control(i)} | self._added
         self.vocab_size = max([n - 1, *self._added.values()]) + 1
-        self._dummy_prefix = self._sp.encode("a", out_type=str)[:1] == ["▁a"]
+        self._dummy_prefix = self._sp.encode("a", out_type=str)[0].startswith("▁")
         self._names = {i: name.encode() for name, i in self.special.items()}
         self._space_bytes = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
 
@@ -101,17 +102,14 @@ class SentencePieceTokenizer:
             if i:
                 ids += self._space_bytes
             if part:
-                piece_ids = self._sp.encode(part)
-                if self._dummy_prefix and not (i == 0 and part.startswith(" ")):
-                    # A model trained with a space in front of every text; ours starts where it starts.
-                    piece_ids = self._strip_prefix(part, piece_ids)
-                ids += piece_ids
+                ids += self._without_prefix(part) if self._dummy_prefix else self._sp.encode(part)
         return ids
 
-    def _strip_prefix(self, part: str, ids: list[int]) -> list[int]:
-        marked = self._sp.encode("\n" + part)
+    def _without_prefix(self, part: str) -> list[int]:
+        # The model puts a space in front of every text; it goes in front of a newline that is cut off again.
         newline = self._sp.encode("\n")
-        return marked[len(newline) :] if marked[: len(newline)] == newline else ids
+        ids = self._sp.encode("\n" + part)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._sp.encode(part)
 
     @functools.cache  # noqa: B019 - one tokenizer a process
     def token_bytes(self, token: int) -> bytes:
@@ -151,10 +149,10 @@ class HFTokenizer:
 
         self._spec = dict(spec)
         self._config = dict(config or {})
-        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         # Without its added tokens and post-processor the tokenizer sees plain text and adds nothing to it.
         plain = self._spec | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
         try:
+            self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
         except Exception as e:
             raise UserError(f"{where}: is no tokenizer that the tokenizers package reads ({e})") from e
@@ -162,8 +160,11 @@ class HFTokenizer:
         self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
         self._names = {i: name.encode() for name, i in self.special.items()}
         self.vocab_size = max([*self._by_id, *self._names]) + 1
+        self._unspelled = _unspelled(set(self._by_id.values())) if self._byte_level else None
 
     def encode(self, text: str) -> list[int]:
+        if self._unspelled is not None:
+            text = self._unspelled.sub("\ufffd", text)
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if any(i in self._names for i in ids):  # a vocabulary that lists a control token among its words
             return [i for c in text for i in self._tokenizer.encode(c, add_special_tokens=False).ids]
@@ -217,6 +218,27 @@ def _byte_alphabet() -> dict[str, int]:
 _UNICODE_TO_BYTE = _byte_alphabet()
 
 
+def _unspelled(vocabulary: set[str]) -> re.Pattern[str] | None:
+    """Matches characters that a byte-level vocabulary cannot spell, for want of their first byte; None: it spells all.
+
+    SmolLM2's lacks six control characters and the lead bytes of unassigned planes. Dropped in silence, as BPE does it,
+    they would leave empty slices and halves of characters; as U+FFFD they stay one character.
+    """
+    ranges = []
+    for stand_in, byte in _UNICODE_TO_BYTE.items():
+        if stand_in in vocabulary:
+            continue
+        if byte < 0x80:
+            ranges.append((byte, byte))
+        elif 0xC2 <= byte < 0xF5:
+            shift = 6 if byte < 0xE0 else 12 if byte < 0xF0 else 18
+            first = (byte & (0x1F if shift == 6 else 0x0F if shift == 12 else 0x07)) << shift
+            ranges.append((first, min(first + (1 << shift) - 1, 0x10FFFF)))
+    if not ranges:
+        return None
+    return re.compile("[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges) + "]")
+
+
 def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer inside a GGUF file.
 
@@ -228,6 +250,15 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
         UserError: a kind of vocabulary that is not supported.
     """
     kind = fields.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f"{where}: vocabulary of kind {kind!r} is not supported; 'gpt2' and 'llama' are")
+    try:
+        return _from_gguf_fields(kind, fields, where)
+    except (KeyError, ValueError, TypeError, IndexError) as e:
+        raise UserError(f"{where}: its vocabulary is incomplete ({e}); fetch it again") from e
+
+
+def _from_gguf_fields(kind: str, fields: Mapping[str, Any], where: str) -> Tokenizer:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     control = {t: i for i, (t, k) in enumerate(zip(tokens, types, strict=True)) if k in (3, 4)}
@@ -246,10 +277,12 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
     config = {k: v for k, v in config.items() if v is not None}
     if kind == "gpt2":
         return HFTokenizer(_byte_level_spec(fields, tokens, control, where), where, config)
-    if kind == "llama":
-        model = _sentencepiece_model(fields, tokens, types)
-        return SentencePieceTokenizer(model, where=where, config=config | {"tokenizer_class": "LlamaTokenizer"})
-    raise UserError(f"{where}: vocabulary of kind {kind!r} is not supported; 'gpt2' and 'llama' are")
+    config |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", True)),
+    }
+    return SentencePieceTokenizer(_sentencepiece_model(fields, tokens, types), where=where, config=config)
 
 
 # How each `tokenizer.ggml.pre` splits text before BPE. llama.cpp keeps the same list by name.
@@ -359,6 +392,9 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise UserError(f"{path}: is no JSON ({e}); fetch it again") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(row).__name__}; fetch it again")
+    return row

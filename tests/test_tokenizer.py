@@ -1,0 +1,215 @@
+"""Tokenizers: text comes back byte for byte, nothing typed becomes a control token, files are found and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duplex_jax.errors import UserError
+from duplex_jax.slicing import MAX_SLICE_TOKENS, slice_ids, slice_tokens
+from duplex_jax.tokenizer import (
+    Tokenizer,
+    complete_utf8,
+    decode,
+    decode_bytes,
+    from_gguf_fields,
+    load_tokenizer,
+    resolve_tokenizer,
+)
+from tests.tokenizers import CONTROL_WORDS, TOKENIZERS, UNSPELLED, texts
+
+EXAMPLES = 60
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest, reference: Path) -> Tokenizer:
+    return TOKENIZERS[request.param](reference)
+
+
+def test_typed_control_words_are_words(tokenizer: Tokenizer):
+    control = set(tokenizer.special.values())
+    for word in (*tokenizer.special, *CONTROL_WORDS):
+        for text in (word, f"a{word}b", f" {word} ", f"{word}{word}", word[:-1] + "\n" + word):
+            ids = tokenizer.encode(text)
+            assert not control & set(ids), text
+            assert decode(tokenizer, ids) == text
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(text=texts)
+def test_text_comes_back(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert decode_bytes(tokenizer, ids) == text.encode()
+    assert not set(tokenizer.special.values()) & set(ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(text=texts)
+def test_slices_joined_are_the_message(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    runs = list(slice_ids(ids, tokenizer))
+    assert [i for run in runs for i in run] == ids
+    assert all(0 < len(run) <= MAX_SLICE_TOKENS for run in runs)
+    slices = slice_tokens(text, tokenizer)
+    assert "".join(slices) == text
+    assert all(s.encode("utf-8").decode("utf-8") == s for s in slices)
+
+
+def test_added_tokens_are_control_tokens(tokenizer: Tokenizer):
+    tokens = ["<new>", "<idle2>", "<|x|>"]
+    grown = tokenizer.with_tokens(tokens)
+    assert [grown.special[t] for t in tokens] == list(range(tokenizer.vocab_size, grown.vocab_size))
+    assert tokenizer.special.items() <= grown.special.items()
+    assert grown.token_bytes(tokenizer.vocab_size) == b"<new>"
+    for text in ("<new>", "a <idle2> b<|x|>", "你好<new>"):
+        assert grown.encode(text) == tokenizer.encode(text)
+
+
+def test_characters_that_a_vocabulary_cannot_spell(reference: Path):
+    tokenizer = TOKENIZERS["smollm2"](reference)
+    for text in (*UNSPELLED, "\U00040000", "\U000bffff"):
+        assert decode(tokenizer, tokenizer.encode(f"a{text}b")) == "a\ufffdb"
+    for text in ("\x05", "\x7f", "\U0003ffff", "\U000c0000", "\U0010ffff", "\ufffd"):
+        assert decode(tokenizer, tokenizer.encode(f"a{text}b")) == f"a{text}b"
+    assert slice_tokens("\U00040000 a" * 9, tokenizer)[0].startswith("\ufffd a")
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path):
+    tokenizer.with_tokens(["<new>"]).save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.special == tokenizer.special | {"<new>": tokenizer.vocab_size}
+    for text in ("Hello, world", " 你好 <new></s>", "a\n\n  b\té😀"):
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_released_markers(reference: Path):
+    """design: `<用户>` and `<AI>` are three plain tokens each, `<idle>` is 122753 and `</s>` is 2."""
+    tokenizer = TOKENIZERS["released"](reference)
+    assert tokenizer.encode("<用户>") == [95396, 4194, 95388]
+    assert tokenizer.encode("<AI>") == [95396, 10850, 95388]
+    assert (tokenizer.special["<idle>"], tokenizer.special["</s>"], tokenizer.vocab_size) == (122753, 2, 122760)
+
+
+def test_vocabulary_in_gguf_is_that_of_the_model_file(reference: Path):
+    ours, released = (TOKENIZERS[n](reference) for n in ("sentencepiece_in_gguf", "released"))
+    for text in (
+        "What is the capital of France?",
+        " famous for the Eiffel Tower,",
+        "你好，世界！",
+        "a  b\n\té 😀 19",
+    ):
+        assert ours.encode(text) == released.encode(text)
+
+
+def test_transformers_agrees(tokenizer: Tokenizer, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello, world", " famous for", "你好，世界！", "a\n\nb\té 😀", "x = 12345;"):
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
+
+
+def test_dummy_prefix_of_a_llama_vocabulary():
+    """A model trained with a space in front of every text: ours starts where the text starts."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 6]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(6)],
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+    tokenizer = from_gguf_fields(fields, "m.gguf")
+    assert tokenizer.special == {"<s>": 1, "</s>": 2}
+    for text in ("ab", " ab", "a b", "  a", "\nab", "</s>ab"):
+        assert decode(tokenizer, tokenizer.encode(text)) == text
+    assert tokenizer.encode("ab") == [263]
+    assert tokenizer.encode(" ab") == [264]
+
+
+@given(data=st.binary(max_size=12))
+def test_complete_utf8_cuts_at_characters(data: bytes):
+    n = complete_utf8(data)
+    assert len(data) - n < 4
+    if (text := data.decode("utf-8", "ignore")).encode() == data:
+        assert n == len(data)
+        for cut in range(len(data) + 1):
+            assert text.encode()[: complete_utf8(data[:cut])].decode() is not None
+
+
+@given(text=st.text(min_size=1, max_size=8), cut=st.integers(0, 32))
+def test_complete_utf8_is_the_longest(text: str, cut: int):
+    data = text.encode("utf-8", "surrogatepass") if not any("\ud800" <= c <= "\udfff" for c in text) else b"x"
+    cut = min(cut, len(data))
+    whole = [0]
+    for c in data.decode():
+        whole.append(whole[-1] + len(c.encode()))
+    assert complete_utf8(data[:cut]) == max(w for w in whole if w <= cut)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no tokenizer there"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: is no JSON"),
+        ({"tokenizer.json": '{"model": 3}'}, "is no tokenizer that the tokenizers package reads"),
+        ({"tokenizer.json": "[]"}, "tokenizer.json: "),
+        ({"tokenizer.model": "nonsense"}, "tokenizer.model: is no SentencePiece model"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "x"}, "tokenizer_config.json: is no JSON"),
+    ],
+)
+def test_bad_files(tmp_path: Path, files: dict[str, str], words: str):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words) as e:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "bert", "tokens": ["a"]}, "vocabulary of kind 'bert' is not supported"),
+        ({"model": "gpt2", "tokens": ["a"], "pre": "tekken", "merges": []}, "pre-tokenizer 'tekken' is not supported"),
+        ({}, "m.gguf: vocabulary of kind None"),
+        ({"model": "gpt2", "tokens": ["a"], "pre": "gpt-2"}, "m.gguf: its vocabulary is incomplete"),
+        ({"model": "gpt2", "tokens": ["a"], "token_type": [1, 1]}, "m.gguf: its vocabulary is incomplete"),
+        ({"model": "llama", "tokens": ["a"], "scores": ["b"]}, "m.gguf: its vocabulary is incomplete"),
+    ],
+)  # fmt: skip
+def test_bad_vocabulary_in_gguf(fields: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        from_gguf_fields({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "m.gguf")
+
+
+def test_resolve(reference: Path, tmp_path: Path):
+    assert resolve_tokenizer(reference / "minicpm-tokenizer").vocab_size == 122760
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(UserError, match=r"x.txt: holds no tokenizer"):
+        resolve_tokenizer(tmp_path / "x.txt")
+    with pytest.raises(UserError, match="no such file or folder"):
+        resolve_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_vocabulary_that_lists_control_tokens_among_its_words(tmp_path: Path):
+    """BPE would find the token in text; typed by a user it is characters all the same."""
+    spec = json.loads((_saved(tmp_path) / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    vocab |= {"ab": 300, "<idle>": 258}
+    spec["model"]["merges"] = ["a b"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("ab") == [300]
+    assert 258 not in tokenizer.encode("<idle>ab")
+    assert decode(tokenizer, tokenizer.encode("<idle>ab")) == "<idle>ab"
+
+
+def _saved(folder: Path) -> Path:
+    from tests.tiny import byte_tokenizer
+
+    byte_tokenizer().save(folder)
+    return folder
