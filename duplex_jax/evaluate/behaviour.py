@@ -506,12 +506,13 @@ def situations(reference: Timeline) -> list[str]:
     return found
 
 
-def count_forced(reference: Timeline, silent: Sequence[float]) -> Counts:
+def count_forced(reference: Timeline, silent: Sequence[float | None]) -> Counts:
     """Counts of teacher-forced decisions, in expectation over the sampling.
 
     Args:
         reference: what was encoded.
-        silent: for each pair the probability that its first sampled token leaves it silent.
+        silent: for each pair the probability that its first sampled token leaves it silent; None
+            where it was not asked for.
 
     Raises:
         UserError: not one probability a pair.
@@ -520,6 +521,8 @@ def count_forced(reference: Timeline, silent: Sequence[float]) -> Counts:
         raise UserError(f"conversation {reference.id!r}: {len(silent)} decisions for {len(reference.pairs)} pairs")
     counts: Counts = collections.Counter()
     for pair, situation, p in zip(reference.pairs, situations(reference), silent, strict=True):
+        if p is None:
+            continue
         label = "idle" if pair.assistant is None else "speak"
         counts[f"forced/{label}/idle"] += p  # type: ignore[assignment]
         counts[f"forced/{label}/speak"] += 1 - p  # type: ignore[assignment]
@@ -528,7 +531,7 @@ def count_forced(reference: Timeline, silent: Sequence[float]) -> Counts:
     return counts
 
 
-def forced_of(reference: Timeline, output: Output) -> list[float]:
+def forced_of(reference: Timeline, output: Output) -> list[float | None]:
     """The forced decisions of an assistant whose output is known: 1 where it is silent, else 0."""
     return [float(words is None) for words in output.said[: len(reference.pairs)]]
 

@@ -1,4 +1,4 @@
-"""Teacher-forced decisions: how likely a model is to stay silent at each pair of a reference, by plain forward passes."""
+"""Teacher-forced decisions: how likely a model is to be silent at each pair of a reference, by plain forward passes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def windows(
     """Cuts a conversation between pairs into parts of at most `length` tokens, each with the opening in front.
 
     A conversation that fits is one window. In a longer one each decision is made once, in a window that reaches back
-    over at least half of `length`, or to the beginning. A pair longer than that is left out with its decision.
+    over about half of `length`, or to the beginning. A pair that takes more than the other half is left out.
     """
     encoded = template.encode(pairs, system=system)
     opening = encoded.ids[: encoded.starts[0]]

@@ -1,0 +1,179 @@
+"""`duplex-jax evaluate behaviour`: when a model speaks and when it is silent, on held-out timelines."""
+
+import functools
+import importlib.metadata
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from data_gen.progress import Progress
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.replay import Replay
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate import behaviour_report as reports
+from duplex_jax.evaluate import behaviour_run as runs
+from duplex_jax.evaluate.behaviour import DEGENERATE
+from launch import app
+
+_MODEL = flags.DEFINE_string(
+    "model", None, f"A folder, a file, hf:owner/name, a known name, or one of {', '.join(DEGENERATE)}."
+)
+_DATA = flags.DEFINE_string("data", None, "Held-out timelines with events: a JSONL file, or a folder of them.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
+_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Replay everything once for each of these seeds.")
+_IDLE_BIAS = flags.DEFINE_list(
+    "idle_bias", ["0"], "For the trade-off curve; the table is of 0, or of the first. The others take one seed each."
+)
+_LIMIT = flags.DEFINE_integer("limit", 0, "So many conversations, in turn from each category; 0 for all.", 0)
+_ROWS = flags.DEFINE_integer("rows", 8, "Conversations at once.", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
+_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
+_KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
+_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
+_BESIDE = flags.DEFINE_list("beside", [], "Folders of other runs on the same data, to stand in the table too.")
+
+
+def _numbers(name: str, values: list[str], kind: type) -> list[Any]:
+    try:
+        found = [kind(v) for v in values]
+    except ValueError as e:
+        raise UserError(f"--{name}={','.join(values)}: {e}; give numbers with commas between them") from e
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"--{name}={','.join(values)}: needs a number, and none of them twice")
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Reads the data, asks what was not asked before, scores, writes."""
+    app.no_arguments(argv)
+    if not (_MODEL.value and _DATA.value and _OUT.value):
+        raise UserError("evaluate behaviour needs --model=M, --data=TIMELINES and --out=FOLDER")
+    seeds = _numbers("seeds", _SEEDS.value, int)
+    biases = _numbers("idle_bias", _IDLE_BIAS.value, float)
+    main_bias = 0.0 if 0.0 in biases else biases[0]
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    out = Path(_OUT.value)
+    data = runs.read_held_out(_DATA.value, _LIMIT.value)
+    beside = [reports.read_beside(folder, data.sha256) for folder in _BESIDE.value]
+    runs.check_writable(out / "settings.json")
+    if _MODEL.value in DEGENERATE:
+        described = {_MODEL.value: reports.describe(data, _degenerate(data, _MODEL.value), _SLICE_SECONDS.value)}
+        curve: list[dict[str, Any]] = []
+        weights = None
+    else:
+        described, curve, weights = _ask(_MODEL.value, data, out, sampling, seeds, biases, main_bias)
+    for name, row in beside:
+        described.setdefault(name if name != _MODEL.value else f"{name} (beside)", row)
+    named = [name for name in described if name != _MODEL.value]
+    for name in DEGENERATE:
+        if name not in described:
+            described[name] = reports.describe(data, _degenerate(data, name), _SLICE_SECONDS.value)
+    chosen = [data.timelines[n] for n in data.chosen]
+    without = sum(not runs.has_events(t) for t in chosen)
+    report: dict[str, Any] = {
+        "what": "behaviour",
+        "model": _MODEL.value,
+        "weights": weights,
+        "command": shlex.join(["duplex-jax", "evaluate", "behaviour", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
+        "settings": {
+            "seeds": seeds, "idle_bias": main_bias, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "top_k": sampling.top_k, "slice_seconds": _SLICE_SECONDS.value, "system": _SYSTEM.value,
+            "keep_idle": _KEEP_IDLE.value, "dormant": _DORMANT.value, "template": _TEMPLATE.value,
+        },
+        "data": {
+            "path": _DATA.value, "sha256": data.sha256, "conversations": len(data.timelines), "scored": len(chosen),
+            "slice_pairs": sum(len(t.pairs) for t in chosen),
+            "without_events": without,
+        },
+        "beside": named,
+        "assistants": described,
+        "curve": curve,
+    }  # fmt: skip
+    written = reports.write_report(report, out)
+    print("\n".join(reports.table(report)))
+    if without:
+        print(f"\n{without} conversations have no events: only their forced decisions count")
+    print(f"\nwrote {', '.join(written)} in {out}")
+    if "behaviour.png" not in written:
+        print("plots need matplotlib: pip install 'duplex-jax[plot]', then run again")
+
+
+def _degenerate(data: runs.HeldOut, name: str) -> Any:
+    return runs.degenerate_counts(data, name, _SLICE_SECONDS.value)
+
+
+def _ask(
+    name: str,
+    data: runs.HeldOut,
+    out: Path,
+    sampling: Sampling,
+    seeds: list[int],
+    biases: list[float],
+    main_bias: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Asks the model what is missing; its description, the curve, and a hash of its weights."""
+    from duplex_jax.checkpoint.registry import load_model
+
+    app.use_compilation_cache()
+    model = load_model(name, dtype="auto", template=_TEMPLATE.value)
+    weights = runs.weights_hash(model.params)
+    runs.check_settings(out, {
+        "model": name, "weights": weights, "template": model.template.name, "data": data.sha256,
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+        "system": _SYSTEM.value, "keep_idle": _KEEP_IDLE.value, "dormant": _DORMANT.value,
+        "capacity": _CAPACITY.value,
+    })  # fmt: skip
+
+    @functools.cache
+    def engine() -> Engine:
+        rows = min(_ROWS.value, len(data.chosen))
+        return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
+
+    samplings = {
+        bias: Sampling(sampling.temperature, sampling.top_p, sampling.top_k, bias) for bias in biases
+    }  # fmt: skip
+    forced = runs.Records(out / "forced.jsonl")
+    with Progress("conversations, forced", len(data.chosen)) as progress:
+        runs.ask_forced(engine, data, list(samplings.values()), _SYSTEM.value, forced, progress.add)
+    replays: dict[float, list[runs.Records]] = {}
+    slices = sum(len(data.timelines[n].pairs) + runs.TAIL for n in data.chosen)
+    for bias in [main_bias, *(b for b in biases if b != main_bias)]:
+        for seed in seeds if bias == main_bias else seeds[:1]:
+            records = runs.Records(out / "replays" / f"idle_bias{bias:+g}_seed{seed}.jsonl")
+            replays.setdefault(bias, []).append(records)
+            options = Replay(
+                sampling=samplings[bias], system=_SYSTEM.value, dormant=_DORMANT.value,
+                keep_idle=None if _KEEP_IDLE.value < 0 else _KEEP_IDLE.value,
+            )  # fmt: skip
+            done = sum(len(data.timelines[n].pairs) + runs.TAIL for n in data.chosen if n in records.rows)
+            with Progress(f"slices, idle_bias {bias:+g}, seed {seed}", slices - done) as progress:
+                runs.ask_replays(engine, data, options, seed, records, progress.add)
+    described = {
+        bias: reports.describe(
+            data, runs.recorded_counts(data, found, forced, bias, _SLICE_SECONDS.value), _SLICE_SECONDS.value
+        )
+        for bias, found in replays.items()
+    }
+    curve = [reports.curve_point(bias, len(replays[bias]), described[bias]) for bias in sorted(biases)]
+    return {name: described[main_bias]}, curve, weights
+
+
+def start() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
