@@ -53,7 +53,7 @@ def write_card(out: Path, dataset: Mapping[str, Any]) -> None:
         "",
         "## How it was made",
         "",
-        f"`duplex-jax generate` {recipe['versions']['duplex_jax']}, seed {recipe['seed']}; interruptions written by "
+        f"`duplex-jax generate` {recipe['versions']['duplex-jax']}, seed {recipe['seed']}; interruptions written by "
         f"{by}; assistant messages cut by the tokenizer {Path(recipe['tokenizer_name']).name}; at most "
         f"{recipe['max_idle_pairs']} silent pairs between turns. {dataset['bad_rows']:,} rows of the input were no "
         "dialogues (`bad_rows.tsv`). The whole recipe is in `recipe.json`, each shard's rows and hash in its manifest.",

@@ -33,7 +33,6 @@ from data_gen.engines import Engine
 from data_gen.progress import Progress
 from data_gen.rewriter import Answer, Request, Sampling
 from data_gen.unit import Made, Unit
-from duplex_jax import __version__
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.tokenizer import Tokenizer
@@ -89,7 +88,7 @@ def make_recipe(
     compress: bool = False,
 ) -> Recipe:
     """The recipe of a data set from the dialogues at `path`."""
-    packages = ("tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
+    packages = ("duplex-jax", "tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
     return Recipe(
         input=fingerprint(path),
         shares=dict(shares),
@@ -102,7 +101,6 @@ def make_recipe(
         limit=limit,
         compress=compress,
         versions={
-            "duplex_jax": __version__,
             "python": ".".join(platform.python_version_tuple()[:2]),
             **{name: metadata.version(name) for name in packages},
         },

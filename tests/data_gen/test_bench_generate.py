@@ -10,7 +10,7 @@ from data_gen.categories import CATEGORIES
 
 
 def test_a_small_measurement(tokenizer_folder: Path):
-    found = bench_generate(dialogues=4, small=10, large=20, workers=1, tokenizer=str(tokenizer_folder))
+    found = bench_generate(dialogues=12, small=10, large=20, workers=1, tokenizer=str(tokenizer_folder))
     json.dumps(found)
     assert set(found["categories"]) == set(CATEGORIES)
     assert all(rate > 0 for c in found["categories"].values() for rate in c.values())

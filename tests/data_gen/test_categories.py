@@ -4,9 +4,9 @@ import itertools
 import random
 
 import pytest
-from conftest import make_dialogue
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_up import make_dialogue
 
 from data_gen.categories import CATEGORIES
 from data_gen.check import check_timeline

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_dialogue
 from fake_server import FakeServer
+from made_up import make_dialogue
 
 from data_gen.batch import BatchWriter, collect, submit
 from data_gen.cache import ReplyCache

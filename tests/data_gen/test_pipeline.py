@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_dialogue
+from made_up import make_dialogue
 
 from data_gen.check import check_dataset
 from data_gen.engines import make_engine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dialogue
+from made_up import make_dialogue
 
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import TemplateRewriter
