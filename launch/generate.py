@@ -9,6 +9,7 @@ from absl import flags
 
 from data_gen.batch import BatchWriter, collect, submit
 from data_gen.cache import ReplyCache
+from data_gen.categories import CATEGORIES
 from data_gen.check import check_dataset
 from data_gen.client import Budget, Client
 from data_gen.dialogues import count_dialogues
@@ -153,9 +154,9 @@ def _collect(out: Path) -> int:
 
 def _print(summary: Summary) -> None:
     print(f"{summary.dialogues:,} dialogues read, {summary.bad_rows:,} bad rows left out (bad_rows.tsv)")
-    for name, rows in summary.rows.items():
-        left_out = summary.left_out.get(name)
-        print(f"  {name:24}{rows:>10,} timelines" + (f"; left out: {_listed(left_out)}" if left_out else ""))
+    for name in (name for name in CATEGORIES if name in summary.rows):
+        left_out = summary.left_out[name]
+        print(f"  {name:24}{summary.rows[name]:>10,} timelines" + (f"; left out: {_listed(left_out)}" if left_out else ""))
 
 
 def _listed(counts: dict[str, int]) -> str:
