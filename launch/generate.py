@@ -155,8 +155,8 @@ def _collect(out: Path) -> int:
 def _print(summary: Summary) -> None:
     print(f"{summary.dialogues:,} dialogues read, {summary.bad_rows:,} bad rows left out (bad_rows.tsv)")
     for name in (name for name in CATEGORIES if name in summary.rows):
-        left_out = summary.left_out[name]
-        print(f"  {name:24}{summary.rows[name]:>10,} timelines" + (f"; left out: {_listed(left_out)}" if left_out else ""))
+        left_out = f"; left out: {_listed(summary.left_out[name])}" if summary.left_out[name] else ""
+        print(f"  {name:24}{summary.rows[name]:>10,} timelines{left_out}")
 
 
 def _listed(counts: dict[str, int]) -> str:
