@@ -115,7 +115,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
     }  # fmt: skip
     headers = [a if len(a) <= 28 else "..." + a[-25:] for a in assistants]
     widths = [max(len(h), *(len(row[i]) for row in cells.values())) for i, h in enumerate(headers)]
-    first = max(len(m.name) for m in METRICS) + 2
+    first = max(len(m.name) for m in METRICS) + 4
     lines = [
         f"{data['scored']} conversations of {data['conversations']}, {len(report['settings']['seeds'])} seeds, "
         f"{report['settings']['slice_seconds']:g} s a slice; 95% intervals",
@@ -223,7 +223,7 @@ def _plot_behaviour(report: Mapping[str, Any], path: Path) -> None:
     )
     axes["rates"].invert_yaxis()
     axes["rates"].set(xlabel="%", xlim=(0, 100))
-    axes["rates"].legend(fontsize="small")
+    axes["rates"].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     described = shown[report["model"]]
     for name, text in (("latency", "response"), ("yield", "yield"), ("quiet_run", "silence after 'be quiet'")):
         counts = {int(slices): n for slices, n in described["slices"][name].items()}
@@ -231,6 +231,8 @@ def _plot_behaviour(report: Mapping[str, Any], path: Path) -> None:
         if whole:
             axes["slices"].plot(counts.keys(), [100 * n / whole for n in counts.values()], marker="o", label=text)
     axes["slices"].set(xlabel="slices", ylabel="% of events")
+    for name in ("slices", "rounds"):
+        axes[name].xaxis.get_major_locator().set_params(integer=True)
     if axes["slices"].lines:
         axes["slices"].legend(fontsize="small")
     for name in ("clean", "answered_within_1", "early"):

@@ -48,7 +48,7 @@ class Bootstrap:
 
     def __init__(self, items: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0):
         names = sorted({name for item in items for name in item})
-        table = np.array([[item.get(name, 0.0) for name in names] for item in items], float).reshape(-1, len(names))
+        table = np.array([[item.get(name, 0.0) for name in names] for item in items], float)
         self.items = len(items)
         if self.items:
             rng = np.random.default_rng(seed)
