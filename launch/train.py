@@ -4,10 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from duplex_jax.errors import UserError
 from launch import app
+from launch.dotted import take_dotted
 
 _CONFIG = flags.DEFINE_string("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
 _MESH = flags.DEFINE_string("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
@@ -23,24 +24,6 @@ _PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 f
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this is.")
 
 _DOTTED: list[tuple[str, str]] = []
-
-
-def take_dotted(argv: list[str], prefix: str = "config") -> tuple[list[str], list[tuple[str, str]]]:
-    """Splits off `--config.a.b=value` (and `--config.a.b value`), which absl has no flags for."""
-    rest, dotted = [], []
-    words = iter(argv)
-    for word in words:
-        name = word.lstrip("-")
-        if not word.startswith("-") or not name.startswith(prefix + "."):
-            rest.append(word)
-            continue
-        name, equals, value = name.removeprefix(prefix + ".").partition("=")
-        if not equals:
-            value = next(words, None)  # type: ignore[assignment]
-            if value is None or value.startswith("--"):
-                app.fail(f"--{prefix}.{name}: needs a value, as in --{prefix}.{name}=VALUE")
-        dotted.append((name, value))
-    return rest, dotted
 
 
 def prepare_devices(spec, num_processes: int) -> None:
@@ -91,6 +74,8 @@ def parse_profile(text: str):
 def main(argv: list[str]) -> int | None:
     """Builds config and mesh, joins the other processes, trains."""
     app.no_arguments(argv)
+    if not flags.FLAGS["verbosity"].present:  # Orbax tells every step of every save
+        logging.set_verbosity(logging.WARNING)
     from duplex_jax import parallel
     from duplex_jax.train import config as configs
 
@@ -99,7 +84,7 @@ def main(argv: list[str]) -> int | None:
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
     spec = parallel.load_mesh_spec(_MESH.value)
     spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
-    parallel.check_batch(spec, config.data.batch, config.data.micro_batches)
+    config = configs.fit_batch(config, spec)
     if config.model.shape is not None:
         parallel.check_heads(spec, config.model.shape)
     profile = parse_profile(_PROFILE.value)

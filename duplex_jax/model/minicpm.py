@@ -197,6 +197,7 @@ def forward(
     remat: str = "none",
     backend: str = "xla",
     shard: Shard = _unsharded,
+    partition: attention.Partition | None = None,
 ) -> jax.Array:
     """Hidden states for packed rows; `logits` makes logits of them.
 
@@ -210,6 +211,7 @@ def forward(
         remat: what the backward pass computes again, one of `REMAT`.
         backend: of attention.
         shard: puts a sharding constraint on activations by logical axes.
+        partition: mesh axes from logical ones, for attention kernels that run on each device's part.
 
     Returns:
         `[B, T, D]`, normalised, ready for `logits`.
@@ -227,7 +229,7 @@ def forward(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, None]:
         q = shard(q, ("batch", "length", "heads", None))
         k, v = (shard(a, ("batch", "length", "kv_heads", None)) for a in (k, v))
-        return attention.attend(q, k, v, segment_ids, backend), None
+        return attention.attend(q, k, v, segment_ids, backend, partition), None
 
     def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         x, _ = block(config, layer, x, tables, attend)

@@ -14,6 +14,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.model.attention import BACKENDS
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import REMAT
+from duplex_jax.parallel import MeshSpec, check_batch
 
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 DECAYS = ("exponential", "linear", "cosine", "1-sqrt")
@@ -51,7 +52,8 @@ class Data:
         eval: the same, held out; empty for none.
         length: T, tokens a row.
         batch: rows of a step over all devices.
-        micro_batches: parts in which a step's rows go through the model, gradients summed.
+        micro_batches: parts in which a step's rows go through the model, gradients summed; 0 puts one row on a device
+            at a time.
         idle_weight: the loss weight of idle decisions; speech has 1.
         seed: of the order of rows.
         workers: processes that read; 0 for a thread.
@@ -309,12 +311,14 @@ def check(config: Config) -> Config:
             raise UserError(f"config.{field}={value}: must be one of {', '.join(allowed)}")
     for field, value in (
         ("optim.steps", config.optim.steps), ("optim.lr", config.optim.lr), ("data.length", config.data.length),
-        ("data.batch", config.data.batch), ("data.micro_batches", config.data.micro_batches),
+        ("data.batch", config.data.batch),
         ("compute.loss_chunk", config.compute.loss_chunk), ("log.every", config.log.every),
         ("model.vocab_multiple", config.model.vocab_multiple), ("checkpoint.keep", config.checkpoint.keep),
     ):  # fmt: skip
         if value <= 0:
             raise UserError(f"config.{field}={value}: must be over 0")
+    if config.data.micro_batches < 0:
+        raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (as the mesh asks) or more")
     if config.lora.rank < 0:
         raise UserError(f"config.lora.rank={config.lora.rank}: must be 0 (every weight) or more")
     if not 0 <= config.optim.final <= 1:
@@ -327,6 +331,18 @@ def check(config: Config) -> Config:
     if not config.model.source and config.model.shape is None:
         raise UserError("config.model: needs a source to start from, or a shape for fresh weights")
     return config
+
+
+def fit_batch(config: Config, spec: MeshSpec) -> Config:
+    """The config with its micro-batches settled for a mesh.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    data = config.data
+    parts = data.micro_batches or max(1, data.batch // spec.batch_shards)
+    check_batch(spec, data.batch, parts)
+    return dataclasses.replace(config, data=dataclasses.replace(data, micro_batches=parts))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from duplex_jax.timeline import SlicePair
 from duplex_jax.train import checkpoints, flops
 from duplex_jax.train import step as steps
 from duplex_jax.train.checkpoints import Record, Store
-from duplex_jax.train.config import Config, check, to_dict, to_lines
+from duplex_jax.train.config import Config, check, fit_batch, to_dict, to_lines
 from duplex_jax.train.metrics import Metrics, memory_gib
 from duplex_jax.train.schedule import phase
 
@@ -62,8 +62,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     Raises:
         UserError: whatever does not fit together, before time is spent.
     """
-    config, branch = resolve_branch(check(config))
-    parallel.check_batch(spec, config.data.batch, config.data.micro_batches)
+    config, branch = resolve_branch(fit_batch(check(config), spec))
     if not config.data.train:
         raise UserError("config.data.train: names no data; --config.data.train=DIR (packed, or a folder of timelines)")
     mesh = parallel.make_mesh(spec)

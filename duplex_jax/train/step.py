@@ -113,12 +113,14 @@ def abstract_state(plan: Plan) -> State:
     """The train state without its memory: every leaf with shape, dtype and sharding."""
     trained = abstract_tree(plan, plan.declare_trained(), jnp.float32)
     everywhere = parallel.replicated(plan.mesh)
-    tx = optimiser(plan)
-    shapes = jax.eval_shape(tx.init, trained)
-    opt = optax.tree.map_params(
-        tx, lambda _, like: like, shapes, trained,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-    )  # fmt: skip
+
+    def placed(x: Any) -> Any:
+        if isinstance(x, optax.ScaleByAdamState):  # moments lie where their weights do
+            return x._replace(count=placed(x.count), mu=trained, nu=trained)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    shapes = jax.eval_shape(optimiser(plan).init, trained)
+    opt = jax.tree.map(placed, shapes, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         "params": trained,
@@ -216,6 +218,7 @@ def _hidden(plan: Plan, params: Params, batch: dict[str, jax.Array]) -> jax.Arra
     return minicpm.forward(
         plan.model, params, batch["tokens"], batch["positions"], batch["segment_ids"],
         dtype=jnp.dtype(compute.dtype), remat=compute.remat, backend=plan.backend, shard=parallel.constrain,
+        partition=parallel.partition,
     )  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""`duplex-jax compile`: the full training step and the TDM step for hardware that is not here."""
+
+import sys
+
+from absl import flags, logging
+
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write, check_writable
+from launch import app
+from launch.dotted import take_dotted
+
+_CONFIG = flags.DEFINE_string("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
+_MESH = flags.DEFINE_string("mesh", "v5e-16", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
+_DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
+_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
+_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
+_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "train, decode or both.")
+_SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for 8 on each.", lower_bound=0)
+_CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Write the reports there, too.")
+
+_DOTTED: list[tuple[str, str]] = []
+
+
+def main(argv: list[str]) -> int:
+    """Compiles and reports; exit code 1 where something does not fit."""
+    app.no_arguments(argv)
+    from duplex_jax import parallel
+    from duplex_jax.train import compile as compiling
+    from duplex_jax.train import config as configs
+
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if not _CONFIG.value:
+        raise UserError("compile needs --config=FILE (--help lists the flags)")
+    for program in _PROGRAMS.value:
+        if program not in ("train", "decode"):
+            raise UserError(f"--programs={program}: must be train, decode or both")
+    if _JSON.value:
+        check_writable(_JSON.value)
+    config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
+    spec = parallel.load_mesh_spec(_MESH.value)
+    spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
+    compiling.prepare_environment(spec)
+    reports = []
+    for program in _PROGRAMS.value:
+        if program == "train":
+            report = compiling.compile_train(config, spec)
+        else:
+            report = compiling.compile_decode(config, spec, _SESSIONS.value or 8 * spec.batch_shards, _CAPACITY.value)
+        print("\n".join(compiling.to_lines(report)), flush=True)
+        reports.append(report)
+    if _JSON.value:
+        with atomic_write(_JSON.value) as f:
+            f.write(compiling.to_json(reports))
+    return 0 if all(r.fits for r in reports) else 1
+
+
+def start() -> None:
+    """Runs the job."""
+    sys.argv[1:], dotted = take_dotted(sys.argv[1:])
+    _DOTTED.extend(dotted)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
