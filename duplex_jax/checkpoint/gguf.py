@@ -1,6 +1,5 @@
 """GGUF files in: config from the metadata, dequantised weights, and the tokenizer inside."""
 
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from duplex_jax.checkpoint.names import DTYPES, Tensor, assemble
+from duplex_jax.checkpoint.names import DTYPES, Tensor, assemble, read_array
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, RopeScaling
 from duplex_jax.model.minicpm import Params
@@ -127,10 +126,7 @@ def _factors(header: GGUFHeader, name: str, where: str) -> tuple[float, ...]:
 def _tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> dict[str, Tensor]:
     import gguf
 
-    try:
-        data = np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot read ({e}); give an existing GGUF file") from e
+    length = path.stat().st_size
 
     def tensor(name: str, entry: GGUFTensor) -> Tensor:
         known = {t.value: t.name for t in gguf.GGMLQuantizationType}
@@ -141,23 +137,28 @@ def _tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> dict[str, T
         if not entry.shape or entry.shape[-1] % block:
             raise UserError(f"{path}: tensor {name} {list(entry.shape)} is no whole number of {kind} blocks; fetch it "
                             "again")  # fmt: skip
-        end = entry.offset + math.prod(entry.shape) // block * size
-        if end > len(data):
+        bytes_ = math.prod(entry.shape) // block * size
+        if entry.offset + bytes_ > length:
             raise UserError(
-                f"{path}: cut off in tensor {name} {list(entry.shape)} ({kind}, up to byte {end}; the file has "
-                f"{len(data)}); fetch it again"
+                f"{path}: cut off in tensor {name} {list(entry.shape)} ({kind}, up to byte "
+                f"{entry.offset + bytes_}; the file has {length}); fetch it again"
             )
-        raw = data[entry.offset : end].reshape(*entry.shape[:-1], -1)
         heads = None
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = config.num_heads if name.endswith("attn_q.weight") else config.num_kv_heads
         dtype = {"F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}.get(kind, DTYPES["float32"])
-        return Tensor(entry.shape, dtype, str(path), functools.partial(_read, raw, kind, entry.shape, heads))
+
+        def read() -> np.ndarray:
+            rows = (*entry.shape[:-1], entry.shape[-1] // block * size)
+            raw = read_array(path, entry.offset, bytes_, np.dtype(np.uint8), rows)
+            return _dequantise(raw, kind, entry.shape, heads)
+
+        return Tensor(entry.shape, dtype, str(path), read)
 
     return {name: tensor(name, entry) for name, entry in header.tensors.items()}
 
 
-def _read(raw: np.ndarray, kind: str, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
+def _dequantise(raw: np.ndarray, kind: str, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
     if heads and shape[0] % (2 * heads) == 0:
         # llama.cpp rotates neighbours where Hugging Face rotates halves: its rows are interleaved, head by head.
         raw = raw.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape[0], -1)

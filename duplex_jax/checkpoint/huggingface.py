@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
+from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts, read_array
 from duplex_jax.errors import UserError
 from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
@@ -99,15 +99,16 @@ def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     # Read by hand: the library says that a file is cut off, not in which tensor. Format: safetensors' README.
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot read ({e}); fetch it again") from e
-    size = int.from_bytes(data[:8].tobytes(), "little")
-    start = 8 + size
-    if len(data) < 8 or start > len(data):
-        raise UserError(f"{path}: cut off in its header ({len(data)} bytes); fetch it again")
+        length = path.stat().st_size
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if length < 8 or start > length:
+                raise UserError(f"{path}: cut off in its header ({length} bytes); fetch it again")
+            text = f.read(start - 8)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); fetch it again") from e
     try:
-        header = json.loads(data[8:start].tobytes())
+        header = json.loads(text)
         header.pop("__metadata__", None)
         entries = {
             name: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(int(n) for n in e["shape"]), *map(int, e["data_offsets"]))
@@ -124,18 +125,15 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: tensor {name} {list(shape)} {dtype.name} takes {math.prod(shape) * dtype.itemsize} bytes, "
                 f"and its entry says {end - begin}; fetch it again"
             )
-        if start + end > len(data):
+        if start + end > length:
             raise UserError(
                 f"{path}: cut off in tensor {name} {list(shape)} {dtype.name} (up to byte {start + end}; the file has "
-                f"{len(data)}); fetch it again"
+                f"{length}); fetch it again"
             )
-        raw = data[start + begin : start + end]
-        tensors[name] = Tensor(shape, dtype, str(path), functools.partial(_view, raw, dtype, shape))
+        tensors[name] = Tensor(
+            shape, dtype, str(path), functools.partial(read_array, path, start + begin, end - begin, dtype, shape)
+        )
     return tensors
-
-
-def _view(raw: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _torch_file(path: Path) -> dict[str, Tensor]:

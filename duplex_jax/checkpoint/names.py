@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +81,11 @@ class Tensor:
     dtype: np.dtype
     where: str
     read: Callable[[], np.ndarray]
+
+
+def read_array(path: Path, offset: int, size: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """`size` bytes of a file from `offset` on, as an array. Read, not mapped: mapped pages would count twice."""
+    return np.fromfile(path, np.uint8, size, offset=offset).view(dtype).reshape(shape)
 
 
 class Part(NamedTuple):
