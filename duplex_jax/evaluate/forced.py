@@ -1,6 +1,7 @@
 """Teacher-forced decisions: how likely a model is to be silent at each pair of a reference, by plain forward passes."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from duplex_jax.decode.engine import Engine, never_sampled
 from duplex_jax.decode.sampling import Sampling, nucleus_mask
 from duplex_jax.model import minicpm
+from duplex_jax.model.config import ModelConfig
 from duplex_jax.template import Template
 from duplex_jax.timeline import SlicePair
 
@@ -93,6 +95,21 @@ def silent_probability(
     return weights[:, stops].sum(-1) / weights.sum(-1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _encode(config: ModelConfig, params: minicpm.Params, tokens: jax.Array, dtype: Any) -> jax.Array:
+    return minicpm.forward(config, params, tokens, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _decide(
+    config: ModelConfig, samplings: tuple[Sampling, ...], stop_ids: tuple[int, int], idle_id: int,
+    params: minicpm.Params, suppress: jax.Array, hidden: jax.Array, rows: jax.Array, places: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """float32 `[samplings, N]` from hidden states `[B, T, D]` and the N places in them."""
+    logits = minicpm.logits(config, params, hidden[rows, places])
+    return jnp.stack([silent_probability(logits, stop_ids, idle_id, suppress, s) for s in samplings])
+
+
 def forced_decisions(
     engine: Engine, conversations: Sequence[Sequence[SlicePair]], samplings: Sequence[Sampling],
     system: str | None = None,
@@ -114,17 +131,6 @@ def forced_decisions(
     config, template = engine.config, engine.template
     suppress = jnp.asarray(never_sampled(config, template))
 
-    @jax.jit
-    def encode(params: minicpm.Params, tokens: jax.Array) -> jax.Array:
-        return minicpm.forward(config, params, tokens, dtype=engine.dtype)
-
-    @jax.jit
-    def decide(params: minicpm.Params, hidden: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
-        logits = minicpm.logits(config, params, hidden[rows, places])
-        return jnp.stack(
-            [silent_probability(logits, template.stop_ids, template.idle_id, suppress, s) for s in samplings]
-        )
-
     results: dict[int, list[list[float | None]]] = {}
     parts: dict[int, int] = {}
     waiting: list[Window] = []
@@ -142,10 +148,13 @@ def forced_decisions(
         tokens = np.zeros(_batch_shape(len(batch[-1].ids), engine.capacity), np.int32)
         for row, window in enumerate(batch):
             tokens[row, : len(window.ids)] = window.ids
-        hidden = encode(engine.params, tokens)
+        hidden = _encode(config, engine.params, tokens, engine.dtype)
         rows = np.concatenate([np.full(len(w.places), r) for r, w in enumerate(batch)]).astype(np.int32)
         places = np.concatenate([w.places for w in batch]).astype(np.int32)
-        silent = _in_chunks(lambda r, p, hidden=hidden: decide(engine.params, hidden, r, p), rows, places)
+        decide = functools.partial(
+            _decide, config, tuple(samplings), template.stop_ids, template.idle_id, engine.params, suppress, hidden
+        )
+        silent = _in_chunks(decide, rows, places)
         start = 0
         for window in batch:
             for of, values in zip(results[window.conversation], silent, strict=True):
@@ -176,7 +185,7 @@ def _next_batch(waiting: list[Window], capacity: int) -> tuple[list[Window], lis
     return waiting[:taken], waiting[taken:]
 
 
-def _in_chunks(decide: Any, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _in_chunks(decide: Callable[..., jax.Array], rows: np.ndarray, places: np.ndarray) -> np.ndarray:
     """float32 `[samplings, N]`, a fixed number of decisions at a time: the logits of all would take too much room."""
     found = []
     for start in range(0, len(rows), _DECISIONS):

@@ -181,7 +181,7 @@ def test_a_pause_is_part_of_the_query():
     assert found["pause_takeover_rate"] == 1
     assert found["early_rate"] == pytest.approx(1 / 5)
     assert found["early_at_sentence_share"] == 0
-    # One of 16 decisions is wrong: idle was due at 10. Idle is due at 0, 5, 9, 10, 13-18 and 21; speaking at five. Where
+    # One of 16 decisions is wrong, that at 10. Idle is due at 0, 5, 9, 10, 13-18 and 21; speaking at five. Where
     # an answer stops (8, 23) is its own affair.
     assert found["free_idle_recall"] == pytest.approx(10 / 11)
     assert found["free_speak_precision"] == pytest.approx(5 / 6)
