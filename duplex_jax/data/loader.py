@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from duplex_jax.data import rows
 from duplex_jax.data.dataset import RowSource
@@ -124,6 +125,8 @@ def training_batches(
     ordered = global_order(sources, weights, seed)
     batches = _Batches(ordered, start, size, range(size) if places is None else places, idle_weight)
     if workers:
+        if not flags.FLAGS.is_parsed():  # Grain hands flags on to its workers, and insists that there are some
+            flags.FLAGS.mark_as_parsed()
         read = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
         return iter(read.mp_prefetch(options))
