@@ -1,6 +1,7 @@
 """Behaviour's counts and metrics: timelines small enough to be worked out by hand, oracles, degenerate assistants."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -335,6 +336,12 @@ def test_a_replay_of_something_else_is_refused():
     assert len(b.output_of(TALK, longer).said) == 25
     with pytest.raises(UserError, match="no replay of it"):
         b.output_of(TALK, Timeline([*TALK.pairs, SlicePair("more", None)]))
+
+
+def test_every_figure_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "behaviour.md").read_text()
+    assert [metric.name for metric in b.METRICS if f"`{metric.name}`" not in page] == []
+    assert len(b.BY_NAME) == len(b.METRICS)
 
 
 # Made by the generator: nothing here knows how it composes its categories.
