@@ -1,6 +1,8 @@
 """How every job starts and ends: flags, one clear line for bad input, exit codes."""
 
 import contextlib
+import errno
+import io
 import logging as std_logging
 import os
 import signal
@@ -38,14 +40,22 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     def guarded(argv: list[str]) -> int | None:
         logging.use_absl_handler()
         std_logging.getLogger("jax").setLevel(std_logging.WARNING)  # which backends it tried is no news to a user
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
         try:
-            return main(argv[1:])
+            code = main(argv[1:])
+            sys.stdout.flush()
+            return code
         except UserError as e:
             fail(e)
         except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            _drop_output()
+            fail(f"cannot write the output ({e.strerror}); nothing more was printed")
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
 
@@ -56,6 +66,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     raise SystemExit(0)
+
+
+def _drop_output() -> None:
+    """Sends what is still to be printed nowhere."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def use_compilation_cache() -> None:

@@ -2,22 +2,25 @@
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.replay import Replay, Replayed, replay, replay_turns
-from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, TurnSession
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 from launch import app
+
+# JAX is imported where a model is about to run: bad flags and files are refused, and Ctrl-C is obeyed, before that.
+if TYPE_CHECKING:
+    from duplex_jax.decode.engine import Engine
+    from duplex_jax.decode.replay import Replay
+    from duplex_jax.decode.session import DuplexSession, Slice
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m-instruct", "A folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
@@ -39,7 +42,10 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.",
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line on standard output, for programs.")
 
 
-def _options() -> Replay:
+def _options() -> "Replay":
+    from duplex_jax.decode.replay import Replay
+    from duplex_jax.decode.sampling import Sampling
+
     return Replay(
         sampling=Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _IDLE_BIAS.value),
         seed=_SEED.value,
@@ -50,8 +56,9 @@ def _options() -> Replay:
     )
 
 
-def _engine(rows: int) -> Engine:
+def _engine(rows: int) -> "Engine":
     from duplex_jax.checkpoint.registry import load_model
+    from duplex_jax.decode.engine import Engine
 
     app.use_compilation_cache()
     _say(f"loading {_MODEL.value}")
@@ -68,24 +75,35 @@ def _say(text: str) -> None:
 _HEADER = f"{'slice':>5}  {'user':34}  {'assistant':46}  seconds"
 
 
-def _line(user: str | None, result: Slice) -> str:
+def _visible(text: str | None) -> str:
+    """A slice on one line: control characters, which a terminal would obey, are spelt out."""
+    return IDLE if text is None else re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: repr(c[0])[1:-1], text)
+
+
+def _line(user: str | None, result: "Slice") -> str:
     """One interval as a row of the live view."""
-    said, heard = ((IDLE if t is None else t.replace("\n", "\\n")) for t in (result.text, user))
-    return f"{result.index:5}  {heard:34}  {said:46}  {result.seconds:.2f}"
+    return f"{result.index:5}  {_visible(user):34}  {_visible(result.text):46}  {result.seconds:.2f}"
 
 
-def _json_line(user: str | None, result: Slice, conversation: int | None = None) -> str:
+def _json_line(user: str | None, result: "Slice", conversation: int | None = None) -> str:
     row = {"index": result.index, "user": user, "assistant": result.text,
            "seconds": round(result.seconds, 4), "context": result.context}  # fmt: skip
     return json.dumps(row if conversation is None else {"conversation": conversation, **row}, ensure_ascii=False)
 
 
-def _replay_file(path: str, options: Replay) -> None:
+def _timelines(path: str) -> list[Timeline]:
+    """What is to be replayed; whatever is wrong with the files is said before a model is loaded."""
     timelines = list(read_timelines(path))
     if not timelines:
         raise UserError(f"{path}: holds no timeline; one JSON object a line")
     if _OUT.value:
         check_writable(_OUT.value)
+    return timelines
+
+
+def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
+    from duplex_jax.decode.replay import Replayed, replay, replay_turns
+
     engine = _engine(min(_ROWS.value, len(timelines)))
     done: dict[int, Timeline] = {}
     if _MODE.value == "turn_based":
@@ -124,26 +142,31 @@ def _stdin_lines() -> Iterator[str]:
             raise UserError(f"standard input, line {n}: not UTF-8 (byte {e.start}); send UTF-8 text") from e
 
 
-def _pipe(options: Replay) -> None:
+def _pipe(options: "Replay") -> None:
     """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
     session = _open(_engine(1), options)
     if not _JSON.value:
         print(_HEADER, flush=True)
     for line in _stdin_lines():
-        user = line.strip() or None
-        result = session.step(None if user == IDLE else user)
+        words = line.strip()
+        user = None if words in ("", IDLE) else words
+        result = session.step(user)
         print(_json_line(user, result) if _JSON.value else _line(user, result), flush=True)
 
 
-def _open(engine: Engine, options: Replay) -> DuplexSession:
+def _open(engine: "Engine", options: "Replay") -> "DuplexSession":
+    from duplex_jax.decode.session import DuplexSession
+
     return DuplexSession(
         engine, system=options.system, seed=options.seed, sampling=options.sampling,
         keep_idle=options.keep_idle, dormant=options.dormant,
     )  # fmt: skip
 
 
-def _turns(options: Replay) -> None:
+def _turns(options: "Replay") -> None:
     """The baseline: a whole query in, a whole answer out, streamed."""
+    from duplex_jax.decode.session import TurnSession
+
     engine = _engine(1)
     session = TurnSession(engine, system=options.system, seed=options.seed, sampling=options.sampling)
     terminal = sys.stdin.isatty()
@@ -180,7 +203,7 @@ def _turns(options: Replay) -> None:
             print(f"  ({seconds:.1f} s)", flush=True)
 
 
-def _terminal(options: Replay) -> None:
+def _terminal(options: "Replay") -> None:
     """A live conversation: type at any moment; on each tick of the clock whole words go out and a slice comes back."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.document import Document
@@ -190,7 +213,8 @@ def _terminal(options: Replay) -> None:
     _say("compiling; later starts are faster")
     engine.warm_up(1024)
     session = _open(engine, options)
-    prompt: PromptSession[str] = PromptSession()
+    # What was typed shows in the view, slice by slice; the input line need not show it again.
+    prompt: PromptSession[str] = PromptSession(erase_when_done=True)
     sent: list[str] = []  # lines that were ended with Enter and wait for the clock
 
     def take() -> str | None:
@@ -202,7 +226,8 @@ def _terminal(options: Replay) -> None:
             whole, _, rest = buffer.text.rpartition(" ")
             words = f"{words} {whole}"
             buffer.document = Document(rest, len(rest))
-        return words.strip() or None
+        # A terminal may send bytes that are no UTF-8.
+        return words.strip().encode("utf-8", "replace").decode() or None
 
     async def clock() -> None:
         tick = time.monotonic()
@@ -210,37 +235,51 @@ def _terminal(options: Replay) -> None:
             tick = max(tick + _SLICE_SECONDS.value, time.monotonic())
             await asyncio.sleep(tick - time.monotonic())
             user = take()
-            result = await asyncio.to_thread(session.step, user)
-            print(_line(user, result), flush=True)
+            try:
+                print(_line(user, await asyncio.to_thread(session.step, user)), flush=True)
+            except UserError as e:  # words that do not fit are no reason to end a conversation
+                print(f"       ({e})", flush=True)
 
-    async def typing() -> None:
+    async def typing() -> int:
+        """Collects lines until Ctrl-D or Ctrl-C; the exit code."""
         while True:
-            sent.append(await prompt.prompt_async("> "))
+            try:
+                sent.append(await prompt.prompt_async("> "))
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                return app.EXIT_INTERRUPTED
 
-    async def both() -> None:
-        ticking = asyncio.create_task(clock())
-        try:
-            await typing()
-        except EOFError:
-            return
-        finally:
-            ticking.cancel()
+    async def both() -> int | None:
+        tasks: list[asyncio.Task[int | None]] = [asyncio.create_task(clock()), asyncio.create_task(typing())]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        return next(task.result() for task in done)
 
     print("Type at any moment; Ctrl-D or Ctrl-C ends the conversation.\n" + _HEADER)
-    with patch_stdout():
-        asyncio.run(both())
+    try:
+        with patch_stdout():
+            code = asyncio.run(both())
+    except Exception as e:
+        where = f"slice {len(session.timeline)}"
+        raise UserError(f"the conversation ended at {where}: {type(e).__name__}: {e}") from e
+    if code:
+        raise KeyboardInterrupt
 
 
 def main(argv: list[str]) -> None:
     """Chooses between a file, a pipe and a terminal."""
     app.no_arguments(argv)
-    options = _options()
     if _OUT.value and not _TIMELINE.value:
         raise UserError("--out needs --timeline, the file whose user side is replayed")
-    if _TIMELINE.value:
-        if not Path(_TIMELINE.value).exists():
-            raise UserError(f"--timeline={_TIMELINE.value}: no such file; give a JSONL file of timelines")
-        _replay_file(_TIMELINE.value, options)
+    if _SYSTEM.value and any("\ud800" <= c <= "\udfff" for c in _SYSTEM.value):
+        raise UserError("--system: not UTF-8; give it as UTF-8 text")
+    timelines = _timelines(_TIMELINE.value) if _TIMELINE.value else []
+    options = _options()
+    if timelines:
+        _replay_file(timelines, options)
     elif _MODE.value == "turn_based":
         _turns(options)
     elif sys.stdin.isatty() and not _JSON.value:

@@ -34,7 +34,11 @@ def main() -> None:
         print(f"duplex-jax: no job {job!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"duplex-jax {job}", *sys.argv[2:]]
-    importlib.import_module(f"launch.{job}").start()
+    try:
+        importlib.import_module(f"launch.{job}").start()
+    except KeyboardInterrupt:  # while it was imported
+        print("duplex-jax: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

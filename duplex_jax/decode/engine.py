@@ -63,12 +63,14 @@ class Shadow:
         index: the row of the shadow cache.
         prefix: how many ids in front stay.
         base: where in the row's ids the rest that stays begins.
+        began: how long the row's ids were when it began; cut back to less, the row needs no dropping yet.
         cached: how many ids of the shadow's context are encoded.
     """
 
     index: int
     prefix: int
     base: int
+    began: int
     cached: int = 0
 
     def ids(self, row: Row) -> list[int]:
@@ -141,7 +143,8 @@ class Engine:
         self.chunk = self._buckets[-1]
         slack = self.chunk + max_slice_tokens
         self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
-        # What stays after old pairs are dropped is at most half of the capacity, and a system prompt a quarter.
+        # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
+        # much may come in while they are encoded.
         self._shadow_slots = capacity * 3 // 4 + slack
         self._shadow_cache: KVCache | None = None
         self._free = list(range(rows))[::-1]
@@ -183,11 +186,16 @@ class Engine:
         Raises:
             EngineFull: no row is free.
         """
+        self._check_open(row)
         new = self.open(sampling=row.sampling, seed=row.seed if seed is None else seed)
         new.ids, new.cached, new.steps = list(row.ids), row.cached, row.steps
         if row.cached:
             self.cache = self._program("copy", self._slots(row.cached), self.cache)(self.cache, row.index, new.index)
         return new
+
+    def _check_open(self, row: Row) -> None:
+        if row not in self.rows:
+            raise UserError("the session was closed, or is another engine's")
 
     # Their ids change.
 
@@ -197,7 +205,7 @@ class Engine:
         row.cached = min(row.cached, length)
         shadow = row.shadow
         if shadow is not None:
-            if length < shadow.base:
+            if length < shadow.began:
                 self.drop_shadow(row)
             else:
                 shadow.cached = min(shadow.cached, shadow.prefix + length - shadow.base)
@@ -213,9 +221,10 @@ class Engine:
             For each row the sampled ids, stop token included; they are part of its ids now.
 
         Raises:
-            UserError: a row's context would outgrow the capacity; no row was changed.
+            UserError: a row's context would outgrow the capacity, or it was closed; no row was changed.
         """
         for row, request in requests.items():
+            self._check_open(row)
             if len(row.ids) + len(request.ids) + self.max_slice_tokens > self.capacity:
                 raise UserError(
                     f"the context holds {len(row.ids)} tokens and the slice brings {len(request.ids)}; "
@@ -293,15 +302,21 @@ class Engine:
         if row.shadow is None and self._free_shadows:
             if self._shadow_cache is None:
                 self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
-            row.shadow = Shadow(self._free_shadows.pop(), prefix, base)
+            row.shadow = Shadow(self._free_shadows.pop(), prefix, base, len(row.ids))
         return row.shadow is not None
 
     def advance_shadow(self, row: Row, count: int) -> bool:
-        """Encodes about `count` more ids of the shadow; switches when it has caught up. True if it switched."""
+        """Encodes about `count` more ids of the shadow; switches when it has caught up. True if it switched.
+
+        A shadow that outgrows its cache is given up.
+        """
         shadow = row.shadow
         assert shadow is not None
         assert self._shadow_cache is not None
         ids = shadow.ids(row)
+        if len(ids) > self._shadow_slots - self.chunk:
+            self.drop_shadow(row)
+            return False
         end = max(0, shadow.prefix + row.cached - shadow.base)  # what the row itself has cached; the rest stays pending
         for _ in range(-(-count // self.chunk)):
             chunk = ids[shadow.cached : min(shadow.cached + self.chunk, end)]

@@ -30,8 +30,10 @@ class Sampling:
             raise UserError(f"temperature {self.temperature} is negative; 0 is greedy, 0.8 the paper's")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, 0.8 is the paper's")
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} is negative; 0 keeps every token")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k {self.top_k} is negative or beyond any vocabulary; 0 keeps every token")
+        if not abs(self.idle_bias) <= 1e6:
+            raise UserError(f"idle_bias {self.idle_bias} is no usable number; a logit spans about -20 to 20")
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -94,7 +96,8 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        # Below the greatest, so that a small temperature cannot overflow.
+        scaled = (logits - jnp.max(logits, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         kept = jnp.where(nucleus_mask(scaled, top_p, top_k), scaled, -jnp.inf)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],)))(keys)
         drawn = jnp.argmax(kept + noise, -1).astype(jnp.int32)

@@ -14,7 +14,7 @@ from duplex_jax.decode.engine import Engine, Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.timeline import SlicePair
-from duplex_jax.tokenizer import complete_utf8, decode, decode_bytes
+from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,17 @@ class Slice:
 
 @dataclasses.dataclass
 class _Pair:
-    """Where a slice pair of the context lies: `ids[start:decision]` is the user's part, then come the `said` ids."""
+    """Where a slice pair of the context lies: `ids[start:decision]` is the user's part, then come the `said` ids.
+
+    `carry` is the beginning of a character that the slice before it left to it.
+    """
 
     index: int
     start: int
     decision: int
     user: str | None
     said: list[int]
+    carry: bytes
 
 
 @dataclasses.dataclass
@@ -164,10 +168,12 @@ class DuplexSession:
             UserError: no such slice.
         """
         self._check(index)
-        said = next((self._words(p.said) for p in self._pairs if p.index == index), [])
-        data = [decode_bytes(self.template.tokenizer, said[:n]) for n in range(len(said) + 1)]
-        lengths = [len(d[: complete_utf8(d)].decode("utf-8", errors="replace")) for d in data]
-        self._cut(index, max(n for n, length in enumerate(lengths) if length <= characters))
+        pair = next((p for p in self._pairs if p.index == index), None)
+        words = self._words(pair.said) if pair else []
+        lengths = [len(self._text(pair.carry, words[:n])[0]) if pair else 0 for n in range(len(words) + 1)]
+        heard = max((length for length in lengths if length <= characters), default=0)
+        # Where something is cut, no first half of the next character stays.
+        self._cut(index, lengths.index(heard) if heard < lengths[-1] else len(words))
 
     def rewind(self, index: int) -> None:
         """Forgets slice `index` and all after it, on both sides.
@@ -182,7 +188,7 @@ class DuplexSession:
             pair = self._pairs.pop()
             self.engine.truncate(self._row, pair.start)
         del self.timeline[index:]
-        self._carry = b""
+        self._carry = self._left_over()
 
     def fork(self, seed: int | None = None) -> "DuplexSession":
         """A second session with the same past.
@@ -210,7 +216,11 @@ class DuplexSession:
             if state["template"] != engine.template.name:
                 raise UserError(f"the snapshot is of template {state['template']!r}; "
                                 f"this engine runs {engine.template.name!r}")  # fmt: skip
-            row = engine.open(sampling=Sampling(**state["sampling"]), seed=state["seed"])
+            if state["model"] != _shape(engine):
+                raise UserError(f"the snapshot is of a model of shape {state['model']} (layers, heads of keys, their "
+                                f"width, vocabulary); this engine's is {_shape(engine)}")  # fmt: skip
+            # The row begins with what stays for good, so that the same limit holds for it.
+            row = engine.open(state["ids"][: state["prefix"]], Sampling(**state["sampling"]), state["seed"])
             try:
                 engine.write(row, state["ids"], snapshot.entries)
                 row.steps = state["steps"]
@@ -218,7 +228,7 @@ class DuplexSession:
             except BaseException:
                 engine.close(row)
                 raise
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
 
     def close(self) -> None:
@@ -230,7 +240,10 @@ class DuplexSession:
         new = cls.__new__(cls)
         new.engine, new.template, new._row = engine, engine.template, row
         new.keep_idle, new.dormant, new._prefix = state["keep_idle"], state["dormant"], state["prefix"]
-        new._pairs = [_Pair(i, s, d, user, list(said)) for i, s, d, user, said in state["pairs"]]
+        new._pairs = [
+            _Pair(index, start, decision, user, list(said), bytes.fromhex(carry))
+            for index, start, decision, user, said, carry in state["pairs"]
+        ]
         new._oldest = state["oldest"]
         new._carry = bytes.fromhex(state["carry"])
         new.timeline = [SlicePair(*pair) for pair in state["timeline"]]
@@ -239,9 +252,10 @@ class DuplexSession:
     def _state(self) -> dict[str, Any]:
         return {
             "template": self.template.name,
+            "model": _shape(self.engine),
             "ids": list(self._row.ids),
             "prefix": self._prefix,
-            "pairs": [[p.index, p.start, p.decision, p.user, list(p.said)] for p in self._pairs],
+            "pairs": [[p.index, p.start, p.decision, p.user, list(p.said), p.carry.hex()] for p in self._pairs],
             "oldest": self._oldest,
             "carry": self._carry.hex(),
             "timeline": [list(pair) for pair in self.timeline],
@@ -264,14 +278,13 @@ class DuplexSession:
     def _part(self, user: str | None) -> list[int]:
         """The ids of a user slice; makes room for them where that was not done ahead."""
         if user == "":
-            raise UserError("the user's slice is empty; silence is None (in a file, <idle>)")
+            raise UserError(f"the user's slice {len(self.timeline)} is empty; silence is None (in a file, <idle>)")
         part = self.template.user_part(user)
         capacity = self.engine.capacity
         if self._prefix + len(part) > capacity // 2:
-            raise UserError(f"the user's slice takes {len(part)} tokens; a context of {capacity} has room for "
-                            f"{capacity // 2 - self._prefix} at once; cut it into slices")  # fmt: skip
-        if len(self._row.ids) + len(part) + self._answer_room > capacity:
-            self._drop_now()
+            raise UserError(f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of {capacity} "
+                            f"has room for {capacity // 2 - self._prefix} at once; cut it into slices")  # fmt: skip
+        self._drop_now(len(part) + self._answer_room)
         return part
 
     @property
@@ -280,25 +293,37 @@ class DuplexSession:
 
     def _take(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
         """Books what a step appended, `part` and then `said`; the assistant's words, or None."""
-        words = self._words(said)
-        # The bytes of a character may come in two slices; its first half waits.
-        data = self._carry + decode_bytes(self.template.tokenizer, words) if words else b""
-        whole = complete_utf8(data)
-        self._carry = data[whole:]
-        text = data[:whole].decode("utf-8", errors="replace") or None
-        self.timeline.append(SlicePair(user, text))
         start = len(self._row.ids) - len(said) - len(part)
-        self._book(len(self.timeline) - 1, user, start, start + len(part), said)
-        return text
+        pair = _Pair(len(self.timeline), start, start + len(part), user, said, self._carry)
+        words, self._carry = self._text(pair.carry, self._words(said))
+        self.timeline.append(SlicePair(user, words or None))
+        self._book(pair)
+        return words or None
 
-    def _book(self, index: int, user: str | None, start: int, decision: int, said: list[int]) -> None:
+    def _text(self, carry: bytes, words: Sequence[int]) -> tuple[str, bytes]:
+        """A slice's text behind what the slice before left over, and what it leaves over itself.
+
+        The bytes of a character may come in two slices; its first half waits, and silence gives it up.
+        """
+        data = carry + decode_bytes(self.template.tokenizer, words) if words else b""
+        whole = complete_utf8(data)
+        return data[:whole].decode("utf-8", errors="replace"), data[whole:]
+
+    def _left_over(self) -> bytes:
+        """What the newest slice leaves of a character."""
+        pair = self._pairs[-1] if self._pairs else None
+        if pair is None or pair.index + 1 != len(self.timeline):
+            return b""
+        return self._text(pair.carry, self._words(pair.said))[1]
+
+    def _book(self, pair: _Pair) -> None:
         """Closes the pair at the end of the context, and forgets it if it is one silence too many."""
-        self.engine.append(self._row, self.template.closing(said))
-        self._pairs.append(_Pair(index, start, decision, user, said))
+        self.engine.append(self._row, self.template.closing(pair.said))
+        self._pairs.append(pair)
         run = itertools.takewhile(lambda p: p.user is None and not self._words(p.said), reversed(self._pairs))
         if self.keep_idle is not None and sum(1 for _ in run) > self.keep_idle:
             self._pairs.pop()
-            self.engine.truncate(self._row, start)
+            self.engine.truncate(self._row, pair.start)
 
     def _cut(self, index: int, tokens: int) -> None:
         """Cuts slice `index` after `tokens` tokens and silences the assistant in all later ones."""
@@ -311,54 +336,62 @@ class DuplexSession:
         if not changed:
             return
         for pair in changed:
-            text = decode(self.template.tokenizer, kept(pair)) or None
+            text = self._text(pair.carry, kept(pair))[0] or None
             self.timeline[pair.index] = SlicePair(pair.user, text)
-        self._carry = b""
         first = self._pairs.index(changed[0])
         pair, *rest = self._pairs[first:]
         del self._pairs[first:]
         words = kept(pair)
         self.engine.truncate(self._row, pair.decision + len(words), [] if words else [self.template.idle_id])
-        self._book(pair.index, pair.user, pair.start, pair.decision, words or [self.template.idle_id])
+        self._book(dataclasses.replace(pair, said=words or [self.template.idle_id]))
         for pair in rest:
             said = [self.template.idle_id] if self._words(pair.said) else pair.said
             part = self.template.user_part(pair.user)
             start = len(self._row.ids)
             self.engine.append(self._row, [*part, *said])
-            self._book(pair.index, pair.user, start, start + len(part), said)
+            self._book(_Pair(pair.index, start, start + len(part), pair.user, said, b""))
+        self._carry = self._left_over()
 
     # How a session goes on without end: whole old pairs are dropped before the cache is full.
 
     def _make_room(self, added: int) -> None:
         """Works ahead towards dropping old pairs: `added` tokens came with this step."""
         row, engine = self._row, self.engine
-        keep = (engine.capacity - self._prefix) // 4
         if row.shadow is None:
+            base = self._first_kept()
+            kept = self._prefix + len(row.ids) - base
             # While the shadow catches up the context grows by no more than what is kept: twice as many tokens are
             # encoded as come in.
-            if len(row.ids) < engine.capacity - keep - 2 * (engine.chunk + self._answer_room):
+            if base == self._prefix or len(row.ids) + kept < engine.capacity - 2 * (engine.chunk + self._answer_room):
                 return
-            if not engine.begin_shadow(row, self._prefix, self._first_kept(keep)):
+            if not engine.begin_shadow(row, self._prefix, base):
                 return
         assert row.shadow is not None
         base = row.shadow.base
         if engine.advance_shadow(row, 2 * added):
             self._dropped(base)
 
-    def _drop_now(self) -> None:
-        """Drops old pairs at once: this slice pays, because it was too long for what was done ahead."""
-        row = self._row
-        if row.shadow is not None:
+    def _drop_now(self, needed: int) -> None:
+        """Drops old pairs at once where `needed` tokens do not fit: this slice pays, because it is too long for what
+        was done ahead."""
+        row, room = self._row, self.engine.capacity - needed
+        if len(row.ids) > room and row.shadow is not None:
             base = row.shadow.base
-            self.engine.advance_shadow(row, len(row.ids))
-        else:
-            base = self._first_kept((self.engine.capacity - self._prefix) // 4)
+            if self.engine.advance_shadow(row, len(row.ids)):
+                self._dropped(base)
+        if len(row.ids) > room:
+            base = self._first_kept(room - self._prefix)
             self.engine.truncate(row, self._prefix, row.ids[base:])
-        self._dropped(base)
+            self._dropped(base)
 
-    def _first_kept(self, keep: int) -> int:
-        """Where the oldest of the newest pairs that take at most `keep` tokens begins."""
+    def _first_kept(self, room: int | None = None) -> int:
+        """Where the oldest pair that stays begins: the newest pairs that take a quarter of the capacity stay, at
+        least the newest one, and none that `room` is too small for."""
         n = len(self._row.ids)
+        keep = (self.engine.capacity - self._prefix) // 4
+        if self._pairs:
+            keep = max(keep, n - self._pairs[-1].start)
+        keep = keep if room is None else min(keep, room)
         return next((p.start for p in self._pairs if n - p.start <= keep), n)
 
     def _dropped(self, base: int) -> None:
@@ -369,6 +402,12 @@ class DuplexSession:
             pair.start -= shift
             pair.decision -= shift
         self._oldest = self._pairs[0].index if self._pairs else len(self.timeline)
+
+
+def _shape(engine: Engine) -> list[int]:
+    """What two engines must share so that one can take up the other's snapshots."""
+    c = engine.config
+    return [c.num_layers, c.num_kv_heads, c.head_dim, c.vocab_size]
 
 
 def step_sessions(slices: Mapping[DuplexSession, str | None]) -> dict[DuplexSession, Slice]:
