@@ -247,7 +247,7 @@ def generate(
         recipe: see there.
         engine: runs `unit.make_unit` with the context of this recipe.
         answers: gets a model's answers, where the recipe has a model.
-        max_bad_fraction: more bad rows than this part of all that were read stop the run.
+        max_bad_fraction: more bad rows than this part of those read so far stop the run; looked at before each block.
         total: the number of dialogues, for the time left.
 
     Raises:
@@ -260,7 +260,8 @@ def generate(
 
         def on_bad(where: str, reason: str) -> None:
             summary.bad_rows += 1
-            first_bad.append(f"{where}: {reason}") if len(first_bad) < 3 else None
+            if len(first_bad) < 3:
+                first_bad.append(f"{where}: {reason}")
             bad_file.write(f"{where}\t{reason}\n")
 
         def check_bad() -> None:
