@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import math
 import platform
 import shlex
 import sys
@@ -48,8 +49,8 @@ def _numbers(name: str, values: list[str], kind: type) -> list[Any]:
         found = [kind(v) for v in values]
     except ValueError as e:
         raise UserError(f"--{name}={','.join(values)}: {e}; give numbers with commas between them") from e
-    if not found or len(set(found)) < len(found):
-        raise UserError(f"--{name}={','.join(values)}: needs a number, and none of them twice")
+    if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)):
+        raise UserError(f"--{name}={','.join(values)}: needs finite numbers, and none of them twice")
     return found
 
 

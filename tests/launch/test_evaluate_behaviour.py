@@ -44,10 +44,8 @@ def test_parts_are_listed():
         (["behavior"], "evaluate has no part 'behavior'; did you mean 'behaviour'?"),
         (["--model=m"], "--model=m comes behind the part: duplex-jax evaluate behaviour"),
         (["behaviour", "--model=m"], "needs --model=M, --data=TIMELINES and --out=FOLDER"),
-        (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--seeds=1,x"], "--seeds=1,x: "),
         (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--seeds=1,1"], "none of them twice"),
-        (["behaviour", "--model=oracle", "--data=nowhere", "--out=OUT"], "nowhere: no such file or folder"),
-        (["behaviour", "--model=oracle", "--data=DATA", "--out=DATA"], "held_out.jsonl: cannot write there"),
+        (["behaviour", "--model=oracle", "--data=DATA", "--out=DATA"], "cannot write there"),
         (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--beside=OUT"], "no report of behaviour there"),
     ],
 )
@@ -62,7 +60,7 @@ def test_bad_input(arguments: list[str], message: str, held_out: Path, tmp_path:
 
 
 def test_a_model_and_what_stands_beside_it(held_out: Path, tmp_path: Path):
-    """A run, the same run again, another one with this beside it, and other settings refused."""
+    """A run, the same run again, and another one with this beside it."""
     model, out = tmp_path / "model", tmp_path / "out"
     save_model(tiny_model(), model)
     flags = ["behaviour", f"--model={model}", f"--data={held_out}", "--capacity=256", "--rows=2"]
@@ -85,10 +83,6 @@ def test_a_model_and_what_stands_beside_it(held_out: Path, tmp_path: Path):
     again = run(*flags, f"--out={out}", "--seeds=0,1", "--idle_bias=0,2")
     assert again.stdout == found.stdout
     assert {p.name: p.read_bytes() for p in (out / "replays").iterdir()} == replays
-
-    refused = run(*flags, f"--out={out}", "--top_p=0.5")
-    assert refused.returncode == 2
-    assert "holds results with top_p=0.8, and now it is 0.5; give a new --out" in refused.stderr
 
     beside = run("behaviour", "--model=oracle", f"--data={held_out}", f"--out={tmp_path / 'o'}", f"--beside={out}")
     assert beside.returncode == 0, beside.stderr
