@@ -1,7 +1,8 @@
 """`duplex-jax bench NAME [key=value ...] [--json=FILE]`: measures one part and prints a table.
 
 A measurement is a function with defaults for all its arguments that returns what JSON can hold; `key=value` sets an
-argument. It says in its docstring what it measures.
+argument; what many measurements take has a flag, too (`--model=M` is `model=M`). It says in its docstring what it
+measures. Where its module has a `table`, that makes the lines to print.
 """
 
 import importlib
@@ -16,22 +17,32 @@ from duplex_jax.files import atomic_write, check_writable
 from launch import app
 
 MEASUREMENTS = {
+    "decode": "duplex_jax.decode.bench:bench_decode",
     "generate": "data_gen.bench:bench_generate",
 }
 
 _JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")
+_ARGUMENTS = [
+    flags.DEFINE_string("model", None, "decode: a folder, a file, hf:owner/name, or a known name."),
+    flags.DEFINE_string("histories", None, "decode: tokens said before the measured slice, as in 256,4096."),
+    flags.DEFINE_integer("repeats", None, "decode: measurements of each fast way.", lower_bound=1),
+    flags.DEFINE_integer("slow_repeats", None, "decode: measurements of each way that encodes the history anew.", 1),
+    flags.DEFINE_string("png", None, "decode: draw the figures there."),
+]
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in MEASUREMENTS:
         raise UserError(f"bench needs the name of a measurement: {', '.join(MEASUREMENTS)}")
     module, _, name = MEASUREMENTS[argv[0]].partition(":")
-    measure = getattr(importlib.import_module(module), name)
-    arguments = parse_arguments(argv[1:], inspect.signature(measure))
+    code = importlib.import_module(module)
+    measure = getattr(code, name)
+    flagged = [f"{flag.name}={flag.value}" for flag in _ARGUMENTS if flag.value is not None]
+    arguments = parse_arguments(argv[1:] + flagged, inspect.signature(measure))
     if _JSON.value:
         check_writable(_JSON.value)
     result = measure(**arguments)
-    for row in table(result):
+    for row in getattr(code, "table", table)(result):
         print(row)
     if _JSON.value:
         with atomic_write(_JSON.value) as f:
