@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -29,6 +30,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(list(argv))
     except flags.Error as e:
         fail(f"{e} (--help lists the flags)")
+
+
+def _show_in_help(job: ModuleType) -> None:
+    """Lets --help tell of a job's module when it is not the program that was started, as under `duplex-jax JOB`."""
+    program = sys.modules["__main__"]
+    if job is not program:
+        program.__doc__ = job.__doc__
+        for flag in flags.FLAGS.flags_by_module_dict().get(job.__name__, []):
+            flags.FLAGS.register_flag_by_module(sys.argv[0], flag)
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -59,6 +69,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
 
+    _show_in_help(sys.modules[main.__module__])
     # A shell starts background jobs with SIGINT ignored; Ctrl-C works all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -38,6 +38,12 @@ def test_parts_are_listed():
     assert "usage: duplex-jax evaluate PART" in found.stdout
 
 
+def test_help_lists_the_flags():
+    found = run("behaviour", "--help")
+    assert found.stdout.startswith("`duplex-jax evaluate behaviour`: when a model speaks")
+    assert all(f"--{flag}:" in found.stdout for flag in ("model", "data", "out", "seeds", "idle_bias", "beside"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
