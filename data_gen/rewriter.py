@@ -317,9 +317,11 @@ def _echoes(request: Request, text: str, source: str) -> bool:
         return True
     if request.kind == "answer":  # its prompt is the conversation, and an answer may well repeat that
         return False
-    prompt = request.messages[-1][1].lower()
-    instruction = "\n".join(line for line in prompt.split("\n") if '"' not in line)
-    words = _WORD.findall(instruction)
-    runs = {tuple(words[i : i + _ECHO]) for i in range(len(words) - _ECHO + 1)}
-    said = _WORD.findall(text)
-    return any(tuple(said[i : i + _ECHO]) in runs for i in range(len(said) - _ECHO + 1))
+    instruction = "\n".join(line for line in request.messages[-1][1].lower().split("\n") if '"' not in line)
+    # Lines of the source may stand in the prompt without a quotation mark, and they may well come back.
+    return bool(_runs(text) & (_runs(instruction) - _runs(source)))
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = _WORD.findall(text)
+    return {tuple(words[i : i + _ECHO]) for i in range(len(words) - _ECHO + 1)}

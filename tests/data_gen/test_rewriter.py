@@ -91,6 +91,12 @@ def test_what_stands_in_the_source_may_stand_in_the_answer():
     assert fault(request(source="What is it?"), "What is x[i]?", "stop") == "template bracket left"
 
 
+def test_lines_of_the_source_are_no_instruction():
+    source = "Look at this list:\nthe first line of it is long\nthe second line of it is longer\nWhat is it?"
+    assert fault(request(source=source), f"Let's talk about the list. {source}", "stop") is None
+    assert fault(request(source=source), f"{source} Give me your answer only.", "stop") == "instruction echoed"
+
+
 def test_cut_short_or_filtered():
     assert fault(request(), "Let's talk about the capital of Italy", "length") == "answer cut short"
     assert fault(request(), "Let's talk about the capital of Italy", "content_filter") == "refusal"
