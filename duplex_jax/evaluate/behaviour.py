@@ -294,7 +294,8 @@ def count(reference: Timeline, output: Output, slice_seconds: float = 2.0) -> Co
             queries += 1
         elif turn.kind == "quiet":
             _count_quiet(counts, turn, said)
-        if turn.resume is not None and interrupts(turn, said):
+        # One that did not stop has nothing to take up again.
+        if turn.resume is not None and interrupts(turn, said) and _yield_at(turn, said) is not None:
             _count_resume(counts, turn, reference, said)
     _count_other(counts, reference, said)
     return counts
@@ -683,7 +684,7 @@ METRICS: tuple[Metric, ...] = (
     _mean("quiet_run", "quiet", "quiet_slices", "quiet",
           "mean silent pairs behind the demand's last, up to the next turn", "slices", "high", seconds=0),
     _rate("resume_rate", "back on topic", "resumed", "resumes_due",
-          "takes the interrupted message up again after the answer (`find_resumption`) / where the reference does"),
+          "takes the interrupted message up again (`find_resumption`) / where the reference does and it yielded"),
     _rate("resume_repeat_share", "back on topic", "repeated_ngrams", "resumed_ngrams",
           "word trigrams of the resumed text that it had said before (`repeated_ngrams`)", ""),
     Metric("clean_slope", "rounds", "least-squares slope of clean_rate on the round of the conversation: what each "
