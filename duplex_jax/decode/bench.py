@@ -11,6 +11,7 @@ All draw greedily. The measurements of one repetition follow each other closely,
 history, so that a busy machine hurts them alike.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -40,14 +41,7 @@ HISTORIES = (256, 512, 1024, 2048, 4096)
 USER_TOKENS = 6
 _PREFILL_CHUNK = 512
 
-# What the user says in the measured slice; the first to which the model says a whole slice is taken.
-_QUESTIONS = (
-    " Tell me a long story about the sea and the people who live beside it.",
-    " Explain how the telephone was invented, and who did it first of all.",
-    " What should I see when I am in Rome for a week with my children?",
-    " Write a letter to my friend about the weather and the garden here.",
-    " Count the planets for me, one after the other, please, slowly now.",
-)
+_QUESTION = " Tell me a long story about the sea and the people who live beside it."
 
 
 class Peer(Protocol):
@@ -259,9 +253,11 @@ def run(
         raise UserError(f"a history of {histories[-1]} with its slice needs {capacity} positions and the model has "
                         f"{config.max_position_embeddings}; give a shorter one")  # fmt: skip
     longest = conversation(model.template, histories[-1])
-    engine = Engine(config, model.params, model.template, capacity=capacity, dtype="float32")
+    user = model.tokenizer.encode(_QUESTION)[:USER_TOKENS]
+    template = _without_end(model.template)
+    engine = Engine(config, model.params, template, capacity=capacity, dtype="float32")
     prefiller = Engine(
-        config, engine.params, model.template, capacity=capacity, dtype="float32", feed_buckets=(16, _PREFILL_CHUNK)
+        config, engine.params, template, capacity=capacity, dtype="float32", feed_buckets=(16, _PREFILL_CHUNK)
     )
     say(f"encoding the longest history, {histories[-1]} tokens")
     reencoding = Reencoding(prefiller)
@@ -279,19 +275,17 @@ def run(
         exported = _torch_model(model)
         peers += [Torch(exported, longest, cached=False), Torch(exported, longest, cached=True)]
 
-    slices = {}
     for history in histories:
         say(f"warming up at {history} tokens")
-        slices[history] = _whole_slice(model, ours, longest[:history])
-        for peer in peers[1:]:
+        for peer in peers:
             if not peer.slow or history == histories[0]:
                 peer.prepare(longest[:history])
-                peer.step(slices[history])
+                peer.step(user)
     # The step of a re-encoding slice is compiled off the clock too, behind entries that are already there.
     for history in reversed(histories):
         prefiller.truncate(reencoding.row, 0, longest[:history])
         prefiller.encode(reencoding.row, history)
-        reencoding.step(slices[history])
+        reencoding.step(user)
 
     results = {(history, peer.name): _Timings() for history in histories for peer in peers}
     for repeat in range(max(repeats, slow_repeats)):
@@ -302,22 +296,17 @@ def run(
                 peer.prepare(longest[:history])
                 timings = results[history, peer.name]
                 began = time.perf_counter()
-                timings.said, timings.tokens = peer.step(slices[history])
+                timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
     return _report(model, histories, peers, results, left_out)
 
 
-def _whole_slice(model: LoadedModel, ours: OurStep, history: list[int]) -> list[int]:
-    """The user's ids to which the model says as many tokens as a slice may have."""
-    for question in _QUESTIONS:
-        user = model.tokenizer.encode(question)[:USER_TOKENS]
-        ours.prepare(history)
-        if len(ours.step(user)[0]) == MAX_SLICE_TOKENS:
-            return user
-    raise UserError(
-        f"{model.name}: at {len(history)} tokens it ends every slice early; the benchmark needs whole slices"
-    )
+def _without_end(template: Template) -> Template:
+    """The template with idle as its only stop: where idle is not allowed either, every slice is as long as may be."""
+    template = copy.copy(template)
+    template.end_id = template.idle_id
+    return template
 
 
 def _report(
