@@ -214,7 +214,7 @@ def _terminal(options: "Replay") -> None:
     engine.warm_up(1024)
     session = _open(engine, options)
     # What was typed shows in the view, slice by slice; the input line need not show it again.
-    prompt: PromptSession[str] = PromptSession(erase_when_done=True)
+    prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)
     sent: list[str] = []  # lines that were ended with Enter and wait for the clock
 
     def take() -> str | None:

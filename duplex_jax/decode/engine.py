@@ -59,15 +59,18 @@ class Row:
 class Shadow:
     """A row's context without its oldest pairs, encoded in a row of the shadow cache ahead of the switch.
 
+    When a row switches follows from its own ids alone. Where no shadow row was free the count goes on without one,
+    and the step after the switch encodes what stays.
+
     Attributes:
-        index: the row of the shadow cache.
+        index: the row of the shadow cache, if it has one.
         prefix: how many ids in front stay.
         base: where in the row's ids the rest that stays begins.
         began: how long the row's ids were when it began; cut back to less, the row needs no dropping yet.
         cached: how many ids of the shadow's context are encoded.
     """
 
-    index: int
+    index: int | None
     prefix: int
     base: int
     began: int
@@ -189,6 +192,7 @@ class Engine:
         self._check_open(row)
         new = self.open(sampling=row.sampling, seed=row.seed if seed is None else seed)
         new.ids, new.cached, new.steps = list(row.ids), row.cached, row.steps
+        new.shadow = row.shadow and dataclasses.replace(row.shadow, index=None)
         if row.cached:
             self.cache = self._program("copy", self._slots(row.cached), self.cache)(self.cache, row.index, new.index)
         return new
@@ -297,13 +301,12 @@ class Engine:
 
     # Old pairs are dropped: what stays is encoded afresh ahead of the switch.
 
-    def begin_shadow(self, row: Row, prefix: int, base: int) -> bool:
-        """Begins to encode the row's context without `ids[prefix:base]`; False while no shadow row is free."""
-        if row.shadow is None and self._free_shadows:
-            if self._shadow_cache is None:
-                self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
-            row.shadow = Shadow(self._free_shadows.pop(), prefix, base, len(row.ids))
-        return row.shadow is not None
+    def begin_shadow(self, row: Row, prefix: int, base: int) -> None:
+        """Begins to encode the row's context without `ids[prefix:base]`."""
+        if self._shadow_cache is None:
+            self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
+        index = self._free_shadows.pop() if self._free_shadows else None
+        row.shadow = Shadow(index, prefix, base, len(row.ids))
 
     def advance_shadow(self, row: Row, count: int) -> bool:
         """Encodes about `count` more ids of the shadow; switches when it has caught up. True if it switched.
@@ -312,7 +315,6 @@ class Engine:
         """
         shadow = row.shadow
         assert shadow is not None
-        assert self._shadow_cache is not None
         ids = shadow.ids(row)
         if len(ids) > self._shadow_slots - self.chunk:
             self.drop_shadow(row)
@@ -322,20 +324,26 @@ class Engine:
             chunk = ids[shadow.cached : min(shadow.cached + self.chunk, end)]
             if not chunk:
                 break
-            self._shadow_cache = self._extend(self._shadow_cache, shadow.index, chunk, shadow.cached)
+            if shadow.index is not None:
+                assert self._shadow_cache is not None
+                self._shadow_cache = self._extend(self._shadow_cache, shadow.index, chunk, shadow.cached)
             shadow.cached += len(chunk)
         if shadow.cached < end:
             return False
-        program = self._program("switch", self._slots(shadow.cached), self.cache)
-        self.cache = program(self.cache, row.index, self._shadow_cache, shadow.index)
-        row.ids, row.cached = ids, shadow.cached
+        if shadow.index is None:
+            row.ids, row.cached = ids, min(row.cached, shadow.prefix)
+        else:
+            program = self._program("switch", self._slots(shadow.cached), self.cache)
+            self.cache = program(self.cache, row.index, self._shadow_cache, shadow.index)
+            row.ids, row.cached = ids, shadow.cached
         self.drop_shadow(row)
         return True
 
     def drop_shadow(self, row: Row) -> None:
         """Gives up what the shadow has encoded."""
         if row.shadow is not None:
-            self._free_shadows.append(row.shadow.index)
+            if row.shadow.index is not None:
+                self._free_shadows.append(row.shadow.index)
             row.shadow = None
 
     # Their entries leave the device and come back.

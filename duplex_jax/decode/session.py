@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.engine import Engine, Request, Row, Shadow
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.timeline import SlicePair
@@ -224,6 +224,7 @@ class DuplexSession:
             try:
                 engine.write(row, state["ids"], snapshot.entries)
                 row.steps = state["steps"]
+                row.shadow = state["shadow"] and Shadow(None, *state["shadow"])
                 return cls._with_row(engine, row, state)
             except BaseException:
                 engine.close(row)
@@ -262,6 +263,7 @@ class DuplexSession:
             "sampling": dataclasses.asdict(self._row.sampling),
             "seed": self._row.seed,
             "steps": self._row.steps,
+            "shadow": self._row.shadow and list(dataclasses.astuple(self._row.shadow))[1:],
             "keep_idle": self.keep_idle,
             "dormant": self.dormant,
         }
@@ -364,8 +366,7 @@ class DuplexSession:
             # encoded as come in.
             if base == self._prefix or len(row.ids) + kept < engine.capacity - 2 * (engine.chunk + self._answer_room):
                 return
-            if not engine.begin_shadow(row, self._prefix, base):
-                return
+            engine.begin_shadow(row, self._prefix, base)
         assert row.shadow is not None
         base = row.shadow.base
         if engine.advance_shadow(row, 2 * added):

@@ -1,0 +1,72 @@
+"""The compiled step: rows at rest, the length of a slice, and what its random keys depend on."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.sampling import Sampling
+from tests.tiny import END, FreshForward, tiny_model
+
+HOT = Sampling(temperature=2.0, top_p=1.0)
+
+
+@functools.cache
+def engine(max_slice_tokens: int = 10) -> Engine:
+    model = tiny_model()
+    return Engine(
+        model.config, model.params, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens
+    )  # fmt: skip
+
+
+def test_rows_at_rest_stay_as_they_are():
+    rows = [engine().open([1, 2, 3], HOT, seed=i) for i in range(3)]
+    engine().advance({row: Request([5] * (9 + 20 * i)) for i, row in enumerate(rows)})
+    before = engine().read(rows[1])
+    ids = list(rows[1].ids)
+    for n in range(5):
+        engine().advance({rows[0]: Request([7] * (3 + 15 * n)), rows[2]: Request([8])})
+    for old, new in zip(before, engine().read(rows[1]), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert (rows[1].ids, rows[1].steps) == (ids, 1)
+    assert rows[0].steps == 6
+    for row in rows:
+        engine().close(row)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_slice_has_a_most_of_tokens(most: int):
+    """Greedy, token by token what a fresh forward pass says, and no more than M of them."""
+    row = engine(most).open(sampling=Sampling(0))
+    fresh = FreshForward(tiny_model())
+    words = []
+    for _ in range(6):
+        said = engine(most).advance({row: Request([9, 8, 7], allow_idle=False)})[row]
+        words.append(said)
+        for i, token in enumerate(said):
+            logits = fresh(row.ids[: len(row.ids) - len(said) + i])[:262].copy()
+            logits[[256, *range(258, 262)]] = -np.inf
+            assert token == logits.argmax()
+    assert max(map(len, words)) == most
+    assert all(END not in said[:-1] for said in words)
+    engine(most).close(row)
+
+
+def test_keys_come_from_seed_step_and_place():
+    """The same seed and step draw the same; another seed, another step and another place in a slice do not."""
+    rows = [engine().open([1, 2], HOT, seed=s) for s in (1, 1, 2)]
+    first = engine().advance({row: Request([3]) for row in rows})
+    assert first[rows[0]] == first[rows[1]] != first[rows[2]]
+    for row in rows:
+        engine().truncate(row, 2)
+    rows[1].steps = 0
+    second = engine().advance({row: Request([3]) for row in rows})
+    assert second[rows[1]] == first[rows[0]] != second[rows[0]]
+    for row in rows:
+        engine().close(row)
+    # Nearly uniform draws: a key used twice would give the same token at both places.
+    row = engine().open([1, 2], Sampling(1e6, 1.0), seed=3)
+    said = [i for _ in range(10) for i in engine().advance({row: Request([3], allow_idle=False)})[row]]
+    assert len(set(said)) > 0.6 * len(said)
+    engine().close(row)
