@@ -19,6 +19,8 @@ from launch import app
 MEASUREMENTS = {
     "decode": "duplex_jax.decode.bench:bench_decode",
     "generate": "data_gen.bench:bench_generate",
+    "train": "duplex_jax.train.bench:bench_train",
+    "data": "duplex_jax.data.bench:bench_data",
 }
 
 _JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")

@@ -60,18 +60,17 @@ def _sharded_loss(vocab, chunk, frozen, hidden, head, rows, targets, weights):
 
 def _forward(vocab, chunk, frozen, hidden, head, rows, targets, weights):
     loss, *grads = _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads=True)
-    return loss, (tuple(grads), hidden[:0, :0, :0], None if rows is None else rows[1][:0])
+    return loss, (tuple(grads), hidden[:0, :0, :0], head[:0, :0], None if rows is None else rows[1][:0])
 
 
 def _backward(vocab, chunk, frozen, residuals, g):
-    (d_hidden, d_head, d_rows), hidden_like, rows_like = residuals
+    (d_hidden, d_head, d_rows), hidden_like, head_like, rows_like = residuals
 
     def scaled(x, like):
         return None if x is None else (x * g).astype(like.dtype)
 
-    head_cotangent = None if d_head is None else d_head * g
     rows_cotangent = None if d_rows is None else (None, scaled(d_rows, rows_like))
-    return scaled(d_hidden, hidden_like), head_cotangent, rows_cotangent, None, None
+    return scaled(d_hidden, hidden_like), scaled(d_head, head_like), rows_cotangent, None, None
 
 
 _sharded_loss.defvjp(_forward, _backward)

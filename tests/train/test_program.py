@@ -1,0 +1,170 @@
+"""The whole program: killed and started again, told to stop, over processes, with damage, with bad input."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import made_timelines
+from tests.train import programs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return made_timelines.write(tmp_path_factory.mktemp("inputs"), n=120)
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 steps that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    programs.run(workdir, *inputs)
+    return workdir
+
+
+def test_killed_and_told_to_stop_it_goes_on_bit_by_bit(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    process = programs.start(workdir, *inputs)
+    programs.wait_for_step(process, workdir, 8)
+    process.kill()
+    process.wait()
+    process = programs.start(workdir, *inputs)
+    programs.wait_for_step(process, workdir, 17)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, programs.log_of(workdir)
+    assert "start the same command again" in programs.log_of(workdir)
+    log = programs.run(workdir, *inputs)
+    assert "goes on from step" in log
+    assert programs.losses(workdir) == programs.losses(unbroken)
+
+
+def test_damaged_checkpoints_are_passed_over(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    steps = sorted((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert [p.name for p in steps] == ["20", "25", "30"]
+    cut = max((p for p in steps[2].rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    next(p for p in steps[1].rglob("d/*") if p.is_file()).unlink()
+    (workdir / "checkpoints" / "40").mkdir()
+    log = programs.run(workdir, *inputs)
+    assert f"checkpoints/30: passed over: {cut.relative_to(steps[2])} has" in log
+    assert "checkpoints/25: passed over" in log
+    assert "is missing" in log
+    assert "checkpoints/40: passed over: it has no sums.json" in log
+    assert "goes on from step 20" in log
+    assert programs.losses(workdir) == programs.losses(unbroken)
+
+
+def test_another_mesh_goes_on_within_rounding(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    for step in ("20", "25", "30"):
+        if step != "20":
+            shutil.rmtree(workdir / "checkpoints" / step)
+    log = programs.run(workdir, *inputs, mesh="cpu8")
+    assert "goes on from step 20" in log
+    assert "mesh was cpu1 and is now cpu8" in log
+    ours, theirs = programs.losses(workdir), programs.losses(unbroken)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
+
+
+def test_four_processes_are_one(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    port = programs.free_port()
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=4"]
+    processes = [
+        programs.start(workdir, *inputs, *flags, f"--process_id={i}", "--config.checkpoint.every=10", mesh="cpu8")
+        for i in range(4)
+    ]
+    for process in processes:
+        assert process.wait(timeout=500) == 0, programs.log_of(workdir)
+    ours, theirs = programs.losses(workdir), programs.losses(unbroken)
+    assert list(ours) == list(theirs)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
+    # What four processes wrote, one goes on with.
+    shutil.rmtree(workdir / "checkpoints" / "30")
+    log = programs.run(workdir, *inputs)
+    assert "goes on from step 20" in log
+    np.testing.assert_allclose(list(programs.losses(workdir).values()), list(theirs.values()), rtol=2e-4)
+
+
+def test_a_decay_leaves_a_stable_checkpoint(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    long = ["--config.optim.steps=60"]
+    stable = tmp_path / "stable"
+    process = programs.start(stable, *inputs, *long, "--config.checkpoint.keep=9")
+    programs.wait_for_step(process, stable, 31)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    branch = tmp_path / "branch"
+    log = programs.run(branch, *inputs, f"--config.optim.decay_from={stable}@20")
+    assert "decay starts from" in log
+    # A run of 30 steps decays from step 20 on, too: the branch is that run from there.
+    wanted = programs.losses(unbroken)
+    assert programs.losses(branch) == {s: loss for s, loss in wanted.items() if s > 20}
+    log = programs.run(tmp_path / "no", *inputs, f"--config.optim.decay_from={unbroken}@25", code=2)
+    assert "step 25 is in the decay phase; give a stable one" in log
+
+
+def test_trouble_names_its_rows(inputs: tuple[Path, Path], tmp_path: Path):
+    flags = ["--config.optim.lr=1e38", "--config.optim.clip=0", "--config.optim.warmup=0"]
+    log = programs.run(tmp_path / "stop", *inputs, *flags, code=3)
+    assert "not finite; rows" in log
+    assert "row " in log.split("not finite; rows")[1]
+    log = programs.run(
+        tmp_path / "skip", *inputs, *flags, "--config.trouble.action=skip", "--config.trouble.most=4", code=3
+    )
+    assert log.count("; skipped") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.optim.stpes=3"], "did you mean --config.optim.steps?"),
+        (["--mesh=v5e-17"], "is unknown; one of a100x1"),
+        (["--mesh=cpu8", "--fsdp=2", "--tensor=4"], "2 key heads do not divide by tensor=4; tensor may be 1, 2"),
+        (["--mesh=cpu8", "--fsdp=3"], "makes 6 devices and it has 8"),
+        (["--mesh=a100x8"], "needs 8 devices and there are 1"),
+        (["--mesh=cpu8", "--config.data.batch=6"], "a multiple of 4, such as 8, does"),
+        (["--config.data.length=70000"], "must be 16 to 65535"),
+        (["--config.data.train=/nowhere"], "/nowhere: no such file or folder"),
+        (["--config.model.tokenizer=/nowhere"], "no such file or folder"),
+        (["--config.lora.rank=4", "--config.lora.targets=query"], "no weight 'query' in a layer"),
+        (["--config=configs/tiyn.py"], "did you mean configs/tiny.py"),
+        (["--profile=3"], "must be FIRST:LAST"),
+        (["--workdir=/proc/x"], "cannot write there"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(inputs: tuple[Path, Path], tmp_path: Path, flags: list[str], message: str):
+    log = programs.run(tmp_path / "run", *inputs, *flags, code=2)
+    assert message in log
+    assert "Traceback" not in log
+    assert "duplex-jax: " in log.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["cpu1", "cpu8"])
+def test_killed_at_random_again_and_again(inputs: tuple[Path, Path], tmp_path: Path, mesh: str):
+    """Ten kills at random moments, in steps and in saves; the losses are those of a run that nothing happened to."""
+    flags = ["--config.optim.steps=120", "--config.checkpoint.every=3"]
+    programs.run(tmp_path / "unbroken", *inputs, *flags, mesh=mesh)
+    rng, workdir, at = random.Random(0), tmp_path / "run", 0
+    for _ in range(10):
+        at = min(115, at + rng.randint(1, 14))
+        process = programs.start(workdir, *inputs, *flags, mesh=mesh)
+        programs.wait_for_step(process, workdir, at)
+        process.kill()
+        process.wait()
+    programs.run(workdir, *inputs, *flags, mesh=mesh)
+    assert programs.losses(workdir) == programs.losses(tmp_path / "unbroken")
+
+
+def test_the_config_is_in_every_checkpoint(unbroken: Path):
+    for step in (unbroken / "checkpoints").iterdir():
+        record = json.loads((step / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        assert record["config"]["optim"]["steps"] == 30
+        assert record["position"] == 8 * record["step"]
