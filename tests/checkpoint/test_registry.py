@@ -1,6 +1,7 @@
 """`load_model` and `save_model`: every source, templates and the tokens that they add, stores, clear refusals."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -51,9 +52,14 @@ def byte_tokenizer(*control: str) -> HFTokenizer:
     return HFTokenizer(spec, config=config)
 
 
+@functools.cache
+def random_params(config: ModelConfig, seed: int) -> minicpm.Params:
+    return jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(seed)))
+
+
 def tiny(template: str = "chatml", config: ModelConfig = CONFIG, seed: int = 0) -> LoadedModel:
     """A small random model whose vocabulary lacks `<idle>`, with the tokens of the template added."""
-    params = jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(seed)))
+    params = random_params(config, seed)
     tokenizer: Any = byte_tokenizer("<|im_start|>", "<|im_end|>")
     config, params, tokenizer = add_tokens(config, params, tokenizer, missing_tokens(template, tokenizer))
     return LoadedModel("tiny", config, params, tokenizer, make_template(template, tokenizer), {"temperature": 0.8})
@@ -67,16 +73,16 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def test_idle_becomes_a_new_row_with_the_mean():
-    before = jax.tree.map(np.asarray, minicpm.init_params(CONFIG, jax.random.key(0)))
+    before = random_params(CONFIG, 0)
     model = tiny()
     assert model.tokenizer.special["<idle>"] == model.template.idle_id == 258
     assert model.config.vocab_size == 259
     for name in ("embed", "head"):
         np.testing.assert_array_equal(model.params[name][:258], before[name])
         np.testing.assert_allclose(model.params[name][258], before[name].mean(axis=0), rtol=1e-5, atol=1e-8)
-    tokens = np.arange(12)[None]
+    tokens = jnp.arange(12)[None]
     logits = [
-        np.asarray(minicpm.logits(c, p, minicpm.forward(c, p, jnp.asarray(tokens))))
+        jax.jit(lambda p, c=c: minicpm.logits(c, p, minicpm.forward(c, p, tokens)))(p)
         for c, p in ((CONFIG, before), (model.config, model.params))
     ]
     np.testing.assert_allclose(logits[1][..., :258], logits[0], atol=1e-6)

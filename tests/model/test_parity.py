@@ -1,5 +1,6 @@
 """The model's arithmetic against released MiniCPM numbers, and against transformers' Granite and Llama."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -44,8 +45,9 @@ def test_golden_logits(reference: Path, name: str):
     assert np.abs(all_logits(config, params, expected["input_ids"]) - expected["logits"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    ("name", "remat"), [(GOLDEN[0], "none"), (GOLDEN[1], "none"), (GOLDEN[1], "full"), (GOLDEN[1], "dots")]
+)
 def test_golden_loss_and_gradient_norms(reference: Path, name: str, remat: str):
     config, params = huggingface.load(reference / name)
     expected = np.load(reference / name / "expected.npz")
@@ -124,7 +126,8 @@ def test_transformers_logits(case: str, tmp_path: Path):
     assert expected.std() > 0.3  # the comparison says something
     np.testing.assert_allclose(found, expected, atol=1e-4)
     again = from_hf(to_hf(config))
-    np.testing.assert_allclose(all_logits(again, params, tokens), expected, atol=1e-4)
+    assert dataclasses.replace(again, scale_depth=config.scale_depth) == config
+    assert again.residual_scale == pytest.approx(config.residual_scale, rel=1e-12)
 
 
 @pytest.mark.parametrize(
