@@ -323,10 +323,10 @@ def test_a_slice_too_long_for_what_was_done_ahead(large_engine: Engine):
     longest = "l" * (256 - len(large_engine.template.start()) - 2)
     part = large_engine.template.user_part(longest)
     shadowed = 0
-    for filled in range(5, 12):
+    for filled in range(7, 14):
         session = DuplexSession(large_engine, seed=filled)
         for i in range(filled):
-            session.step(f"some words to fill the context {i}")
+            session.step(f"some words, {i:2} slices")
         shadowed += session._row.shadow is not None
         with pytest.raises(UserError, match=rf"slice {filled} takes 257 tokens; a context of 512 has room for 255"):
             session.step(longest + "ll")
@@ -571,5 +571,4 @@ def test_turns_and_their_refusals(engine: Engine):
             engine.logits(session._row)[:262], fresh_forward()(ids)[:262], atol=2e-4, rtol=2e-4
         )  # fmt: skip
     with pytest.raises(UserError, match="exceed the capacity of 256"):
-        for _ in session.reply("d" * 100, 1000):
-            pass
+        list(itertools.chain.from_iterable(session.reply("d" * 60, 1000) for _ in range(4)))
