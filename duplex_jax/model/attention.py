@@ -50,24 +50,31 @@ def attend(
 
 def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     B, T, N, H = q.shape
-    q = q.reshape(B, T, k.shape[2], N // k.shape[2], H) * H**-0.5
+    K = k.shape[2]
+    # Heads in front, once: the products then leave scores in the order in which softmax and the next product read them.
+    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     positions = jnp.arange(T)
 
     # A chunk of queries at a time, its scores made again on the way back: [T, T] never exists as a whole.
     @functools.partial(jax.checkpoint, static_argnums=1)
     def chunk(operands: tuple[jax.Array, ...], start: int) -> jax.Array:
         q, k, v, segments = operands
-        stop = start + q.shape[1]
+        length = q.shape[3]
+        stop = start + length
         mask = positions[start:stop, None] >= positions[None, :stop]  # [t, s]
         mask = mask[None, None, None]
         if segments is not None:
             mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k[:, :stop], preferred_element_type=jnp.float32)
+        q = q.reshape(B, K, -1, H)
+        scores = jnp.einsum("bkth,bksh->bkts", q, k[:, :, :stop], preferred_element_type=jnp.float32)
+        scores = scores.reshape(B, K, N // K, length, stop)
         probs = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", probs, v[:, :stop])
+        out = jnp.einsum("bkts,bksh->bkth", probs.reshape(B, K, -1, stop), v[:, :, :stop])
+        return out.reshape(B, K, N // K, length, H)
 
-    chunks = [chunk((q[:, i : i + _QUERY_CHUNK], k, v, segment_ids), i) for i in range(0, T, _QUERY_CHUNK)]
-    return jnp.concatenate(chunks, axis=1).reshape(B, T, N, H)
+    chunks = [chunk((q[:, :, :, i : i + _QUERY_CHUNK], k, v, segment_ids), i) for i in range(0, T, _QUERY_CHUNK)]
+    return jnp.concatenate(chunks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
