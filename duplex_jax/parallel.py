@@ -161,7 +161,8 @@ def resize(spec: MeshSpec, **axes: int) -> MeshSpec:
     Raises:
         UserError: the axes do not multiply to the devices that there are.
     """
-    changed = dataclasses.replace(spec, **{k: v for k, v in axes.items() if v})
+    wanted: dict[str, Any] = {k: v for k, v in axes.items() if v}
+    changed = dataclasses.replace(spec, **wanted)
     if changed.size != spec.size:
         raise UserError(
             f"mesh {spec.name}: {dict(zip(AXES, changed.shape, strict=True))} makes {changed.size} devices and it has "
@@ -305,7 +306,7 @@ def global_array(sharding: NamedSharding, shape: tuple[int, ...], local: np.ndar
     """
     at = {place: i for i, place in enumerate(places)}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         first = [at[i] for i in range(*index[0].indices(shape[0]))]
         return local[first[0] : first[-1] + 1][(slice(None), *index[1:])]
 

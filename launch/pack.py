@@ -9,11 +9,12 @@ from launch import app
 
 _INPUT = flags.DEFINE_string("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
-_MODEL = flags.DEFINE_string("model", None, "Whose tokenizer: a folder, a .gguf file, hf:owner/name or a name.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Whose tokenizer: a folder, a .gguf file, hf:owner/name or a name.", required=True
+)
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")
 _TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; the tokenizer's own by default.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that encode.", lower_bound=1)
-flags.mark_flag_as_required("model")
 
 
 def main(argv: list[str]) -> int | None:

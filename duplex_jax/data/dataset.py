@@ -231,7 +231,8 @@ def write_packed(
     files = encode.input_files(path)
     made = encode.load_template(model, template)
     tokenizer = made.tokenizer
-    tally, categories = Tally(), {}
+    tally = Tally()
+    categories: dict[str, int] = {}
     width = rows.token_bytes(tokenizer.vocab_size)
     partial = out.with_name(f".{out.name}.partial")
     shards: list[Shard] = []

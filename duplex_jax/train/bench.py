@@ -131,7 +131,8 @@ def _torch(model: ModelConfig, rows: dict[str, np.ndarray], rank: int) -> Runner
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as e:
         raise UserError("bench train compares with torch; pip install 'duplex-jax[torch]', or torch=false") from e
-    peer = LlamaForCausalLM(LlamaConfig(**to_hf(model), attn_implementation="sdpa")).float()
+    shape: dict[str, Any] = to_hf(model) | {"attn_implementation": "sdpa"}
+    peer = LlamaForCausalLM(LlamaConfig(**shape)).float()
     peer.train()
     if rank:
         _add_lora(peer, rank)

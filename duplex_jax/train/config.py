@@ -309,14 +309,14 @@ def check(config: Config) -> Config:
     ):
         if value not in allowed:
             raise UserError(f"config.{field}={value}: must be one of {', '.join(allowed)}")
-    for field, value in (
+    for field, number in (
         ("optim.steps", config.optim.steps), ("optim.lr", config.optim.lr), ("data.length", config.data.length),
         ("data.batch", config.data.batch),
         ("compute.loss_chunk", config.compute.loss_chunk), ("log.every", config.log.every),
         ("model.vocab_multiple", config.model.vocab_multiple), ("checkpoint.keep", config.checkpoint.keep),
     ):  # fmt: skip
-        if value <= 0:
-            raise UserError(f"config.{field}={value}: must be over 0")
+        if number <= 0:
+            raise UserError(f"config.{field}={number}: must be over 0")
     if config.data.micro_batches < 0:
         raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (as the mesh asks) or more")
     if config.lora.rank < 0:

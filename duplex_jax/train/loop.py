@@ -76,7 +76,6 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)
-    workdir.mkdir(parents=True, exist_ok=True)
     store = Store(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     checkpoints.check_space(workdir, 2 * checkpoints.needed_bytes(abstract))
 
@@ -255,7 +254,7 @@ def to_device(plan: steps.Plan, local: loader.Batch, places: list[int]) -> dict[
     for name, array in local.arrays.items():
         array = array.reshape(A, len(places), T)
 
-        def part(index: tuple[slice, ...], array: np.ndarray = array) -> np.ndarray:
+        def part(index: Any, array: np.ndarray = array) -> np.ndarray:
             rows = [at[i] for i in range(*index[1].indices(B))]
             return array[index[0], rows[0] : rows[-1] + 1, index[2]]
 
