@@ -81,7 +81,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise UserError(f"{workdir}: cannot write there ({e.strerror}); give another --workdir") from e
+            raise UserError(f"--workdir={workdir}: cannot write there ({e.strerror}); give another") from e
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=_Always(),

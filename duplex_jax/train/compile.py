@@ -179,6 +179,9 @@ def compile_train(config: Config, spec: MeshSpec) -> Report:
     model = model_shape(config)
     parallel.check_model(spec, model)
     config = fit_batch(config, spec)
+    if spec.platform == "gpu" and config.compute.attention in ("auto", "cudnn"):
+        # cuDNN builds its plan on the card; XLA's attention stands in, and takes more memory than it would.
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
     mesh = parallel.make_mesh(spec, described_devices(spec))
     rows = tuple(range(4)) if config.lora.rank and config.lora.new_tokens else ()
     plan = steps.Plan(config, model, mesh, spec, rows)
@@ -376,8 +379,7 @@ def count_collectives(hlo: str, spec: MeshSpec) -> tuple[dict[str, tuple[int, fl
         for line in lines.get(computation, []):
             trips = times
             if " while(" in line:
-                found = _TRIPS.search(line)
-                trips = times * (int(found.group(1)) if found else 1)
+                trips = times * _trips(line, lines)
             for called in _CALLED.findall(line):
                 visit(called, trips)
             for branches in _BRANCHES.findall(line):
@@ -394,6 +396,20 @@ def count_collectives(hlo: str, spec: MeshSpec) -> tuple[dict[str, tuple[int, fl
 
     visit(entry, 1)
     return counts, seconds
+
+
+def _trips(line: str, lines: dict[str, list[str]]) -> int:
+    """How often a loop runs: as XLA noted it, else by the constant that its condition compares with, else 1."""
+    if noted := _TRIPS.search(line):
+        return int(noted.group(1))
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    body = lines.get(condition.group(1), []) if condition else []
+    compared = next((re.search(r"compare\((.*)\), direction=LT", x) for x in body if "ROOT" in x), None)
+    for name in re.findall(r"%([\w.\-]+)", compared.group(1)) if compared else []:
+        for x in body:
+            if constant := re.match(rf"\s*%{re.escape(name)} = s32\[\]\S* constant\((\d+)\)", x):
+                return int(constant.group(1))
+    return 1
 
 
 _SENT = {
@@ -418,6 +434,9 @@ def _group_size(line: str, spec: MeshSpec) -> int:
         return int(found.group(2))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found.group(1).split(","))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # 'axis_0'=1,'axis_1'=16 {'axis_1'}
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        return math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", found.group(2)))
     return spec.size
 
 
