@@ -208,6 +208,7 @@ def test_sizes_that_make_no_sense(sizes: dict[str, int], words: str):
         Engine(model.config, model.params, model.template, **sizes)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_other_geometries_keep_the_invariant():
     """One query head a key head, tied embeddings, scaled rotary positions; bfloat16 within its own precision."""
     from duplex_jax.model.config import RopeScaling

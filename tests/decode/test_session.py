@@ -164,6 +164,8 @@ class Lives(RuleBasedStateMachine):
         for session, _ in getattr(self, "lives", []):
             session.close()
         if hasattr(self, "engine"):
+            self.engine.template = tiny_model().template
+        if hasattr(self, "engine"):
             assert not self.engine.rows
             assert len(self.engine._free_shadows) == self.engine._n_shadows
 

@@ -104,8 +104,9 @@ def test_full_disk(smollm2, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # a signal that arrives inside a garbage collection is swallowed: several tries
 def test_interrupted(smollm2, tmp_path: Path):
-    for attempt in range(5):
+    for attempt in range(10):
         out = tmp_path / str(attempt) / "out"
         out.parent.mkdir()
         command = [sys.executable, "-m", "launch.convert", "--model=smollm2-135m-instruct", f"--out={out}"]
