@@ -50,6 +50,8 @@ def locate(name_or_path: str | Path, weights: bool = True) -> Path:
             f"model {name!r}: no such file or folder; give a folder, a .gguf or .safetensors file, hf:owner/name, "
             f"or one of {', '.join(REGISTRY)}"
         )
+    if (path / "export").is_dir() and (path / "checkpoints").is_dir():  # a trainer's working folder
+        return path / "export"
     return path
 
 

@@ -381,6 +381,9 @@ def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
     from duplex_jax.sources import locate, read_gguf_header
 
     path = locate(name_or_path, weights=False)
+    adapter = _read_json(path / "adapter.json")
+    if adapter is not None:  # a LoRA adapter has its base's
+        return resolve_tokenizer(adapter["base"])
     if path.is_dir() or path.suffix == ".safetensors":
         return load_tokenizer(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":

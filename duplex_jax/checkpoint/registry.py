@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from duplex_jax.checkpoint import gguf, huggingface, orbax
+from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, check_space
@@ -48,8 +48,9 @@ def load_model(
     """Loads a model with its tokenizer and template.
 
     Args:
-        name_or_path: a folder (Hugging Face's layout or Orbax), a `.gguf` file, a `.safetensors` file with config and
-            tokenizer beside it, `hf:owner/name`, or a name of `sources.REGISTRY`.
+        name_or_path: a folder (Hugging Face's layout, Orbax, a LoRA adapter, or a trainer's working folder), a `.gguf`
+            file, a `.safetensors` file with config and tokenizer beside it, `hf:owner/name`, or a name of
+            `sources.REGISTRY`.
         dtype: of the weights; None as stored (quantised ones float32), `auto` float32 on CPU and bfloat16 elsewhere.
         template: by name; None for the one that the config names, else the one that the vocabulary was made for.
             Tokens that it needs and the vocabulary lacks are added, each with the mean of all rows.
@@ -59,6 +60,8 @@ def load_model(
         UserError: whatever is missing, cut off, or does not fit together.
     """
     path = locate(name_or_path)
+    if adapter.is_adapter(path):
+        return _load_adapted(str(name_or_path), path, dtype, template, vocab_multiple)
     kind = as_dtype(dtype)
     row: dict[str, Any] = {}
     generation: dict[str, Any] = {}
@@ -81,6 +84,14 @@ def load_model(
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows; "
                         "they do not belong together")  # fmt: skip
     return LoadedModel(str(name_or_path), config, params, tokenizer, make_template(name, tokenizer), generation)
+
+
+def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab_multiple: int) -> LoadedModel:
+    """An adapter's base with the updates merged."""
+    what, trained = adapter.read(path)
+    base = load_model(what.base, dtype=dtype, template=template or what.template, vocab_multiple=vocab_multiple)
+    params = adapter.merge(path, what, base.config, base.params, trained)
+    return dataclasses.replace(base, name=name, params=params)
 
 
 def _side_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -249,9 +249,11 @@ def load_template(model: str | Path, name: str = "") -> Template:
         name: of the template; by default the one that the model names, else the one its vocabulary was made for.
     """
     tokenizer = resolve_tokenizer(model)
-    config = locate(model, weights=False) / "config.json"
-    if not name and config.is_file():
-        duplex = json.loads(config.read_text()).get("duplex")
+    folder = locate(model, weights=False)
+    if not name and (folder / "adapter.json").is_file():
+        name = json.loads((folder / "adapter.json").read_text())["template"]
+    if not name and (folder / "config.json").is_file():
+        duplex = json.loads((folder / "config.json").read_text()).get("duplex")
         name = duplex.get("template", "") if isinstance(duplex, dict) else ""
     name = name or default_template(tokenizer)
     missing = missing_tokens(name, tokenizer)

@@ -104,7 +104,6 @@ def described_devices(spec: MeshSpec) -> list[Any]:
         if spec.platform == "tpu":
             options = {"num_slices": spec.slice} if spec.slice > 1 else {}
             return topologies.get_topology_desc(platform="tpu", topology_name=spec.topology, **options).devices
-        register_cuda()
         return topologies.get_topology_desc(
             platform="cuda", topology_name=spec.target, target_config=target_config(spec.target),
             topology=spec.topology,
@@ -115,18 +114,6 @@ def described_devices(spec: MeshSpec) -> list[Any]:
             f"mesh {spec.name}: cannot compile for {spec.topology} ({str(e).splitlines()[0][:160]}); needs "
             f"pip install 'duplex-jax[compile-{extra}]'"
         ) from e
-
-
-def register_cuda() -> None:
-    """Makes the CUDA plugin's compiler known where no GPU is."""
-    from jax._src import xla_bridge
-
-    try:
-        import jax_plugins.xla_cuda13 as plugin
-    except ImportError as e:
-        raise UserError("the CUDA compiler is not installed; pip install 'duplex-jax[compile-cuda]'") from e
-    if "cuda" not in xla_bridge._backend_factories:
-        plugin.initialize()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +300,7 @@ def _report(program: str, plan: steps.Plan, lowered: Any, work: float, traffic: 
         argument_bytes=argument, temporary_bytes=temporary, output_bytes=output, peak_bytes=peak, memory=chip.memory,
         fits=fits, flops=work, collectives=collectives, compute_seconds=compute, memory_seconds=hbm,
         network_seconds=network, step_seconds=predicted, mfu=useful / chip.flops / predicted,
-        compile_seconds=seconds, advice=[] if fits else advise(plan, program, over),
+        compile_seconds=seconds, advice=use_room(plan, program, peak) if fits else advise(plan, program, over),
     )  # fmt: skip
 
 
@@ -347,6 +334,14 @@ def advise(plan: steps.Plan, program: str, over: str) -> list[str]:
         advice.append(f"--fsdp={spec.fsdp * spec.data} --data=1 cuts weights and moments further, where that divides")
     advice.append("--config.lora.rank=64 needs no moments for most weights, or a larger mesh")
     return advice
+
+
+def use_room(plan: steps.Plan, program: str, peak: int) -> list[str]:
+    """What memory that stays empty could be used for."""
+    if program != "train" or plan.spec.platform == "cpu" or peak > 0.5 * plan.spec.chip.memory:
+        return []
+    less = {"full": "dots", "dots": "none"}.get(plan.config.compute.remat)
+    return [f"room is left: --config.compute.remat={less} computes less again"] if less else []
 
 
 _SHAPE = re.compile(r"\b(pred|s8|u8|bf16|f16|s32|u32|f32|s64|f64)\[([\d,]*)\]")
@@ -423,8 +418,8 @@ def _result_bytes(line: str, kind: str) -> float:
     sizes = [
         _DTYPE_BYTES[kind_] * math.prod(int(d) for d in dims.split(",") if d) for kind_, dims in _SHAPE.findall(head)
     ]
-    # A started collective's type lists its operands before its results.
-    if f"{kind}-start(" in line and len(sizes) > 1:
+    # A started collective's type lists its operands before its results, but for an all-reduce.
+    if f"{kind}-start(" in line and len(sizes) > 1 and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[:1]
     return float(sum(sizes))
 
@@ -434,7 +429,9 @@ def _group_size(line: str, spec: MeshSpec) -> int:
         return int(found.group(2))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # 'axis_0'=1,'axis_1'=16 {'axis_1'}
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line
+    ):  # 'axis_0'=1,'axis_1'=16 {'axis_1'}
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
         return math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", found.group(2)))
     return spec.size

@@ -317,6 +317,8 @@ def check(config: Config) -> Config:
     ):  # fmt: skip
         if number <= 0:
             raise UserError(f"config.{field}={number}: must be over 0")
+    if config.lora.rank and not config.lora.merge and not config.model.source:
+        raise UserError("config.lora.merge=False: an adapter needs a model.source to be loaded onto")
     if config.data.micro_batches < 0:
         raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (as the mesh asks) or more")
     if config.lora.rank < 0:
@@ -340,7 +342,8 @@ def fit_batch(config: Config, spec: MeshSpec) -> Config:
         UserError: the batch does not divide.
     """
     data = config.data
-    parts = data.micro_batches or max(1, data.batch // spec.batch_shards)
+    whole = data.batch % spec.batch_shards == 0
+    parts = data.micro_batches or (data.batch // spec.batch_shards if whole else 1)
     check_batch(spec, data.batch, parts)
     return dataclasses.replace(config, data=dataclasses.replace(data, micro_batches=parts))
 

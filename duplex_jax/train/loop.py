@@ -15,6 +15,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from duplex_jax import parallel
+from duplex_jax.checkpoint import adapter
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.data import dataset, encode, loader
 from duplex_jax.errors import UserError
@@ -174,7 +175,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
             store.finish()
             if config.checkpoint.export:
                 export(plan, state, frozen, template, workdir / EXPORT)
-                say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir / EXPORT}")
+                say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
     return code
 
 
@@ -371,12 +372,18 @@ def gather(tree: Any) -> Any:
 def export(plan: steps.Plan, state: steps.State, frozen: Any, template: Template, out: Path) -> None:
     """Writes what `duplex-jax chat` runs: the whole model for transformers, or LoRA's updates apart."""
     trained = gather(state["params"])
-    if plan.is_lora:
+    c = plan.config
+    apart = plan.is_lora and not c.lora.merge
+    if plan.is_lora and not apart:
         frozen = gather(frozen)
     if jax.process_index() != 0:
+        return
+    if apart:
+        what = adapter.Adapter(c.model.source, template.name, c.lora.rank, c.lora.alpha, plan.row_ids)
+        adapter.save(out, what, trained)
         return
     params = trained
     if plan.is_lora:
         params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
-    loaded = LoadedModel(plan.config.name, plan.model, params, template.tokenizer, template)
+    loaded = LoadedModel(c.name, plan.model, params, template.tokenizer, template)
     save_model(loaded, out, overwrite=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -11,16 +12,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def start(workdir: Path, data: Path, model: Path, *flags: str, mesh: str = "cpu1") -> subprocess.Popen[str]:
-    """The program, with its output in `workdir.log`."""
+def start(
+    workdir: Path, data: Path, model: Path, *flags: str, mesh: str = "cpu1", largest_file: int = 0
+) -> subprocess.Popen[str]:
+    """The program, with its output in `workdir.log`; files over `largest_file` bytes cannot be written."""
     command = [
         sys.executable, "-m", "launch.train", "--config=tests/train/small_run.py", f"--workdir={workdir}",
         f"--mesh={mesh}", f"--config.data.train={data}", f"--config.model.tokenizer={model}", *flags,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)) if largest_file else None
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, preexec_fn=limit
         )
 
 

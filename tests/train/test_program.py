@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from duplex_jax.errors import UserError
+from duplex_jax.train import checkpoints
 from tests import made_timelines
 from tests.train import programs
 
@@ -162,6 +164,24 @@ def test_killed_at_random_again_and_again(inputs: tuple[Path, Path], tmp_path: P
         process.wait()
     programs.run(workdir, *inputs, *flags, mesh=mesh)
     assert programs.losses(workdir) == programs.losses(tmp_path / "unbroken")
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    # No file may grow beyond what the first checkpoint's largest one needs less a bit: as on a full disk, writes fail.
+    process = programs.start(workdir, *inputs, largest_file=100_000)
+    assert process.wait(timeout=200) == 2, programs.log_of(workdir)
+    log = programs.log_of(workdir)
+    assert "the checkpoint could not be written" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    programs.run(workdir, *inputs)
+    assert programs.losses(workdir) == programs.losses(unbroken)
+
+
+def test_too_little_room_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(UserError, match=r"0\.00 GiB free and a checkpoint needs 0\.01 GiB"):
+        checkpoints.check_space(tmp_path, 10**7)
 
 
 def test_the_config_is_in_every_checkpoint(unbroken: Path):

@@ -1,0 +1,74 @@
+"""Each attention backend that runs here against attention written out in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duplex_jax.errors import UserError
+from duplex_jax.model import attention
+
+
+def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    B, T, N, H = q.shape
+    k, v = (np.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+    out = np.zeros((B, T, N, H))
+    for b in range(B):
+        for t in range(T):
+            seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+            for n in range(N):
+                scores = k[b, seen, n] @ q[b, t, n] / np.sqrt(H)
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights / weights.sum() @ v[b, seen, n]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_backends_are_attention(backend: str, kv_heads: int):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 128, 4, 16))
+    k, v = (jax.random.normal(key, (2, 128, kv_heads, 16)) for key in keys[1:])
+    segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 32, axis=1).astype(np.int32)
+    segments[0, 40:50] = 3
+    got = jax.jit(lambda *x: attention.attend(*x, jnp.asarray(segments), backend))(q, k, v)
+    np.testing.assert_allclose(got, plain(*map(np.asarray, (q, k, v)), segments), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["splash"])
+def test_gradients_are_those_of_xla(backend: str):
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (1, 128, 4, 16))
+    k, v = (jax.random.normal(key, (1, 128, 2, 16)) for key in keys[1:])
+    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
+
+    def loss(backend, *x):
+        return jnp.sum(jnp.sin(attention.attend(*x, segments, backend)))
+
+    got, wanted = (jax.grad(loss, (1, 2, 3))(b, q, k, v) for b in (backend, "xla"))
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 511, 700, 1024])
+def test_chunks_of_queries(length: int):
+    """Longer than a chunk or not, a row's attention is that of its documents on their own."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    q, k, v = (jax.random.normal(key, (1, length, 2, 8)) for key in keys)
+    cut = length // 3
+    segments = jnp.where(jnp.arange(length)[None] < cut, 1, 2)
+    whole = attention.attend(q, k, v, segments)
+    parts = [
+        attention.attend(q[:, s], k[:, s], v[:, s], None)
+        for s in (slice(0, cut), slice(cut, None))
+        if cut or s.stop is None
+    ]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_backend_cannot_do():
+    x = jnp.zeros((1, 100, 1, 8))
+    with pytest.raises(UserError, match="takes multiples of 128"):
+        attention.attend(x, x, x, None, "splash")
+    with pytest.raises(UserError, match="is unknown; one of xla, splash, cudnn"):
+        attention.attend(x, x, x, None, "flash")

@@ -1,0 +1,63 @@
+"""What a run leaves behind is a model: merged or apart, `load_model` gives the same logits that training saw."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from duplex_jax.checkpoint import adapter
+from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
+from duplex_jax.data import encode
+from duplex_jax.errors import UserError
+from duplex_jax.model import minicpm
+from duplex_jax.train import loop
+from duplex_jax.train import step as steps
+from tests import made_timelines
+from tests.train import plans
+
+
+def logits(config, params) -> np.ndarray:
+    tokens = np.arange(48).reshape(2, 24) % 60 + 200
+    tokens[0, 3:5] = plans.ROW_IDS
+    hidden = jax.jit(lambda p: minicpm.forward(config, p, tokens))(params)
+    return np.asarray(minicpm.logits(config, params, hidden))[..., : config.vocab_size]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    template = made_timelines.template()
+    params = jax.tree.map(np.asarray, minicpm.init_params(plans.SHAPE, jax.random.key(3)))
+    save_model(LoadedModel("base", plans.SHAPE, params, template.tokenizer, template), tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_lora_exported(base: Path, tmp_path: Path, merge: bool):
+    plan = plans.plan(lora__rank=4, lora__merge=merge, model__source=base)
+    loaded = load_model(base, vocab_multiple=8)
+    state, frozen = steps.init_state(plan, loaded.params)
+    with jax.set_mesh(plan.mesh):
+        state, _ = steps.jitted_step(plan)(state, frozen, plans.put(plan, plans.rows(plan)))
+    wanted = logits(plan.model, steps.whole_params(plan, state["params"], frozen))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    loop.export(plan, state, frozen, loaded.template, tmp_path / "run" / "export")
+    again = load_model(tmp_path / "run")  # a working folder is its export
+    np.testing.assert_allclose(logits(again.config, again.params), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits(loaded.config, loaded.params) - wanted).max() > 1e-2
+    assert again.template.name == loaded.template.name
+    assert encode.load_template(tmp_path / "run").name == loaded.template.name
+    assert adapter.is_adapter(tmp_path / "run" / "export") != merge
+
+
+def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path):
+    shape = plans.with_shape(hidden_size=16)
+    plan = plans.plan(shape=shape, lora__rank=4)
+    state, _ = steps.init_state(plan, None)
+    what = adapter.Adapter(str(base), "compact", 4, 8.0, plans.ROW_IDS)
+    adapter.save(tmp_path / "adapter", what, jax.device_get(state["params"]))
+    with pytest.raises(UserError, match="it belongs to another model"):
+        load_model(tmp_path / "adapter")
+    (tmp_path / "adapter" / adapter.WEIGHTS_FILE).write_bytes(b"xx")
+    with pytest.raises(UserError, match="is no adapter that can be read"):
+        load_model(tmp_path / "adapter")
