@@ -96,6 +96,20 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=100000000000:glibc.malloc.trim_threshold=100000000000"
+
+
+def keep_memory() -> None:
+    """Begins the process anew with an allocator that keeps freed memory and asks for large pages; Linux with glibc.
+
+    A training step on CPU frees gigabytes and takes them again; page faults were a third of its time. To be called
+    before anything heavy is imported. A `GLIBC_TUNABLES` of the user's own stays.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = _TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def no_arguments(argv: Sequence[str]) -> None:
     """Refuses positional arguments of a job that takes none."""
     if argv:

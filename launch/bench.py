@@ -82,6 +82,8 @@ def table(result: Any, name: str = "") -> list[str]:
 
 
 def start() -> None:
+    """Runs the job."""
+    app.keep_memory()
     app.run(main)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from duplex_jax.errors import UserError
 
 BACKENDS = ("xla", "splash", "cudnn")
-_QUERY_CHUNK = 512
+_QUERY_CHUNK = 256
 
 Partition = Callable[[Sequence[str | None]], Any]
 """From an array's logical axes to the mesh axes that carry them: `parallel.partition`."""

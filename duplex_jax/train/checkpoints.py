@@ -6,10 +6,12 @@ lists the bytes of each file: a checkpoint without it, or with a file that is mi
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ class Store:
         )
         self._pending: Any = None
         self._pending_step = -1
+        self._broken = False
+        _hush_orbax()
 
     def save(self, state: Any, record: Record, wait: bool = False) -> None:
         """Starts to write a checkpoint; training may go on at once.
@@ -134,6 +138,9 @@ class Store:
     def _failed(self, e: Exception, step: int) -> UserError:
         free = shutil.disk_usage(self.folder).free / 2**20
         reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+        if told := re.search(r"(\w[\w ]+) \[os_error", str(e)):  # "No space left on device", amid much else
+            reason = told.group(1)
+        self._broken = True
         return UserError(
             f"{self.folder / str(step)}: the checkpoint could not be written ({reason}; {free:.0f} MiB free); "
             "free some space and start again: the run goes on from the checkpoint before"
@@ -182,8 +189,30 @@ class Store:
 
     def close(self) -> None:
         """Finishes what is under way."""
-        self.finish()
-        self._checkpointer.close()
+        if not self._broken:
+            self.finish()
+        try:
+            self._checkpointer.close()
+        except Exception:  # a write that failed is told of again, and was told of
+            if not self._broken:
+                raise
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Keeps Orbax's threads from printing what they raise: `finish` raises it again and tells it in a line."""
+    before = threading.excepthook
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        thread = args.thread
+        if thread is None or not (type(thread).__module__.startswith("orbax") or thread.name in _ORBAX_THREADS):
+            before(args)
+
+    threading.excepthook = quiet
+    logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+
+_ORBAX_THREADS = ("async_save", "save_finalize")
 
 
 class _Always:

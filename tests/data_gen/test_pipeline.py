@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -187,20 +186,16 @@ def command(path: Path, out: Path, folder: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def kill_at_random(argv: list[str], out: Path, times: int, seed: int) -> int:
-    """Starts a command and kills it, process group and all, at random moments; returns how many shards it left."""
+def kill_at_random(argv: list[str], out: Path, times: int, seed: int, shards: int) -> int:
+    """Starts a command and kills it at random places of its work, before the last of `shards`; how many it left."""
     rng = random.Random(seed)
     for _ in range(times):
+        made = len(list(out.rglob("*.jsonl")))
+        aim = made + rng.randint(1, max(1, (shards - made) // 3))
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        shards = len(list(out.rglob("*.jsonl")))
-        deadline = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < deadline:
-            # From the start of the work on: imports are the same in every run.
-            if len(list(out.rglob("*.jsonl"))) > shards:
-                time.sleep(rng.uniform(0, 0.3))
-                break
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+        while process.poll() is None and len(list(out.rglob("*.jsonl"))) < aim:
+            time.sleep(0.001)
+        process.kill()
         process.wait()
     return len(list(out.rglob("*.jsonl")))
 
@@ -214,9 +209,10 @@ def test_killed_runs_end_in_the_same_bytes(
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     subprocess.run(command(path, tmp_path / "whole", tokenizer_folder, "--workers=1"), check=True, capture_output=True)
     whole = contents(tmp_path / "whole")
-    left = kill_at_random(command(path, tmp_path / "o", tokenizer_folder, "--workers=2"), tmp_path / "o", times, times)
-    assert 0 < left < len([n for n in whole if n.endswith(".jsonl")])
-    subprocess.run(command(path, tmp_path / "o", tokenizer_folder, "--workers=2"), check=True, capture_output=True)
+    shards = len([n for n in whole if n.endswith(".jsonl")])
+    argv = command(path, tmp_path / "o", tokenizer_folder, "--workers=2")
+    assert 0 < kill_at_random(argv, tmp_path / "o", times, times, shards) < shards
+    subprocess.run(argv, check=True, capture_output=True)
     assert contents(tmp_path / "o") == whole
 
 
