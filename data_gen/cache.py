@@ -4,7 +4,7 @@ import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 
-from data_gen.rewriter import Answer, Request, clean, fault
+from data_gen.rewriter import Answer, Request, read_answer
 from duplex_jax.errors import UserError
 from duplex_jax.files import check_writable
 
@@ -74,8 +74,7 @@ def settle(request: Request, replies: list[Reply], attempts: int) -> Answer | No
     for reply in replies[:attempts]:
         if reply.finish_reason.startswith(ERROR):
             return Answer(None, reply.finish_reason.removeprefix(ERROR))
-        text = clean(reply.text)
-        found = fault(request, text, reply.finish_reason)
+        text, found = read_answer(request, reply.text, reply.finish_reason)
         if found is None:
             return Answer(text)
         reason = found

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_gen.cache import ERROR, Reply, ReplyCache, settle
 from data_gen.pipeline import Stopped
-from data_gen.rewriter import Answer, Request, clean, fault
+from data_gen.rewriter import Answer, Request, read_answer
 from duplex_jax.errors import UserError
 
 # Requests in a row that got no answer after all their retries: then the server is taken to be gone.
@@ -176,7 +176,7 @@ class Client:
                 return None
             self.cache.put(request.key, len(replies), reply)
             replies.append(reply)
-            found = fault(request, clean(reply.text), reply.finish_reason)
+            _, found = read_answer(request, reply.text, reply.finish_reason)
             if found and not reply.finish_reason.startswith(ERROR):
                 self.report.rejected[found] += 1
         self.report.cached += len(replies) == known

@@ -191,14 +191,25 @@ def read_manifest(shard: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the lock ends with the process."""
-    check_writable(out / ".lock")
-    with open(out / ".lock", "w") as f:
+def locked(lock: Path, out: Path) -> Iterator[None]:
+    """Keeps a second run away from `out` by the file `lock`; the lock ends with the process.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    check_writable(lock)
+    with open(lock, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            raise UserError(f"{out}: another run is writing there; wait for it, or give another folder") from e
+            raise UserError(f"{out}: another run is writing there; wait for it, or give another place") from e
+        yield
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder, and sweeps it."""
+    with locked(out / ".lock", out):
         # What an earlier run was writing when it was killed.
         for path in out.rglob(".*"):
             if re.fullmatch(r"\..+\.(jsonl|zst|json|tsv|md)\.[a-z0-9_]{8}", path.name):

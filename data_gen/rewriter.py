@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from data_gen import spoken
 from data_gen.topic import topic
 from data_gen.transitions import FUSE_PROMPT
 
@@ -130,7 +131,7 @@ class Request:
     """One question to a model.
 
     Attributes:
-        kind: fuse, answer, question or resume: which checks the answer has to pass.
+        kind: fuse, answer, question, resume, opening or spoken: which checks the answer has to pass.
         messages: (role, text) as the chat completions API takes them.
         max_tokens: most tokens of the answer; one that needs more is refused.
         sampling: model, temperature and seed.
@@ -283,6 +284,17 @@ def clean(text: str) -> str:
     while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text
+
+
+def read_answer(request: Request, text: str, finish_reason: str | None) -> tuple[str, str | None]:
+    """A model's words as they are used, and why they cannot be (None where they can)."""
+    text = clean(text)
+    if request.kind != "spoken":
+        return text, fault(request, text, finish_reason)
+    if finish_reason == "content_filter":
+        return text, "refusal"
+    text = spoken.trim(text)
+    return text, spoken.fault(text, [t for _, t in request.messages[spoken.PREAMBLE :]])
 
 
 def fault(request: Request, text: str, finish_reason: str | None) -> str | None:

@@ -1,4 +1,7 @@
-"""`duplex-jax generate`: Duplex-UltraChat timelines from turn-based dialogues; checks and describes a data set too."""
+"""`duplex-jax generate`: Duplex-UltraChat timelines from turn-based dialogues; checks and describes a data set too.
+
+Where there are no dialogues, it has a model make some.
+"""
 
 import contextlib
 import json
@@ -12,6 +15,8 @@ from data_gen.cache import ReplyCache
 from data_gen.categories import CATEGORIES
 from data_gen.check import check_dataset
 from data_gen.client import Budget, Client
+from data_gen.converse import converse
+from data_gen.converse import make_recipe as make_converse_recipe
 from data_gen.dialogues import count_dialogues
 from data_gen.engines import make_engine
 from data_gen.pipeline import Summary, generate, make_recipe, parse_shares
@@ -30,6 +35,10 @@ _INPUT = flags.DEFINE_string("input", None, "Dialogues: a .jsonl, .jsonl.gz, .js
 _OUT = flags.DEFINE_string("out", None, "Folder of the data set; a run that was stopped goes on there.")
 _CHECK = flags.DEFINE_string("check", None, "Check a data set: every rule of the format and of its categories.")
 _STATS = flags.DEFINE_string("stats", None, "Describe a data set: Table 1 beside the paper's, histograms to --out.")
+_CONVERSE = flags.DEFINE_integer(
+    "converse", None, "Have --rewriter_model answer everyday questions: so many dialogues, to --out=FILE.jsonl.",
+    lower_bound=1,
+)  # fmt: skip
 
 _CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")
 _SHARES = flags.DEFINE_list("shares", [], "NAME=NUMBER,...: timelines for each source dialogue; Table 1's by default.")
@@ -50,12 +59,16 @@ _BASE_URL = flags.DEFINE_string(
     "base_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
 )
 _MODEL = flags.DEFINE_string("rewriter_model", None, "The model's name there.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Of the model.", lower_bound=0.0)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Of the model; 0.7 by default, 0.2 with --converse.", lower_bound=0.0
+)
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1)
 _TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1)
 _RETRIES = flags.DEFINE_integer("retries", 6, "Times to send a request again that got no reply.", lower_bound=0)
 _ATTEMPTS = flags.DEFINE_integer("attempts", 3, "Replies to a question that may be unusable.", lower_bound=1)
-_CACHE = flags.DEFINE_string("cache", None, "File of the replies; OUT/replies.sqlite by default.")
+_CACHE = flags.DEFINE_string(
+    "cache", None, "File of the replies; OUT/replies.sqlite by default, OUT.replies.sqlite with --converse."
+)
 _BUDGET_TOKENS = flags.DEFINE_integer("budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.")
 _BUDGET_DOLLARS = flags.DEFINE_float("budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.")
 _PRICE_IN = flags.DEFINE_float("price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0)
@@ -71,6 +84,8 @@ def main(argv: list[str]) -> int:
         return _check(Path(_CHECK.value))
     if _STATS.value:
         return _stats(Path(_STATS.value))
+    if _CONVERSE.value:
+        return _converse(_CONVERSE.value)
     if not _OUT.value or (not _INPUT.value and _BATCH.value not in ("submit", "collect")):
         raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, or --stats=FOLDER)")
     out = Path(_OUT.value)
@@ -87,16 +102,51 @@ def _cache(out: Path) -> ReplyCache:
     return ReplyCache(_CACHE.value or out / "replies.sqlite")
 
 
+def _sampling(why: str, temperature: float) -> Sampling:
+    """How the model is asked, by the flags.
+
+    Raises:
+        UserError: no model is named, or a budget has no prices.
+    """
+    if not _MODEL.value:
+        raise UserError(f"{why} needs --rewriter_model=NAME")
+    if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
+        raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+    return Sampling(_MODEL.value, temperature if _TEMPERATURE.value is None else _TEMPERATURE.value, _SEED.value)
+
+
+def _converse(number: int) -> int:
+    if not _OUT.value:
+        raise UserError("--converse needs --out=FILE.jsonl, and --base_url and --rewriter_model of a chat model")
+    out = Path(_OUT.value)
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")
+    recipe = make_converse_recipe(number, _SEED.value, _sampling("--converse", 0.2), _ATTEMPTS.value)
+    check_writable(out)
+    with contextlib.ExitStack() as stack:
+        cache = ReplyCache(_CACHE.value or out.with_suffix(".replies.sqlite"))
+        stack.callback(cache.close)
+        client = _client(cache, stack)
+        summary = converse(out, recipe, client, _CONCURRENCY.value)
+    for line in client.report.lines():
+        print(line)
+    if summary.stopped or summary.unfinished:
+        why = f": {summary.stopped}" if summary.stopped else ""
+        print(f"unfinished{why}; {summary.unfinished} dialogues wait. Every reply is kept: run again to go on.")
+        return EXIT_UNFINISHED
+    print(
+        f"{out}: {summary.dialogues:,} dialogues of {summary.rounds:,} rounds from {summary.openings:,} openings; "
+        f"ended by a refused answer: {_listed(summary.refused)}; {summary.empty:,} of them at once, and not kept"
+    )
+    return 0
+
+
 def _generate(dialogues: Path, out: Path) -> int:
     shares = parse_shares(_CATEGORIES.value, _SHARES.value)
     check_writable(out / "recipe.json")
     sampling = None
     if _REWRITER.value == "openai":
-        if not _MODEL.value:
-            raise UserError("--rewriter=openai needs --rewriter_model=NAME")
-        if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
-            raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
-        sampling = Sampling(_MODEL.value, _TEMPERATURE.value, _SEED.value)
+        sampling = _sampling("--rewriter=openai", 0.7)
     elif _BATCH.value:
         raise UserError("--batch needs --rewriter=openai; templates ask nobody")
     total = count_dialogues(dialogues, _LIMIT.value)

@@ -1,0 +1,249 @@
+"""Dialogues by a model: our users' everyday turns, answered by a chat model in short spoken sentences.
+
+OUT.jsonl            the dialogues, in UltraChat's layout, written last and whole
+OUT.manifest.json    the recipe, counts and hash
+OUT.replies.sqlite   every reply, so that a run that was stopped goes on and ends with the same bytes
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_gen import spoken
+from data_gen.pipeline import Answers, Stopped, locked, manifest_path
+from data_gen.progress import Progress
+from data_gen.questions import Opening, fingerprint, openings, turns
+from data_gen.rewriter import Request, Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write
+
+# How often a dialogue has one round, two, three, four.
+ROUNDS = (0.25, 0.35, 0.25, 0.15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What determines the dialogues, the model's own ways aside; it says nothing of where the model runs.
+
+    Attributes:
+        number: dialogues that are kept.
+        seed: of the openings, the number of rounds and the turns that follow.
+        questions: fingerprint of all openings.
+        sampling: model, temperature and seed of its answers.
+        attempts: answers that may be refused before the dialogue ends.
+        prompt: hash of the prompt and its examples.
+        max_tokens: of an answer.
+        versions: of the programs that have a say.
+    """
+
+    number: int
+    seed: int
+    questions: str
+    sampling: Sampling
+    attempts: int
+    prompt: str
+    max_tokens: int
+    versions: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def make_recipe(number: int, seed: int, sampling: Sampling, attempts: int = 3) -> Recipe:
+    """The recipe of so many dialogues.
+
+    Raises:
+        UserError: there are fewer openings.
+    """
+    if number > (most := len(openings(seed))):
+        raise UserError(f"--converse={number}: there are {most:,} different openings; ask for fewer dialogues")
+    return Recipe(
+        number=number,
+        seed=seed,
+        questions=fingerprint(seed),
+        sampling=sampling,
+        attempts=attempts,
+        prompt=hashlib.sha256(json.dumps(spoken.messages([])).encode()).hexdigest()[:16],
+        max_tokens=spoken.MAX_TOKENS,
+        versions={
+            "python": ".".join(platform.python_version_tuple()[:2]),
+            "duplex-jax": metadata.version("duplex-jax"),
+        },
+    )
+
+
+@dataclasses.dataclass
+class Talk:
+    """A dialogue on its way.
+
+    Attributes:
+        index: of its opening.
+        queries: what the user is going to say.
+        said: what was said: user, assistant, user, ...
+        refused: why it ended before its last query; "" where it did not.
+    """
+
+    index: int
+    queries: list[str]
+    said: list[str] = dataclasses.field(default_factory=list)
+    refused: str = ""
+
+    @property
+    def over(self) -> bool:
+        return bool(self.refused) or len(self.said) == 2 * len(self.queries)
+
+    def request(self, sampling: Sampling) -> Request:
+        """Asks for the next answer."""
+        said = [*self.said, self.queries[len(self.said) // 2]]
+        return Request("spoken", spoken.messages(said), spoken.MAX_TOKENS, sampling)
+
+
+def plan(index: int, opening: Opening, seed: int) -> Talk:
+    """The user's side of a dialogue."""
+    rng = random.Random(f"{seed}/converse/{index}")
+    [rounds] = rng.choices(range(1, len(ROUNDS) + 1), ROUNDS)
+    return Talk(index, turns(opening, rounds, rng))
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a run made.
+
+    Attributes:
+        dialogues: that were kept.
+        rounds: in them.
+        openings: that were tried.
+        empty: dialogues whose first answer was refused; they are not kept.
+        refused: dialogues that ended before a round whose answers were all refused, by the last reason.
+        unfinished: dialogues that wait for answers; then nothing is written.
+        stopped: why the run ended early; "" where it did not.
+    """
+
+    dialogues: int = 0
+    rounds: int = 0
+    openings: int = 0
+    empty: int = 0
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unfinished: int = 0
+    stopped: str = ""
+
+
+def converse(out: str | Path, recipe: Recipe, answers: Answers, concurrency: int = 16) -> Summary:
+    """Makes the dialogues of a recipe, unless they are there already.
+
+    Openings are taken in order until enough dialogues have a round. The same answers give the same bytes, whatever
+    their order of arrival.
+
+    Args:
+        out: the .jsonl file.
+        recipe: see there.
+        answers: the model's.
+        concurrency: dialogues that are asked about at a time.
+
+    Raises:
+        UserError: something else is at `out`, or another run is writing there.
+    """
+    out = Path(out)
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")
+    with locked(out.with_name(f".{out.name}.lock"), out):
+        made = _made(out, recipe)
+        if made is not None:
+            return made
+        talks, summary = _talk(recipe, answers, concurrency)
+        if not summary.stopped and not summary.unfinished:
+            _write(out, recipe, talks, summary)
+    return summary
+
+
+def _made(out: Path, recipe: Recipe) -> Summary | None:
+    """The counts of the dialogues that an earlier run finished; None where there is still something to do."""
+    if not out.exists():
+        return None
+    try:
+        manifest = json.loads(manifest_path(out).read_text(encoding="utf-8"))
+        theirs, summary = manifest["recipe"], Summary(**manifest["counts"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out}: is there already, and no manifest says how it was made; give another --out") from e
+    for name, value in json.loads(json.dumps(recipe.as_json())).items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{out}: holds dialogues made with {name}={theirs.get(name)!r}, and this run has {value!r}; "
+                "give another --out"
+            )
+    summary.refused = collections.Counter(summary.refused)
+    return summary
+
+
+def _talk(recipe: Recipe, answers: Answers, concurrency: int) -> tuple[list[Talk], Summary]:
+    summary = Summary()
+    waiting: Iterator[tuple[int, Opening]] = enumerate(openings(recipe.seed))
+    flying: dict[Future, Talk] = {}
+    kept: list[Talk] = []
+    with Progress("dialogues", recipe.number) as progress:
+        while True:
+            # Never more than can be needed: so which openings are tried does not hang on who answers first.
+            while len(flying) < concurrency and len(kept) + len(flying) + summary.unfinished < recipe.number:
+                index, opening = next(waiting, (0, None))
+                if opening is None:
+                    break
+                summary.openings += 1
+                talk = plan(index, opening, recipe.seed)
+                flying[answers.answer([talk.request(recipe.sampling)])] = talk
+            if not flying:
+                break
+            ready, _ = wait(flying, return_when=FIRST_COMPLETED)
+            for future in ready:
+                talk = flying.pop(future)
+                try:
+                    result = future.result()
+                except Stopped as e:
+                    summary.stopped = str(e)
+                    summary.unfinished += len(flying) + 1
+                    return kept, summary
+                if result is None:
+                    summary.unfinished += 1
+                    continue
+                request = talk.request(recipe.sampling)
+                answer = result[request.key]
+                if answer.text is None:
+                    talk.refused = answer.reason
+                    summary.refused[answer.reason] += 1
+                else:
+                    talk.said += [request.messages[-1][1], answer.text]
+                if not talk.over:
+                    flying[answers.answer([talk.request(recipe.sampling)])] = talk
+                elif talk.said:
+                    kept.append(talk)
+                    progress.add()
+                else:
+                    summary.empty += 1
+    summary.dialogues = len(kept)
+    summary.rounds = sum(len(t.said) // 2 for t in kept)
+    return sorted(kept, key=lambda t: t.index), summary
+
+
+def _write(out: Path, recipe: Recipe, talks: list[Talk], summary: Summary) -> None:
+    lines = [json.dumps({"id": f"converse-{recipe.seed}-{talk.index:06d}", "data": talk.said}) + "\n" for talk in talks]
+    data = "".join(lines).encode()
+    counts = dataclasses.asdict(summary) | {"refused": dict(sorted(summary.refused.items()))}
+    manifest = {
+        "file": out.name,
+        "counts": counts,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "recipe": recipe.as_json(),
+    }
+    # The dialogues come last: where they are, they are finished.
+    with atomic_write(manifest_path(out)) as f:
+        json.dump(manifest, f, indent=1)
+    with atomic_write(out, "wb") as f:
+        f.write(data)
