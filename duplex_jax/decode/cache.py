@@ -1,13 +1,15 @@
 """The KV cache: fixed shape, written in one place, and the attention that reads it.
 
-Keys lie as `[L, B, K, H, S]` and values as `[L, B, K, S, H]`, so that both products of a decode step run over
-contiguous memory. S is the capacity plus slack for one chunk: a row's new entries are written as one block
+Each layer has arrays of its own, so that a step reads them where they lie (out of one stack, XLA's CPU backend copies a
+layer's entries for every token). Keys are `[B, K, H, S]` and values `[B, K, S, H]`: both products of a decode step
+run over contiguous memory. S is the capacity plus slack for one chunk: a row's new entries are written as one block
 behind its length, and what a block holds beyond the row's own entries is never read and later overwritten. Lengths
 live on the host: to forget is to lower a number.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,46 +21,68 @@ from duplex_jax.model.config import ModelConfig
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
 @dataclasses.dataclass
 class KVCache:
-    """Keys `[L, B, K, H, S]` and values `[L, B, K, S, H]`; as a buffer of one step, S counts its slots."""
+    """For each of the L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots."""
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
 
     @property
     def rows(self) -> int:
         """B."""
-        return self.k.shape[1]
+        return self.k[0].shape[0]
 
     @property
     def slots(self) -> int:
         """S."""
-        return self.k.shape[-1]
+        return self.k[0].shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the entries."""
+        return self.k[0].dtype
 
 
 def zeros(config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """An empty cache."""
-    lead = (config.num_layers, rows, config.num_kv_heads)
-    return KVCache(jnp.zeros((*lead, config.head_dim, slots), dtype), jnp.zeros((*lead, slots, config.head_dim), dtype))
+    layers, lead, width = range(config.num_layers), (rows, config.num_kv_heads), config.head_dim
+    k = tuple(jnp.zeros((*lead, width, slots), dtype) for _ in layers)
+    return KVCache(k, tuple(jnp.zeros((*lead, slots, width), dtype) for _ in layers))
+
+
+def _each(
+    keys: Callable[..., jax.Array], values: Callable[..., jax.Array], cache: KVCache, *others: KVCache
+) -> KVCache:
+    """A cache whose layers are functions of those of others."""
+    return KVCache(
+        tuple(map(keys, cache.k, *(o.k for o in others))), tuple(map(values, cache.v, *(o.v for o in others)))
+    )
 
 
 def bucket(cache: KVCache, slots: int) -> KVCache:
     """The first `slots` slots of every row."""
     if slots == cache.slots:
         return cache
-    return KVCache(cache.k[..., :slots], cache.v[..., :slots, :])
+    # Once a step: without the barrier, XLA moves the copies to where they are read, once a token.
+    return lax.optimization_barrier(_each(lambda k: k[..., :slots], lambda v: v[..., :slots, :], cache))
 
 
 def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
     """One row's first `slots` slots, as a cache of one row."""
-    L, _, K, H, _ = cache.k.shape
-    k = lax.dynamic_slice(cache.k, (0, row, 0, 0, 0), (L, 1, K, H, slots))
-    return KVCache(k, lax.dynamic_slice(cache.v, (0, row, 0, 0, 0), (L, 1, K, slots, H)))
+    _, K, H, _ = cache.k[0].shape
+    return _each(
+        lambda k: lax.dynamic_slice(k, (row, 0, 0, 0), (1, K, H, slots)),
+        lambda v: lax.dynamic_slice(v, (row, 0, 0, 0), (1, K, slots, H)),
+        cache,
+    )
 
 
 def put_row(cache: KVCache, row: jax.Array, new: KVCache, start: jax.Array | int = 0) -> KVCache:
     """Writes a cache of one row into `row` from slot `start` on. The caller sees to it that it fits."""
-    k = lax.dynamic_update_slice(cache.k, new.k.astype(cache.k.dtype), (0, row, 0, 0, start))
-    return KVCache(k, lax.dynamic_update_slice(cache.v, new.v.astype(cache.v.dtype), (0, row, 0, start, 0)))
+    return _each(
+        lambda k, new: lax.dynamic_update_slice(k, new.astype(k.dtype), (row, 0, 0, start)),
+        lambda v, new: lax.dynamic_update_slice(v, new.astype(v.dtype), (row, 0, start, 0)),
+        cache, new,
+    )  # fmt: skip
 
 
 def append(cache: KVCache, buffer: KVCache, order: jax.Array, lengths: jax.Array) -> KVCache:
@@ -66,16 +90,21 @@ def append(cache: KVCache, buffer: KVCache, order: jax.Array, lengths: jax.Array
 
     Args:
         cache: the cache, to be donated.
-        buffer: the step's new keys and values, `[L, B, K, H, N]` and `[L, B, K, N, H]`.
+        buffer: the step's new keys and values, N slots of every row.
         order: int32 `[B, N]`, which slot of the buffer comes first, second, ...; what a row does not need comes last.
         lengths: int32 `[B]`, where each row's block begins; at most S - N.
     """
-    k = jnp.take_along_axis(buffer.k, order[None, :, None, None, :], axis=-1)
-    v = jnp.take_along_axis(buffer.v, order[None, :, None, :, None], axis=-2)
+    ordered = _each(
+        lambda k: jnp.take_along_axis(k, order[:, None, None, :], axis=-1),
+        lambda v: jnp.take_along_axis(v, order[:, None, :, None], axis=-2),
+        buffer,
+    )
 
     def one(row: jax.Array, cache: KVCache) -> KVCache:
-        new = KVCache(lax.dynamic_slice_in_dim(k, row, 1, 1), lax.dynamic_slice_in_dim(v, row, 1, 1))
-        return put_row(cache, row, new, lengths[row])
+        def cut(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, row, 1, 0)
+
+        return put_row(cache, row, _each(cut, cut, ordered), lengths[row])
 
     return lax.fori_loop(0, cache.rows, one, cache)
 
@@ -102,12 +131,17 @@ def attend(
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
         s = jnp.einsum("bkqh,bkhs->bkqs", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        return jnp.where(mask, s.reshape(B, K, N // K, t, -1), -1e30)
+        return jnp.where(mask, s, -1e30)
 
-    old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None, None])
-    new = scores(recent[0], visible[:, None, None])
-    probs = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(q.dtype)
-    probs = probs.reshape(B, K, N // K * t, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", probs[..., :S], past[1].astype(q.dtype))
-    out += jnp.einsum("bkqs,bksh->bkqh", probs[..., S:], recent[1].astype(q.dtype))
+    # Softmax over both parts without joining them, divided by at the end, where there is least to divide.
+    old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None])
+    new = scores(recent[0], jnp.tile(visible, (1, N // K, 1))[:, None])
+    top = jnp.maximum(jnp.max(old, axis=-1), jnp.max(new, axis=-1))[..., None]
+    old, new = jnp.exp(old - top), jnp.exp(new - top)
+    total = (jnp.sum(old, axis=-1) + jnp.sum(new, axis=-1))[..., None]
+    out = jnp.einsum("bkqs,bksh->bkqh", old.astype(q.dtype), past[1].astype(q.dtype), preferred_element_type=jnp.float32)
+    out += jnp.einsum(
+        "bkqs,bksh->bkqh", new.astype(q.dtype), recent[1].astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    out = (out / total).astype(q.dtype)
     return out.reshape(B, K, N // K, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

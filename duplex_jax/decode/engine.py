@@ -21,6 +21,7 @@ from duplex_jax.decode import step as programs
 from duplex_jax.decode.cache import KVCache
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
+from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
 from duplex_jax.slicing import MAX_SLICE_TOKENS
@@ -108,7 +109,8 @@ class Engine:
         rows: B, conversations at once.
         capacity: most tokens of a context.
         dtype: of weights and cache; float32 on CPU and bfloat16 elsewhere by default.
-        feed_buckets: T, the lengths that a step's fed tokens are padded to; longer ones go in chunks first.
+        feed_buckets: T, the lengths that a step's fed tokens are padded to.
+        chunk: tokens that are encoded at once where there are more of them, ahead of the step.
         max_slice_tokens: M, most tokens of an assistant slice.
 
     Raises:
@@ -124,7 +126,8 @@ class Engine:
         rows: int = 1,
         capacity: int | None = None,
         dtype: Any = None,
-        feed_buckets: Sequence[int] = (16, 64),
+        feed_buckets: Sequence[int] = (8, 16),
+        chunk: int = 64,
         max_slice_tokens: int = MAX_SLICE_TOKENS,
     ):
         capacity = capacity or min(4096, config.max_position_embeddings)
@@ -133,17 +136,17 @@ class Engine:
         if capacity > config.max_position_embeddings and config.rope_scaling.type == "default":
             raise UserError(f"capacity {capacity} is more than the {config.max_position_embeddings} positions that "
                             "the model was trained for")  # fmt: skip
-        if capacity < 2 * (max(feed_buckets) + max_slice_tokens):
-            raise UserError(f"capacity {capacity} is too small; slices of {max(feed_buckets)} + {max_slice_tokens} "
-                            f"tokens need at least {2 * (max(feed_buckets) + max_slice_tokens)}")  # fmt: skip
+        if capacity < 2 * (chunk + max_slice_tokens):
+            raise UserError(f"capacity {capacity} is too small; slices of {chunk} + {max_slice_tokens} "
+                            f"tokens need at least {2 * (chunk + max_slice_tokens)}")  # fmt: skip
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config, self.template, self.capacity = config, template, capacity
         self.max_slice_tokens = max_slice_tokens
         self.dtype = jnp.dtype(dtype)
-        self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), params)
+        self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
         self._buckets = tuple(sorted(feed_buckets))
-        self.chunk = self._buckets[-1]
+        self.chunk = max(chunk, self._buckets[-1])
         slack = self.chunk + max_slice_tokens
         self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
         # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
@@ -238,7 +241,7 @@ class Engine:
             return {}
         for row, request in requests.items():
             pending = len(row.ids) - row.cached + len(request.ids)
-            self.encode(row, max(0, pending - self.chunk), request.ids)
+            self.encode(row, pending - self._buckets[-1], request.ids)
         B = self.cache.rows
         feeds = {row: [*row.ids, *request.ids][row.cached :] for row, request in requests.items()}
         T = next(b for b in self._buckets if b >= max(map(len, feeds.values())))
@@ -351,8 +354,8 @@ class Engine:
     def read(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """A row's cached entries on the host: keys `[L, K, H, cached]`, values `[L, K, cached, H]`."""
         part = self._program("read", self._slots(row.cached), self.cache)(self.cache, row.index)
-        k, v = jax.device_get((part.k, part.v))
-        return k[:, 0, ..., : row.cached], v[:, 0, :, : row.cached]
+        k, v = (np.concatenate(x) for x in jax.device_get((part.k, part.v)))
+        return k[..., : row.cached], v[:, :, : row.cached]
 
     def write(self, row: Row, ids: Sequence[int], entries: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Gives a fresh row its ids and, where there are any, cached entries as `read` made them.
@@ -372,19 +375,18 @@ class Engine:
         if k.shape != want or v.shape != (*want[:2], n, c.head_dim) or n > len(ids):
             raise UserError(f"cached keys have shape {k.shape}; this model's are {want} for at most {len(ids)} tokens")
         slots = self._slots(n)
-        padded = [np.zeros((c.num_layers, 1, *want[1:3], slots), k.dtype)]
-        padded.append(padded[0].transpose(0, 1, 2, 4, 3).copy())
-        padded[0][:, 0, ..., :n], padded[1][:, 0, :, :n] = k, v
-        part = KVCache(jnp.asarray(padded[0]), jnp.asarray(padded[1]))
+        k = np.pad(k, [(0, 0)] * 3 + [(0, slots - n)])
+        v = np.pad(v, [(0, 0)] * 2 + [(0, slots - n), (0, 0)])
+        part = KVCache(*(tuple(jnp.asarray(layer[None]) for layer in x) for x in (k, v)))
         self.cache = self._program("write", slots, self.cache)(self.cache, row.index, part)
         row.cached = n
 
     # Programs: one compilation for each kind, slot bucket and cache.
 
     def _slots(self, length: int) -> int:
-        """The bucket of slots to read for a length: powers of two from 256, then everything."""
+        """The bucket of slots to read for a length: powers of two from 256; everything, where that is little more."""
         for power in itertools.count(8):
-            if 2**power >= self.capacity:
+            if 2**power * 4 >= self.cache.slots * 3:
                 return self.cache.slots
             if 2**power >= length:
                 return 2**power

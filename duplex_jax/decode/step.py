@@ -82,12 +82,12 @@ def _chunk(
         recent = (k_buffer, v_buffer)
         return kv.attend(q, (past_k, past_v), recent, lengths, visible), recent
 
-    def body(x: jax.Array, xs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
-        layer, layer_kv = xs
-        return minicpm.block(config, layer, x, tables, attend, layer_kv)
-
-    x = minicpm.embed(config, params, tokens, params["layers"]["q"].dtype)
-    x, (k, v) = lax.scan(body, x, (params["layers"], (past.k, past.v, buffer.k, buffer.v)))
+    x = minicpm.embed(config, params, tokens, params["embed"].dtype)
+    kept = []
+    for layer, *layer_kv in zip(params["layers"], past.k, past.v, buffer.k, buffer.v, strict=True):
+        x, recent = minicpm.block(config, layer, x, tables, attend, layer_kv)
+        kept.append(recent)
+    k, v = zip(*kept, strict=True)
     return x, KVCache(k, v)
 
 
@@ -99,8 +99,8 @@ def tdm_step(
 
     Args:
         config: the model.
-        params: its weights.
-        cache: `[.., B, .., S]`.
+        params: its weights, layers apart (`minicpm.unstack`).
+        cache: of B rows.
         inputs: the rows' slices and settings.
         slots: how many of the cache's slots are read: at least the longest active row.
         max_slice_tokens: M, most tokens of a slice.
@@ -114,7 +114,7 @@ def tdm_step(
     B, T = inputs.tokens.shape
     M = max_slice_tokens
     past = kv.bucket(cache, slots)
-    buffer = kv.zeros(config, B, T + M, cache.k.dtype)
+    buffer = kv.zeros(config, B, T + M, cache.dtype)
     index = jnp.arange(T + M)
     fed = index < inputs.counts[:, None]  # [B, T + M]
     suppress = inputs.suppress | (jnp.arange(inputs.suppress.shape[0]) == idle_id)
@@ -197,7 +197,7 @@ def extend_row(
     """
     T = tokens.shape[1]
     past = kv.take_row(cache, row, slots)
-    buffer = kv.zeros(config, 1, T, cache.k.dtype)
+    buffer = kv.zeros(config, 1, T, cache.dtype)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
     _, buffer = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
@@ -211,7 +211,7 @@ def next_logits(
     """float32 `[V]`: the logits after a row's cache and `count` pending tokens; the cache is left as it is."""
     T = tokens.shape[1]
     past = kv.take_row(cache, row, slots)
-    buffer = kv.zeros(config, 1, T, cache.k.dtype)
+    buffer = kv.zeros(config, 1, T, cache.dtype)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
     x, _ = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)

@@ -224,6 +224,15 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, out, -1e30)
 
 
+def unstack(params: Params) -> Params:
+    """The tree with its layers apart, as decoding takes it: `layers` is a tuple of L trees without the layer axis."""
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+    number = len(jax.tree.leaves(layers)[0])
+    return params | {"layers": tuple(jax.tree.map(lambda w: w[i], layers) for i in range(number))}  # noqa: B023
+
+
 def _unsharded(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return x
 
@@ -245,7 +254,7 @@ def forward(
 
     Args:
         config: the model.
-        params: the tree that `declare` describes.
+        params: the tree that `declare` describes, or `unstack` of it.
         tokens: int32 `[B, T]`.
         positions: int32 `[B, T]`, restarting in each segment; None for 0, 1, 2, ...
         segment_ids: int32 `[B, T]`; None for one segment a row.
@@ -280,7 +289,11 @@ def forward(
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     x = shard(embed(config, params, tokens, dtype), ("batch", "length", "activation"))
-    x, _ = jax.lax.scan(body, x, params["layers"])
+    if isinstance(params["layers"], tuple):
+        for layer in params["layers"]:
+            x, _ = body(x, layer)
+    else:
+        x, _ = jax.lax.scan(body, x, params["layers"])
     return head_input(config, params, x)
 
 

@@ -215,14 +215,16 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
         named = jax.sharding.PartitionSpec(*(None if a is None else serving[a] for a in axes))
         return jax.ShapeDtypeStruct(shape, kind, sharding=jax.sharding.NamedSharding(mesh, named))
 
+    declared = minicpm.declare(model)
+    layer = {k: minicpm.Weight(w.shape[1:], w.axes[1:]) for k, w in declared["layers"].items()}
     params = jax.tree.map(
         lambda w: placed(w.shape, dtype, w.axes),
-        minicpm.declare(model),
+        declared | {"layers": (layer,) * model.num_layers},
         is_leaf=lambda x: isinstance(x, minicpm.Weight),
     )
     slots = capacity + T + M
     cache = jax.eval_shape(lambda: kv.zeros(model, sessions, slots, dtype))
-    cache = jax.tree.map(lambda x: placed(x.shape, x.dtype, (None, "batch", "kv_heads", None, None)), cache)
+    cache = jax.tree.map(lambda x: placed(x.shape, x.dtype, ("batch", "kv_heads", None, None)), cache)
     kinds: dict[str, Any] = {
         "tokens": ((sessions, T), jnp.int32), "counts": ((sessions,), jnp.int32), "lengths": ((sessions,), jnp.int32),
         "active": ((sessions,), jnp.bool_), "allow_idle": ((sessions,), jnp.bool_), "seeds": ((sessions,), jnp.uint32),

@@ -18,14 +18,14 @@ def filled(rows: int, slots: int, seed: int) -> kv.KVCache:
 
 def by_slot(cache: kv.KVCache) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values `[B, S, L, K, H]`, whatever the order on the device."""
-    return np.asarray(cache.k).transpose(1, 4, 0, 2, 3), np.asarray(cache.v).transpose(1, 3, 0, 2, 4)
+    return np.stack(cache.k).transpose(1, 4, 0, 2, 3), np.stack(cache.v).transpose(1, 3, 0, 2, 4)
 
 
 def test_shapes():
     cache = kv.zeros(CONFIG, B, S, jnp.bfloat16)
     assert (cache.rows, cache.slots) == (B, S)
     assert all(x.shape == (B, S, L, K, H) for x in by_slot(cache))
-    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+    assert cache.dtype == jnp.bfloat16
     assert kv.bucket(filled(B, S, 0), 16).slots == 16
     assert all((x == 0).all() for x in by_slot(cache))
 

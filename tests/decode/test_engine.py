@@ -92,7 +92,7 @@ def test_no_step_compiles_after_warm_up():
     engine = Engine(model.config, model.params, model.template, rows=2, capacity=1024)
     engine.warm_up()
     steps = {k: n for k, n in engine.compilations.items() if k.startswith("step")}
-    # feed buckets 16 and 64, slots 256, 512 and all
+    # feed buckets 8 and 16, slots 256, 512 and all
     assert len(steps) == 6
     assert set(steps.values()) == {1}
     rng = random.Random(0)
