@@ -54,6 +54,7 @@ class Recipe:
         limit: only so many dialogues are taken; 0 for all.
         compress: shards are zstd frames.
         versions: of the programs that have a say.
+        transitions: which sentences users break in with.
     """
 
     input: str
@@ -67,11 +68,16 @@ class Recipe:
     limit: int
     compress: bool
     versions: Mapping[str, str]
+    transitions: str = "paper"
+
+    def as_json(self) -> dict[str, Any]:
+        """What recipe.json holds. The paper's sentences go unsaid, as before there were others."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("transitions", "paper")}
 
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that stand in every manifest."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_recipe(
@@ -86,6 +92,7 @@ def make_recipe(
     block: int = 500,
     limit: int = 0,
     compress: bool = False,
+    transitions: str = "paper",
 ) -> Recipe:
     """The recipe of a data set from the dialogues at `path`."""
     packages = ("duplex-jax", "tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
@@ -104,6 +111,7 @@ def make_recipe(
             "python": ".".join(platform.python_version_tuple()[:2]),
             **{name: metadata.version(name) for name in packages},
         },
+        transitions=transitions,
     )
 
 
@@ -224,7 +232,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
         UserError: the folder holds a data set of another recipe.
     """
     path = out / "recipe.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    mine = json.loads(json.dumps(recipe.as_json()))
     if not path.exists():
         with atomic_write(path) as f:
             json.dump(mine, f, indent=1, ensure_ascii=False)
@@ -233,10 +241,10 @@ def _claim(out: Path, recipe: Recipe) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         theirs = {}
-    for name, value in mine.items():
-        if theirs.get(name) != value:
+    for name, value in ({"transitions": "paper"} | mine).items():
+        if (found := ({"transitions": "paper"} | theirs).get(name)) != value:
             raise UserError(
-                f"{out}: holds a data set made with {name}={theirs.get(name)!r}, and this run has {value!r}; "
+                f"{out}: holds a data set made with {name}={found!r}, and this run has {value!r}; "
                 "give another folder, or the same flags to go on"
             )
 
@@ -405,7 +413,7 @@ def _write_summary(out: Path, recipe: Recipe, summary: Summary) -> None:
             }
             for name in recipe.shares
         },
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.as_json(),
     }
     with atomic_write(out / "dataset.json") as f:
         json.dump(dataset, f, indent=1, ensure_ascii=False)

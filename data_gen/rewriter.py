@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from data_gen import spoken
 from data_gen.topic import topic
-from data_gen.transitions import FUSE_PROMPT
+from data_gen.transitions import FUSE_PROMPT, Transitions
 
 Rounds = Sequence[tuple[str, str]]
 
@@ -37,7 +37,9 @@ class Interruption(NamedTuple):
 
 
 class Rewriter(Protocol):
-    """Where words come from that no source dialogue has."""
+    """Where words come from that no source dialogue has; `transitions` are those that users break in with."""
+
+    transitions: Transitions
 
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """One user input for each (transition sentence, what the user says next)."""
@@ -91,6 +93,9 @@ _OPENINGS = (
 
 class TemplateRewriter:
     """Needs no model: transition sentences with their topic filled in, answers drawn from the dialogue itself."""
+
+    def __init__(self, transitions: Transitions = Transitions()):
+        self.transitions = transitions
 
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         return [self._fuse(*pair) for pair in pairs]
@@ -201,9 +206,11 @@ class ModelRewriter:
     Args:
         sampling: how the model is asked.
         answers: by request key.
+        transitions: what users break in with.
     """
 
-    def __init__(self, sampling: Sampling, answers: Mapping[str, Answer]):
+    def __init__(self, sampling: Sampling, answers: Mapping[str, Answer], transitions: Transitions = Transitions()):
+        self.transitions = transitions
         self.sampling = sampling
         self.answers = answers
 

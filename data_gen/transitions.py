@@ -1,4 +1,11 @@
-"""The transition sentences of the paper's appendix A, and the prompt that fuses one with what the user says next."""
+"""What users break in with: the transition sentences of the paper's appendix A, and shorter spoken ones of our own.
+
+Also the paper's prompt, which fuses one of them with what the user says next.
+"""
+
+import dataclasses
+import random
+from typing import ClassVar
 
 FUSE_PROMPT = (
     "Fuse the two sentences smoothly and replace [topic] with the topic of sentence two.\n"
@@ -69,3 +76,97 @@ RESET = (
     "Changing the subject, let's now delve into [topic].",
     "Shifting gears a bit, let's talk about [topic].",
 )
+
+# Ours, as people say them. Behind a termination comes a question in the same breath.
+SPOKEN_TERMINATION = (
+    "Stop please.", "Wait, wait.", "Hold on.", "OK, stop there.", "Never mind that.", "Actually, no.",
+    "Wait a second.", "Sorry, hold on.", "Stop, stop.", "One moment.", "Okay, okay, got it.",
+    "That's enough about that.", "Let me stop you there.", "Hang on a second.", "Just a moment, please.", "Skip that.",
+    "Sorry, different question.", "Okay, next question.", "Actually, wait.", "Hey, stop for a second.",
+    "Right, I know that already.", "Oh, before I forget.", "Can I just ask something?", "Forget that.",
+    "Hmm, no, wait.", "Okay, I get it.", "No, stop.", "Excuse me.", "Wait.", "Stop.", "Uh, sorry, one thing.",
+    "Enough, I have another question.", "Can I interrupt you?", "Never mind.", "All right, all right.",
+    "Stop, I want to ask something else.", "Sorry to cut you off.", "Hey, wait a minute.",
+)  # fmt: skip
+
+# Demands for silence stand alone here too.
+SPOKEN_SILENCE = (
+    "Be quiet please.", "Shh, quiet now.", "Please stop talking.", "That's enough, thank you.",
+    "Okay, stop talking now.", "Quiet, please.", "Shush.", "Stop talking for a bit.", "Give me a minute of quiet.",
+    "Can you be quiet for a moment?", "Not now, please be quiet.", "Hush for a moment.", "I need some silence.",
+    "No more talking, please.", "Pause, please.", "Please be silent for now.",
+    "Sorry, my phone is ringing, be quiet.", "Quiet, someone's at the door.", "Let me think for a moment.",
+    "Thanks, you can stop now.", "Stop it, be quiet.", "Okay, that's enough for now.",
+)  # fmt: skip
+
+SPOKEN_REGENERATION = (
+    "No, that's not what I meant.", "That's not what I asked.", "No, no.", "That's wrong.", "That can't be right.",
+    "You misunderstood me.", "Wait, that's not right.", "Not quite.", "No, listen.", "Try again, please.",
+    "I asked about [topic].", "No, I meant [topic].", "Hmm, are you sure?", "That doesn't help me.",
+    "Let me ask again.", "Once more, please.", "Start over, please.", "That's too complicated.", "Simpler, please.",
+    "You didn't answer my question.", "I didn't get that.", "Huh?", "Wait, what?", "Say it in other words, please.",
+    "Sorry, I don't follow.", "No, that's something else.",
+)  # fmt: skip
+
+SPOKEN_RESET = (
+    "Let's talk about something else.", "New topic.", "Anyway.", "Something different now.",
+    "Okay, change of subject.", "Enough of that.", "By the way.", "Oh, that reminds me.", "Let's move on.",
+    "Different question.", "Now for something else.", "Moving on.", "Okay, what about [topic]?",
+    "Let's talk about [topic].", "Can we talk about [topic]?", "I'd rather talk about [topic].",
+    "Quick change of topic.", "Oh, I just thought of something.", "Let's leave it there.",
+    "I have another question.", "On to the next thing.", "That's boring, let's talk about [topic].",
+    "Never mind, something else.",
+)  # fmt: skip
+
+# All that ask for silence.
+QUIET = frozenset(SILENCE + SPOKEN_SILENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transitions:
+    """Which sentences users break in with.
+
+    Attributes:
+        name: "paper", "spoken" (our own), or "both", about half each.
+    """
+
+    name: str = "paper"
+    NAMES: ClassVar[tuple[str, ...]] = ("paper", "spoken", "both")
+
+    def termination(self, rng: random.Random) -> str:
+        """One that stops the assistant: for a question, or for silence (then it is in `QUIET`)."""
+        return self._pick(TERMINATION, SPOKEN_TERMINATION + SPOKEN_SILENCE, rng)
+
+    def silence(self, rng: random.Random) -> str:
+        """One that asks for silence."""
+        return self._pick(SILENCE, SPOKEN_SILENCE, rng)
+
+    def regeneration(self, rng: random.Random) -> str:
+        """One that asks for another answer."""
+        return self._pick(REGENERATION, SPOKEN_REGENERATION, rng)
+
+    def reset(self, rng: random.Random) -> str:
+        """One that drops a subject."""
+        return self._pick(RESET, SPOKEN_RESET, rng)
+
+    def _pick(self, paper: tuple[str, ...], spoken: tuple[str, ...], rng: random.Random) -> str:
+        if self.name == "both":
+            return rng.choice(rng.choice((paper, spoken)))
+        return rng.choice(paper if self.name == "paper" else spoken)
+
+
+def number(sentence: str, kind: str) -> int:
+    """A sentence's number among those of its kind, from 1: first the paper's in its order, then ours.
+
+    Args:
+        sentence: with its brackets.
+        kind: termination, regeneration or reset.
+    """
+    return _NUMBERS[kind].index(sentence) + 1
+
+
+_NUMBERS = {
+    "termination": TERMINATION + SPOKEN_TERMINATION + SPOKEN_SILENCE,
+    "regeneration": REGENERATION + SPOKEN_REGENERATION,
+    "reset": RESET + SPOKEN_RESET,
+}

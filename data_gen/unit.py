@@ -12,6 +12,7 @@ import zstandard
 from data_gen.categories import CATEGORIES
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import Answer, LeftOut, ModelRewriter, Pending, Request, Rewriter, Sampling, TemplateRewriter
+from data_gen.transitions import Transitions
 from duplex_jax.timeline import dump_line
 from duplex_jax.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ class Context:
         max_idle_pairs: see `compose.Conversation`.
         sampling: how the model is asked; None takes the templates.
         compress: shards are zstd frames.
+        transitions: name of the sentences that users break in with.
     """
 
     tokenizer: Tokenizer
@@ -35,6 +37,7 @@ class Context:
     max_idle_pairs: int = 0
     sampling: Sampling | None = None
     compress: bool = False
+    transitions: str = "paper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,10 @@ def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Ma
         unit: the block and its category.
         answers: of the model, by request key.
     """
-    rewriter: Rewriter = ModelRewriter(context.sampling, answers) if context.sampling else TemplateRewriter()
+    transitions = Transitions(context.transitions)
+    rewriter: Rewriter = TemplateRewriter(transitions)
+    if context.sampling:
+        rewriter = ModelRewriter(context.sampling, answers, transitions)
     category = CATEGORIES[unit.category]
     left_out: collections.Counter[str] = collections.Counter()
     pending: dict[str, Request] = {}

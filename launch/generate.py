@@ -22,6 +22,7 @@ from data_gen.engines import make_engine
 from data_gen.pipeline import Summary, generate, make_recipe, parse_shares
 from data_gen.rewriter import Sampling
 from data_gen.stats import read_stats, table, write_histograms
+from data_gen.transitions import Transitions
 from data_gen.unit import Context, make_unit
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
@@ -54,6 +55,9 @@ _BAD = flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this sto
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Local processes.", lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the work runs.")
 
+_TRANSITIONS = flags.DEFINE_enum(
+    "transitions", "paper", Transitions.NAMES, "What users break in with: the paper's sentences, short ones, or both."
+)
 _REWRITER = flags.DEFINE_enum("rewriter", "template", ["template", "openai"], "Who writes what no dialogue holds.")
 _BASE_URL = flags.DEFINE_string(
     "base_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
@@ -154,9 +158,9 @@ def _generate(dialogues: Path, out: Path) -> int:
     recipe = make_recipe(
         dialogues, shares, tokenizer, _TOKENIZER.value,
         seed=_SEED.value, sampling=sampling, attempts=_ATTEMPTS.value, max_idle_pairs=_IDLE.value,
-        block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value,
+        block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value, transitions=_TRANSITIONS.value,
     )  # fmt: skip
-    context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress)
+    context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress, recipe.transitions)
     answers: Client | BatchWriter | None = None
     with contextlib.ExitStack() as stack:
         engine = make_engine(_ENGINE.value, make_unit, context, _WORKERS.value)

@@ -15,6 +15,12 @@ WORDS = (
     "sure", "got it", "oh", "Oh, okay.", "aha", "yes", "Interesting.", "wow", "makes sense", "go on", "True.", "hmm",
 )  # fmt: skip
 
+# Said as well where users have our own spoken sentences beside the paper's, or in place of them.
+MORE_WORDS = (
+    "Mm.", "yep", "I see", "Okay, right.", "yeah, yeah", "Right, right.", "uh-huh, go on", "Oh, I see.", "Really?",
+    "oh wow", "cool", "nice", "Ah, okay.", "no way", "of course", "exactly", "Go on.", "mm, okay", "good",
+)  # fmt: skip
+
 
 def make(
     dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
@@ -34,7 +40,8 @@ def make(
     ]
     if not places:
         raise LeftOut("no answer of three slices")
+    words = WORDS if rewriter.transitions.name == "paper" else WORDS + MORE_WORDS
     for pair in sorted(rng.sample(places, min(len(places), rng.randint(1, 3)))):
-        talk.pairs[pair] = SlicePair(rng.choice(WORDS), talk.pairs[pair].assistant)
+        talk.pairs[pair] = SlicePair(rng.choice(words), talk.pairs[pair].assistant)
         talk.mark(events.BACKCHANNEL, pair)
     return talk.timeline("backchannel", [dialogues[0].id])

@@ -1,9 +1,9 @@
 """Dialogue reset: the user drops one conversation for another, four times.
 
 Five dialogues; the first four are truncated at a random location in an answer. The first query of the next one
-follows at once, behind one of the 18 sentences of A.3, and the rewriter makes one input of both; behind the empty
-sentence it stays as it is. Mostly the first answer is cut: Table 1's 194.7 pairs for five dialogues, where one basic
-dialogue takes 153.9, leave no room for late cuts.
+follows at once, behind one of the 18 sentences of A.3 (or of our own), and the rewriter makes one input of both;
+behind the empty sentence it stays as it is. Mostly the first answer is cut: Table 1's 194.7 pairs for five dialogues,
+where one basic dialogue takes 153.9, leave no room for late cuts.
 """
 
 import random
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from data_gen.compose import Conversation, pick_cut
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
-from data_gen.transitions import RESET
+from data_gen.transitions import number
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
 from duplex_jax.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ def make(
 ) -> Timeline:  # fmt: skip
     """All dialogues but the last truncated, the last whole."""
     places = [_pick_answer(d, rng, tokenizer) for d in dialogues[:-1]]
-    sentences = [rng.choice(RESET) for _ in places]
+    sentences = [rewriter.transitions.reset(rng) for _ in places]
     starts = rewriter.fuse([(sentence, d.rounds[0][0]) for sentence, d in zip(sentences, dialogues[1:], strict=True)])
 
     talk = Conversation(rng, tokenizer, max_idle_pairs)
@@ -45,7 +45,7 @@ def make(
     for query, answer in last[1:]:
         talk.round(query, answer)
     return talk.timeline(
-        "dialogue_reset", [d.id for d in dialogues], transitions=[RESET.index(s) + 1 for s in sentences]
+        "dialogue_reset", [d.id for d in dialogues], transitions=[number(s, "reset") for s in sentences]
     )
 
 

@@ -1,10 +1,10 @@
 """Generation termination: the user cuts the assistant off, and the assistant stops at once.
 
 A random location in an answer is chosen, the rest of the answer is dropped, and a new user input is put there: the
-dialogue's next query behind one of the 11 sentences of A.1, fused by the rewriter. The target is idle while the user
-speaks; then the new query is answered, and the timeline ends there (Table 1: terminations have 0.58 of the pairs of
-basic). Sentences that ask for silence stand alone: a question in the same breath would contradict them. After them
-the assistant is idle for 4-10 pairs, and the next query, if it comes, is answered.
+dialogue's next query behind one of the 11 sentences of A.1 (or of our own), fused by the rewriter. The target is idle
+while the user speaks; then the new query is answered, and the timeline ends there (Table 1: terminations have 0.58 of
+the pairs of basic). Sentences that ask for silence stand alone: a question in the same breath would contradict them.
+After them the assistant is idle for 4-10 pairs, and the next query, if it comes, is answered.
 """
 
 import random
@@ -14,7 +14,7 @@ from data_gen import events
 from data_gen.compose import Conversation, pick_cut
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
-from data_gen.transitions import SILENCE, TERMINATION
+from data_gen.transitions import QUIET, number
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
 from duplex_jax.tokenizer import Tokenizer
@@ -28,9 +28,11 @@ def make(
 ) -> Timeline:  # fmt: skip
     """The first dialogue up to the termination and what follows it."""
     rounds = dialogues[0].rounds
-    sentence = rng.choice(TERMINATION if len(rounds) > 1 else SILENCE)
+    choose = rewriter.transitions.termination if len(rounds) > 1 else rewriter.transitions.silence
+    sentence = choose(rng)
+    asks_for_silence = sentence in QUIET
     # A sentence that announces a new input needs a next query; a demand for silence can end a dialogue.
-    places = list(range(len(rounds) if sentence in SILENCE else len(rounds) - 1))
+    places = list(range(len(rounds) if asks_for_silence else len(rounds) - 1))
     rng.shuffle(places)
     at, slices = next(((i, s) for i in places if len(s := slice_tokens(rounds[i][1], tokenizer)) > 1), (None, []))
     if at is None:
@@ -39,7 +41,7 @@ def make(
     following = rounds[at + 1 : at + 2]
 
     talk = Conversation(rng, tokenizer, max_idle_pairs)
-    if sentence in SILENCE:
+    if asks_for_silence:
         said = sentence
         following = following if rng.random() < 0.5 else ()
     else:
@@ -48,7 +50,7 @@ def make(
         talk.round(query, answer)
     talk.query(rounds[at][0])
     talk.say_part(slices, kept)
-    if sentence in SILENCE:
+    if asks_for_silence:
         talk.barge_in(said)
         talk.mark(events.BE_QUIET, len(talk.pairs) - 1)
         talk.rest(rng.randint(*QUIET_PAIRS))
@@ -58,4 +60,4 @@ def make(
         talk.interrupt(said)
         talk.say(following[0][1])
         talk.pause()
-    return talk.timeline("generation_termination", [dialogues[0].id], transition=TERMINATION.index(sentence) + 1)
+    return talk.timeline("generation_termination", [dialogues[0].id], transition=number(sentence, "termination"))

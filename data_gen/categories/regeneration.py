@@ -1,7 +1,7 @@
 """Regeneration: the user is not content with the answer, breaks in and asks again.
 
-A user message is repeated with one of the 15 sentences of A.2 while it is being answered; the rewriter makes one
-input of both. The answer is generated anew from the history and the repetition, and the dialogue goes on.
+A user message is repeated with one of the 15 sentences of A.2 (or of our own) while it is being answered; the rewriter
+makes one input of both. The answer is generated anew from the history and the repetition, and the dialogue goes on.
 """
 
 import random
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from data_gen.compose import Conversation, pick_cut
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
-from data_gen.transitions import REGENERATION
+from data_gen.transitions import number
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
 from duplex_jax.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def make(
     if at is None:
         raise LeftOut("no answer longer than a slice")
     query, answer = rounds[at]
-    sentence = rng.choice(REGENERATION)
+    sentence = rewriter.transitions.regeneration(rng)
     kept = pick_cut(slices, rng, tokenizer)
     [repetition] = rewriter.fuse([(sentence, query)])
     anew = rewriter.regenerate(rounds[:at], query, "".join(slices[:kept]), repetition, answer)
@@ -43,4 +43,4 @@ def make(
     talk.pause()
     for later in rounds[at + 1 :]:
         talk.round(*later)
-    return talk.timeline("regeneration", [dialogues[0].id], transition=REGENERATION.index(sentence) + 1)
+    return talk.timeline("regeneration", [dialogues[0].id], transition=number(sentence, "regeneration"))
