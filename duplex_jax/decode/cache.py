@@ -21,7 +21,7 @@ from duplex_jax.model.config import ModelConfig
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
 @dataclasses.dataclass
 class KVCache:
-    """For each of the L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots."""
+    """For each of L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -139,9 +139,9 @@ def attend(
     top = jnp.maximum(jnp.max(old, axis=-1), jnp.max(new, axis=-1))[..., None]
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = (jnp.sum(old, axis=-1) + jnp.sum(new, axis=-1))[..., None]
-    out = jnp.einsum("bkqs,bksh->bkqh", old.astype(q.dtype), past[1].astype(q.dtype), preferred_element_type=jnp.float32)
-    out += jnp.einsum(
-        "bkqs,bksh->bkqh", new.astype(q.dtype), recent[1].astype(q.dtype), preferred_element_type=jnp.float32
+    out = sum(
+        jnp.einsum("bkqs,bksh->bkqh", p.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
+        for p, v in ((old, past[1]), (new, recent[1]))
     )
     out = (out / total).astype(q.dtype)
     return out.reshape(B, K, N // K, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
