@@ -256,9 +256,7 @@ def run(
     user = model.tokenizer.encode(_QUESTION)[:USER_TOKENS]
     template = _without_end(model.template)
     engine = Engine(config, model.params, template, capacity=capacity, dtype="float32")
-    prefiller = Engine(
-        config, engine.params, template, capacity=capacity, dtype="float32", chunk=_PREFILL_CHUNK
-    )
+    prefiller = Engine(config, engine.params, template, capacity=capacity, dtype="float32", chunk=_PREFILL_CHUNK)
     say(f"encoding the longest history, {histories[-1]} tokens")
     reencoding = Reencoding(prefiller)
     reencoding.prepare(longest)
