@@ -39,7 +39,7 @@ class Recipe:
         questions: fingerprint of all openings.
         sampling: model, temperature and seed of its answers.
         attempts: answers that may be refused before the dialogue ends.
-        prompt: hash of the prompt and its examples.
+        prompt: hash of the prompts and their examples.
         max_tokens: of an answer.
         versions: of the programs that have a say.
     """
@@ -71,7 +71,7 @@ def make_recipe(number: int, seed: int, sampling: Sampling, attempts: int = 3) -
         questions=fingerprint(seed),
         sampling=sampling,
         attempts=attempts,
-        prompt=hashlib.sha256(json.dumps(spoken.messages([])).encode()).hexdigest()[:16],
+        prompt=hashlib.sha256(json.dumps([spoken.messages([t]) for t in "?."]).encode()).hexdigest()[:16],
         max_tokens=spoken.MAX_TOKENS,
         versions={
             "python": ".".join(platform.python_version_tuple()[:2]),

@@ -195,7 +195,8 @@ def topics() -> dict[str, dict[str, tuple[str, ...]]]:
     return found | {name: {"ask": tuple(turns)} for name, turns in _ELSEWHERE.items()}
 
 
-def openings(seed: int = 0) -> list[Opening]:
+@functools.lru_cache(maxsize=4)
+def openings(seed: int = 0) -> tuple[Opening, ...]:
     """Every opening turn, each once (fillers and greetings aside), in an order that mixes topics and forms.
 
     Each pass over the topics takes one turn of each. A topic's own questions and statements come first, and each of
@@ -219,7 +220,7 @@ def openings(seed: int = 0) -> list[Opening]:
                 seen.add(text)
                 found.append(opening._replace(text=text))
         streams = going
-    return found
+    return tuple(found)
 
 
 def _topic(name: str, kinds: Mapping[str, Sequence[str]], rng: random.Random) -> Iterator[Opening]:

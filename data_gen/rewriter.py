@@ -301,7 +301,7 @@ def read_answer(request: Request, text: str, finish_reason: str | None) -> tuple
     if finish_reason == "content_filter":
         return text, "refusal"
     text = spoken.trim(text)
-    return text, spoken.fault(text, [t for _, t in request.messages[spoken.PREAMBLE :]])
+    return text, spoken.fault(text, spoken.conversation(request.messages))
 
 
 def fault(request: Request, text: str, finish_reason: str | None) -> str | None:

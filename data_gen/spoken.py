@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from data_gen.sentences import sentences
 
 # Longest answers that are taken, in words and in sentences; what goes on longer is cut behind a sentence.
-WORDS, SENTENCES = 60, 3
+WORDS, SENTENCES = 45, 3
 # Tokens that an answer may take; one that needs more loses its last, broken sentence.
 MAX_TOKENS = 80
 
+# A question stands without examples: a small model would take its words from them.
+QUESTION_PROMPT = "You are a helpful AI assistant. Answer every question in one or two short sentences."
+# A statement comes behind examples: without them it is merely said again.
 PROMPT = "You are a helpful voice assistant. You answer in one or two short, plain sentences, as people speak."
-# Small models follow examples better than instructions.
 EXAMPLES = (
     ("Why do cats purr?",
      "Cats purr when they feel safe and comfortable, and sometimes to calm themselves when they are hurt."),
@@ -24,9 +26,6 @@ EXAMPLES = (
     ("Okay, thanks a lot.",
      "You're welcome. Just ask if you need anything else."),
 )  # fmt: skip
-# Messages before the conversation itself.
-PREAMBLE = 1 + 2 * len(EXAMPLES)
-
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "-", "—": " - ", "\u00a0": " "})
 _LIST = re.compile(r"^\s*(?:[-*•·]|\(?[0-9a-zA-Z][.)]|step \d)\s|[:;]\s*$|\b1\.\s", re.MULTILINE | re.IGNORECASE)
 _MARKUP = re.compile(r"[`*_#|<>{}\[\]()~^\\=@•]|https?:|www\.|\b\w+\.(?:com|org|net)\b|^\s*(?:user|assistant):", re.I)
@@ -65,7 +64,13 @@ _FEELS = re.compile(
     r"|^that's an? [a-z ]*(?:question|request)\b",
     re.IGNORECASE,
 )
-_PRAISE = re.compile(r"^(?:well, )?that's an? [a-z ]*(?:question|request)[.!]$", re.IGNORECASE)
+# First sentences that say nothing.
+_EMPTY = re.compile(
+    r"^(?:well, )?that's an? [a-z ]*(?:question|request)[.!]$"
+    r"|^(?:(?:sure|sure thing|of course|absolutely|certainly|yes|no worries|great)[,.!]? ?)?"
+    r"(?:i'm sorry for (?:any|the) [a-z ]*|(?:i'm (?:happy|here) to|i can) help[a-z ]*|i'd be happy to[a-z ]*)?[.!]$",
+    re.IGNORECASE,
+)
 _REQUEST = re.compile(r"\b(?:tell|talk|give|explain|something|tips|like to)\b", re.IGNORECASE)
 _WORD = re.compile(r"[a-z0-9']+")
 _EXAMPLE_WORDS = frozenset({"purr", "umbrella", "vinegar", "newspaper", "streaks", "match", "team"})
@@ -82,9 +87,9 @@ _SMALL = frozenset(_SMALL_WORDS.split())
 def trim(text: str) -> str:
     """An answer as it is said: plain quotation marks, one paragraph, whole sentences, at most `SENTENCES` of them.
 
-    A first sentence that only praises the question is dropped.
-    A last sentence without an end (the token limit cut it, or the model stopped) is dropped; "" where that leaves
-    nothing. Lists are left as they are, for `fault` to refuse.
+    A first sentence that says nothing ("That's a great question.") is dropped, and so is a last one without an
+    end (the token limit cut it, or the model stopped); "" where that leaves nothing. Lists are left as they are, for
+    `fault` to refuse.
     """
     text = text.translate(_PLAIN).strip()
     if not _LIST.search(text):
@@ -93,7 +98,7 @@ def trim(text: str) -> str:
         whole = [text[s.start : s.end] for s in sentences(text)]
         if whole and whole[-1].rstrip("\"'")[-1:] not in (".", "?", "!"):
             whole.pop()
-        if len(whole) > 1 and _PRAISE.match(whole[0]):
+        if len(whole) > 1 and _EMPTY.match(whole[0]):
             del whole[0]
         while len(whole) > SENTENCES or sum(len(s.split()) for s in whole) > WORDS:
             whole.pop()
@@ -136,7 +141,8 @@ def fault(text: str, said: Sequence[str]) -> str | None:
     if _shared(words, _words(query), 2) > 0.6:
         return "repeats the question"
     known = {run for earlier in said for run in _runs(_words(earlier), 5)}
-    if any(run in _PROMPT_RUNS and run not in known for run in _runs(words, 5)) or _strays(words, said):
+    echoed = any(run in _PROMPT_RUNS and run not in known for run in _runs(words, 5))
+    if echoed or (not _asks(query) and _strays(words, said)):
         return "instruction echoed"
     if _off_topic(text, said):
         return "off topic"
@@ -145,8 +151,15 @@ def fault(text: str, said: Sequence[str]) -> str | None:
 
 def messages(said: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """(role, text) of a request for the answer to a conversation, which the user began and ends."""
-    shown = [text for example in EXAMPLES for text in example]
-    return (("system", PROMPT), *((("user", "assistant")[i % 2], text) for i, text in enumerate([*shown, *said])))
+    shown = [] if _asks(said[-1]) else [text for example in EXAMPLES for text in example]
+    talk = ((("user", "assistant")[i % 2], text) for i, text in enumerate([*shown, *said]))
+    return (("system", PROMPT if shown else QUESTION_PROMPT), *talk)
+
+
+def conversation(messages: Sequence[tuple[str, str]]) -> list[str]:
+    """What was said in the conversation of a request's messages, without what is put before it."""
+    before = 1 + 2 * len(EXAMPLES) if messages[0][1] == PROMPT else 1
+    return [text for _, text in messages[before:]]
 
 
 def _asks(query: str) -> bool:
@@ -204,5 +217,7 @@ def _stems(text: str) -> set[str]:
 
 # The answer to thanks, the last example, may well be given again.
 _PROMPT_RUNS = frozenset(
-    run for text in (PROMPT, *(t for example in EXAMPLES[:-1] for t in example)) for run in _runs(_words(text), 5)
+    run
+    for text in (QUESTION_PROMPT, PROMPT, *(t for example in EXAMPLES[:-1] for t in example))
+    for run in _runs(_words(text), 5)
 )

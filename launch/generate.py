@@ -122,6 +122,8 @@ def _sampling(why: str, temperature: float) -> Sampling:
 def _converse(number: int) -> int:
     if not _OUT.value:
         raise UserError("--converse needs --out=FILE.jsonl, and --base_url and --rewriter_model of a chat model")
+    if _INPUT.value or _BATCH.value:
+        raise UserError("--converse asks a model live and reads no dialogues; leave --input and --batch away")
     out = Path(_OUT.value)
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")

@@ -1,5 +1,6 @@
 """Every category against its own words in the paper, worked out from the source dialogues and not from its record."""
 
+import contextlib
 import itertools
 import random
 
@@ -8,11 +9,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up import make_dialogue
 
-from data_gen.categories import CATEGORIES
+from data_gen.categories import CATEGORIES, backchannel
 from data_gen.check import check_timeline
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, TemplateRewriter
-from data_gen.transitions import REGENERATION, RESET, SILENCE, TERMINATION
+from data_gen.transitions import (
+    QUIET,
+    REGENERATION,
+    RESET,
+    SILENCE,
+    SPOKEN_REGENERATION,
+    SPOKEN_RESET,
+    SPOKEN_SILENCE,
+    SPOKEN_TERMINATION,
+    TERMINATION,
+    Transitions,
+)
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline, dump_line, parse_line
 from duplex_jax.tokenizer import Tokenizer
@@ -200,6 +212,38 @@ def test_dialogue_reset(dialogues: list[Dialogue], tokenizer: Tokenizer):
             asked = len([q for q in at(timeline, "query_end") if first <= q < (last or 10**9)])
             assert user(timeline, first, last).endswith(plain("".join(q for q, _ in d.rounds[:asked])))
     assert seen == set(range(1, len(RESET) + 1))
+
+
+@pytest.mark.parametrize("name", ["spoken", "both"])
+def test_spoken_interruptions(name: str, dialogues: list[Dialogue], tokenizer: Tokenizer):
+    rewriter = TemplateRewriter(Transitions(name))
+    every = TERMINATION + SPOKEN_TERMINATION + SPOKEN_SILENCE
+    used = {"termination": [], "regeneration": [], "reset": [], "backchannel": []}
+    for seed in range(240):
+        rng, d = random.Random(seed), dialogues[seed % len(dialogues)]
+        timeline = CATEGORIES["generation_termination"].make([d], rng, tokenizer, rewriter, 2)
+        assert list(check_timeline(timeline, tokenizer)) == []
+        sentence = every[timeline.meta["transition"] - 1]
+        used["termination"].append(sentence)
+        [start] = at(timeline, "barge_in")
+        assert user(timeline, start).startswith(plain(sentence))
+        assert bool(at(timeline, "be_quiet")) == (sentence in QUIET)
+        for last in at(timeline, "be_quiet"):
+            assert user(timeline, start, last + 1) == plain(sentence)
+            assert all(p == (None, None) for p in timeline.pairs[last + 1 : last + 5])
+            assert len(timeline.pairs) >= last + 5
+        timeline = CATEGORIES["regeneration"].make([d], rng, tokenizer, rewriter, 2)
+        used["regeneration"].append((REGENERATION + SPOKEN_REGENERATION)[timeline.meta["transition"] - 1])
+        timeline = CATEGORIES["dialogue_reset"].make(draw(dialogues, "dialogue_reset", seed), rng, tokenizer, rewriter)
+        used["reset"] += [(RESET + SPOKEN_RESET)[n - 1] for n in timeline.meta["transitions"]]
+        with contextlib.suppress(LeftOut):
+            timeline = CATEGORIES["backchannel"].make([d], rng, tokenizer, rewriter)
+        used["backchannel"] += [timeline.pairs[i].user for i in at(timeline, "backchannel")]
+    assert len(set(used["backchannel"]) & set(backchannel.MORE_WORDS)) > 10
+    for kind, paper in (("termination", TERMINATION), ("regeneration", REGENERATION), ("reset", RESET)):
+        share = sum(sentence in paper for sentence in used[kind]) / len(used[kind])
+        assert share == 0 if name == "spoken" else 0.4 < share < 0.6
+        assert len(set(used[kind]) - set(paper)) > 20
 
 
 def test_back_on_topic(dialogues: list[Dialogue], tokenizer: Tokenizer):

@@ -103,6 +103,7 @@ def test_finished_shards_are_not_made_again(tmp_path: Path, dialogue_file: Path,
         ({"max_idle_pairs": 0}, "max_idle_pairs=2"),
         ({"shares": {"basic": 1.0}}, "shares="),
         ({"block": 30}, "block=20"),
+        ({"transitions": "both"}, "transitions='paper'"),
     ],
 )
 def test_another_recipe_is_refused(tmp_path: Path, dialogue_file: Path, tokenizer: Tokenizer, change: dict, why: str):

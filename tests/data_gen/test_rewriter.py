@@ -20,7 +20,8 @@ from data_gen.rewriter import (
     fault,
 )
 
-ALL = transitions.TERMINATION + transitions.REGENERATION + transitions.RESET
+SPOKEN = transitions.SPOKEN_TERMINATION + transitions.SPOKEN_REGENERATION + transitions.SPOKEN_RESET
+ALL = transitions.TERMINATION + transitions.REGENERATION + transitions.RESET + SPOKEN
 
 
 def test_the_sentences_and_the_prompt_are_the_papers(shared: Path):
@@ -46,6 +47,12 @@ def test_templates_fill_the_topic_in_and_keep_the_query(transition: str):
     assert "[" not in text
     assert "...?" not in text
     assert ("[topic]" in transition) == (text.count("capital of Italy") == 2)
+
+
+def test_spoken_sentences_are_short_and_none_is_there_twice():
+    spoken = SPOKEN + transitions.SPOKEN_SILENCE
+    assert all(1 <= len(s.split()) <= 7 and s[-1] in ".?!" and s.isascii() for s in spoken)
+    assert len({s.lower() for s in spoken}) == len(spoken)
 
 
 def test_back_on_topic_without_a_model_answers_from_the_message():
