@@ -15,6 +15,8 @@ QUESTION_PROMPT = "You are a helpful AI assistant. Answer every question in one 
 # A statement comes behind examples: without them it is merely said again.
 PROMPT = "You are a helpful voice assistant. You answer in one or two short, plain sentences, as people speak."
 EXAMPLES = (
+    ("Good morning.",
+     "Good morning! How are you today?"),
     ("Why do cats purr?",
      "Cats purr when they feel safe and comfortable, and sometimes to calm themselves when they are hurt."),
     ("I lost my umbrella on the bus.",
@@ -79,7 +81,9 @@ _SMALL_WORDS = """
     i'm i've if in is it it's its just know like me my no not of okay on one or our out please she should so some
     something tell than that that's the their them there these they thing things think this to too up us very was way
     we well were what what's when where which who why will with would yes you you're your about also anything any good
-    really much many more most want need today um uh hmm hi hello hey
+    really much many more most want need today um uh hmm hi hello hey explain bit
+    little else important sure careful simpler words understand another example mean means wow thought never interesting
+    always true say way everyone see didn't really more there
 """
 _SMALL = frozenset(_SMALL_WORDS.split())
 
@@ -163,7 +167,7 @@ def conversation(messages: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _asks(query: str) -> bool:
-    return query[-1] == "?" or bool(_REQUEST.search(query))
+    return query[-1] == "?" or bool(_REQUEST.search(query) and not _THANKS.search(query))
 
 
 def _strays(words: Sequence[str], said: Sequence[str]) -> bool:
