@@ -55,7 +55,7 @@ _BEFORE_QUESTIONS = ("I have a question. ", "Quick question. ", "Can I ask you s
 # Words that may follow a filler in lower case: no name begins with one.
 _LOWER = re.compile(
     r"(?:What|What's|How|Why|Which|Who|When|Where|Can|Could|Do|Does|Did|Is|Are|Should|Will|Tell|Please|Let's|Give|Any|"
-    r"My|We|We're|There's|There|The|Some|Nobody|Somebody|In|Have|Something|It's|At) "
+    r"My|We|We're|There's|There|The|Some|Nobody|Somebody|In|Have|It's|At) "
 )
 
 
@@ -161,8 +161,8 @@ _GOODBYE = (
     "That's all I wanted to know. Thank you.", "Thank you. Goodbye.", "It was nice talking to you. Bye.",
     "Thanks. Have a nice day.", "Okay, I'll try that. Thanks.", "Alright, thanks. Talk to you later.",
 )  # fmt: skip
-# Topics without a subject: their turns are followed by questions only.
-_CHAT = ("small talk", "about the assistant", "simple questions")
+# Topics without a subject to stay with: their turns are followed by their other questions only.
+_CHAT = ("small talk", "about the assistant", "simple questions", *_ELSEWHERE)
 # How often: a filler or greeting, a turn that stays with the topic's words, a goodbye as the last turn.
 _FILLED, _RELATED, _BYE = 0.25, 0.5, 0.2
 
