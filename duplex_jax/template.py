@@ -45,9 +45,11 @@ class Template(abc.ABC):
             first is what a vocabulary without any of them is given (`missing_tokens`).
         idle_id: the token that an idle assistant samples.
         end_id: the token that ends an assistant's slice.
+        tells_typed_markers: whether a marker that somebody types differs from a real one.
     """
 
     name: str
+    tells_typed_markers: bool = True
     tokens: ClassVar[dict[str, tuple[str, ...]]]
     idle_id: int
     end_id: int
@@ -202,7 +204,7 @@ class MiniCPMTemplate(Template):
     """MiniCPM-duplex as released: `<用户>{user}<AI>{assistant}</s>`, after one `<s>`.
 
     Both markers are plain text to the released tokenizer, so a user who types one is kept apart from it by breaking
-    the marker's middle token in two.
+    the marker's middle token in two. A vocabulary in which the middle is no token of its own cannot tell them apart.
     """
 
     name = "minicpm"
@@ -213,6 +215,9 @@ class MiniCPMTemplate(Template):
         self.bos_id, self.end_id, self.idle_id = (self._id(token) for token in ("start", "end", "idle"))
         self._user, self._assistant = "<用户>", "<AI>"
         self._assistant_ids = tokenizer.encode(self._assistant)
+
+        broken = self._encode_text("", self._user + self._assistant, "")
+        self.tells_typed_markers = broken != tokenizer.encode(self._user) + self._assistant_ids
 
     def start(self, system: str | None = None) -> list[int]:
         # The released model has no system role; its users put instructions in front of everything.
@@ -392,6 +397,17 @@ def make_template(name: str, tokenizer: Tokenizer) -> Template:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
     """
     return _template(name)(tokenizer)
+
+
+def refuse_typed_markers(template: Template) -> None:
+    """Refuses a template for live users where it would take a marker that one of them types for a real one.
+
+    Raises:
+        UserError: it would.
+    """
+    if not template.tells_typed_markers:
+        raise UserError(f"template {template.name!r} would take its markers for real where a user types them: in this "
+                        "vocabulary they are no tokens of their own; --template=compact is safe")  # fmt: skip
 
 
 def missing_tokens(name: str, tokenizer: Tokenizer) -> list[str]:

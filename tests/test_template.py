@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import slice_ids, slice_tokens
-from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens
+from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens, refuse_typed_markers
 from duplex_jax.timeline import SlicePair, Timeline
 from duplex_jax.tokenizer import decode
 from tests.tokenizers import COMBINATIONS, CONTROL_WORDS, TOKENIZERS, pairs, template_over, texts
@@ -181,6 +181,12 @@ def test_reserved_tokens_of_smollm2(reference: Path):
 def test_missing_token_is_named(reference: Path):
     with pytest.raises(UserError, match=r"template 'minicpm' needs the token <s>, which the tokenizer lacks"):
         make_template("minicpm", tokenizer_of("smollm2", reference))
+
+
+def test_a_vocabulary_that_takes_typed_markers_for_real_is_refused(reference: Path):
+    """Bytes alone: `<AI>` is the same four tokens whoever writes it."""
+    with pytest.raises(UserError, match=r"template 'minicpm' would take its markers for real .* --template=compact"):
+        refuse_typed_markers(make_template("minicpm", tokenizer_of("bytes", reference).with_tokens(["</s>"])))
 
 
 def test_unknown_template(reference: Path):

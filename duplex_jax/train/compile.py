@@ -112,7 +112,7 @@ def described_devices(spec: MeshSpec) -> list[Any]:
         extra = "tpu" if spec.platform == "tpu" else "cuda"
         raise UserError(
             f"mesh {spec.name}: cannot compile for {spec.topology} ({str(e).splitlines()[0][:160]}); needs "
-            f"pip install 'duplex-jax[compile-{extra}]'"
+            f"pip install 'duplex-jax[{extra}]'"
         ) from e
 
 
