@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import slice_ids, slice_tokens
-from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens, refuse_typed_markers
+from duplex_jax.template import (
+    TEMPLATES,
+    Template,
+    default_template,
+    make_template,
+    missing_tokens,
+    refuse_typed_markers,
+)
 from duplex_jax.timeline import SlicePair, Timeline
 from duplex_jax.tokenizer import decode
 from tests.tokenizers import COMBINATIONS, CONTROL_WORDS, TOKENIZERS, pairs, template_over, texts
