@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,48 @@ class Dialogue:
 
     id: str
     rounds: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which dialogues are taken, and how much of each.
+
+    Attributes:
+        spoken_words: a dialogue ends before the first message that nobody would speak: of more words than this, of
+            several lines, or with characters beyond ASCII; 0 keeps everything.
+        fold: `K/N` takes the dialogues whose id falls in part K of N, `-K/N` all others; empty takes all. So timelines
+            of one dialogue never land on both sides of a split.
+
+    Raises:
+        UserError: a fold that makes no sense.
+    """
+
+    spoken_words: int = 0
+    fold: str = ""
+
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(-?)(\d+)/(\d+)", self.fold)
+        if self.fold and (not match or int(match[2]) >= int(match[3])):
+            raise UserError(f"--fold={self.fold}: must be K/N or -K/N with K below N, as in 0/10")
+
+    def __call__(self, dialogue: Dialogue) -> Dialogue | None:
+        """The dialogue or its beginning; None where nothing of it is taken."""
+        if self.fold:
+            part, parts = map(int, self.fold.removeprefix("-").split("/"))
+            inside = zlib.crc32(dialogue.id.encode()) % parts == part
+            if inside == self.fold.startswith("-"):
+                return None
+        if not self.spoken_words:
+            return dialogue
+        spoken = itertools.takewhile(lambda r: all(map(self._is_spoken, r)), dialogue.rounds)
+        rounds = tuple(spoken)
+        return Dialogue(dialogue.id, rounds) if rounds else None
+
+    def _is_spoken(self, text: str) -> bool:
+        return len(text.split()) <= self.spoken_words and "\n" not in text and text.isascii()
+
+
+EVERYTHING = Selection()
 
 
 class BadRow(UserError):

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 from data_gen.card import write_card
 from data_gen.categories import CATEGORIES
-from data_gen.dialogues import Dialogue, fingerprint, read_dialogues
+from data_gen.dialogues import EVERYTHING, Dialogue, Selection, fingerprint, read_dialogues
 from data_gen.engines import Engine
 from data_gen.progress import Progress
 from data_gen.rewriter import Answer, Request, Sampling
@@ -55,6 +55,7 @@ class Recipe:
         compress: shards are zstd frames.
         versions: of the programs that have a say.
         transitions: which sentences users break in with.
+        selection: which dialogues are taken.
     """
 
     input: str
@@ -69,15 +70,19 @@ class Recipe:
     compress: bool
     versions: Mapping[str, str]
     transitions: str = "paper"
+    selection: Selection = EVERYTHING
 
     def as_json(self) -> dict[str, Any]:
-        """What recipe.json holds. The paper's sentences go unsaid, as before there were others."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("transitions", "paper")}
+        """What recipe.json holds. What is as usual goes unsaid, as before there was anything else."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if _USUAL.get(k) != v}
 
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that stand in every manifest."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_USUAL: Mapping[str, Any] = {"transitions": "paper", "selection": dataclasses.asdict(EVERYTHING)}
 
 
 def make_recipe(
@@ -93,6 +98,7 @@ def make_recipe(
     limit: int = 0,
     compress: bool = False,
     transitions: str = "paper",
+    selection: Selection = EVERYTHING,
 ) -> Recipe:
     """The recipe of a data set from the dialogues at `path`."""
     packages = ("duplex-jax", "tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
@@ -112,6 +118,7 @@ def make_recipe(
             **{name: metadata.version(name) for name in packages},
         },
         transitions=transitions,
+        selection=selection,
     )
 
 
@@ -158,6 +165,7 @@ class Summary:
 
     Attributes:
         dialogues: source dialogues that were read.
+        not_taken: dialogues outside of the selection.
         bad_rows: rows that were left out.
         rows: timelines by category.
         pairs: slice pairs by category.
@@ -167,6 +175,7 @@ class Summary:
     """
 
     dialogues: int = 0
+    not_taken: int = 0
     bad_rows: int = 0
     rows: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     pairs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -241,8 +250,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         theirs = {}
-    for name, value in ({"transitions": "paper"} | mine).items():
-        if (found := ({"transitions": "paper"} | theirs).get(name)) != value:
+    for name, value in ({**_USUAL} | mine).items():
+        if (found := ({**_USUAL} | theirs).get(name)) != value:
             raise UserError(
                 f"{out}: holds a data set made with {name}={found!r}, and this run has {value!r}; "
                 "give another folder, or the same flags to go on"
@@ -292,7 +301,11 @@ def generate(
                 )
 
         def counted() -> Iterator[Dialogue]:
-            for dialogue in read_dialogues(path, on_bad):
+            for row in read_dialogues(path, on_bad):
+                dialogue = recipe.selection(row)
+                if dialogue is None:
+                    summary.not_taken += 1
+                    continue
                 summary.dialogues += 1
                 yield dialogue
                 if summary.dialogues == recipe.limit:
@@ -310,7 +323,7 @@ def generate(
                 progress.add(len(block), f"{sum(summary.rows.values()):,} timelines")
             check_bad()
             if not summary.dialogues:
-                raise UserError(f"{path}: holds no dialogue")
+                raise UserError(f"{path}: holds no dialogue" + (" of the selection" if summary.not_taken else ""))
             shards.finish()
         except Stopped as e:
             summary.stopped = str(e)

@@ -17,7 +17,7 @@ from data_gen.check import check_dataset
 from data_gen.client import Budget, Client
 from data_gen.converse import converse
 from data_gen.converse import make_recipe as make_converse_recipe
-from data_gen.dialogues import count_dialogues
+from data_gen.dialogues import Selection, count_dialogues
 from data_gen.engines import make_engine
 from data_gen.pipeline import Summary, generate, make_recipe, parse_shares
 from data_gen.rewriter import Sampling
@@ -52,6 +52,13 @@ _BLOCK = flags.DEFINE_integer("block", 500, "Source dialogues of a shard.", lowe
 _LIMIT = flags.DEFINE_integer("limit", 0, "Take only so many dialogues; 0 for all.", lower_bound=0)
 _ZSTD = flags.DEFINE_boolean("zstd", False, "Compress the shards (.jsonl.zst).")
 _BAD = flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this stop the run.", 0.0, 1.0)
+_SPOKEN_WORDS = flags.DEFINE_integer(
+    "spoken_words", 0, "End a dialogue before the first message that nobody would speak: of more words than this, of "
+    "several lines, or not ASCII; 0 keeps all.", lower_bound=0,
+)  # fmt: skip
+_FOLD = flags.DEFINE_string(
+    "fold", "", "K/N: only dialogues whose id falls in part K of N; -K/N: all others. Splits by source dialogue."
+)
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Local processes.", lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the work runs.")
 
@@ -161,6 +168,7 @@ def _generate(dialogues: Path, out: Path) -> int:
         dialogues, shares, tokenizer, _TOKENIZER.value,
         seed=_SEED.value, sampling=sampling, attempts=_ATTEMPTS.value, max_idle_pairs=_IDLE.value,
         block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value, transitions=_TRANSITIONS.value,
+        selection=Selection(_SPOKEN_WORDS.value, _FOLD.value),
     )  # fmt: skip
     context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress, recipe.transitions)
     answers: Client | BatchWriter | None = None

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_gen.dialogues import BadRow, count_dialogues, input_files, parse_dialogue, read_dialogues
+from data_gen.dialogues import (
+    BadRow,
+    Dialogue,
+    Selection,
+    count_dialogues,
+    input_files,
+    parse_dialogue,
+    read_dialogues,
+)
 from duplex_jax.errors import UserError
 
 TEXTS = ["What is ice?", "Frozen water.", "And steam?", "Water as a gas."]
@@ -151,3 +161,28 @@ def test_nothing_there(tmp_path: Path):
         input_files(tmp_path / "x")
     with pytest.raises(UserError, match="holds no file"):
         input_files(tmp_path)
+
+
+@given(st.lists(st.text(min_size=1), unique=True, max_size=30), st.integers(1, 7))
+def test_folds_cut_a_set_in_two(ids: list[str], parts: int):
+    """Every dialogue is in exactly one part, and in the rest of all others."""
+    dialogues = [Dialogue(i, (("Hello?", "Hello."),)) for i in ids]
+    inside = [[d for d in dialogues if Selection(fold=f"{k}/{parts}")(d)] for k in range(parts)]
+    assert sorted(d.id for part in inside for d in part) == sorted(ids)
+    for k in range(parts):
+        rest = [d for d in dialogues if Selection(fold=f"-{k}/{parts}")(d)]
+        assert {d.id for d in rest} == set(ids) - {d.id for d in inside[k]}
+
+
+def test_a_dialogue_ends_before_what_nobody_would_speak():
+    rounds = (("One two three?", "Four."), ("Five six?", "Seven\neight."), ("Nine?", "Ten."))
+    take = Selection(spoken_words=3)
+    assert take(Dialogue("d", rounds)) == Dialogue("d", rounds[:1])
+    assert take(Dialogue("d", (("One two three four?", "Five."),))) is None
+    assert take(Dialogue("d", (("Ça va?", "Oui."),))) is None
+
+
+@pytest.mark.parametrize("fold", ["3", "2/2", "x/3", "1/0", "--1/2"])
+def test_folds_that_make_no_sense(fold: str):
+    with pytest.raises(UserError, match="must be K/N or -K/N"):
+        Selection(fold=fold)
