@@ -15,7 +15,7 @@ _DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's ow
 _FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
 _PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "train, decode or both.")
-_SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for 8 on each.", lower_bound=0)
+_SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for what fits.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Write the reports there, too.")
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         if program == "train":
             report = compiling.compile_train(config, spec)
         else:
-            report = compiling.compile_decode(config, spec, _SESSIONS.value or 8 * spec.batch_shards, _CAPACITY.value)
+            report = compiling.compile_decode(config, spec, _SESSIONS.value, _CAPACITY.value)
         print("\n".join(compiling.to_lines(report)), flush=True)
         reports.append(report)
     if _JSON.value:

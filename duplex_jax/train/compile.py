@@ -191,7 +191,8 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     Args:
         config: the model and the dtype.
         spec: the mesh.
-        sessions: rows of the cache on all devices.
+        sessions: rows of the cache on all devices; 0 for as many as take half of what the weights leave, 8 at most, on
+            each.
         capacity: tokens a row.
 
     Raises:
@@ -204,9 +205,16 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
 
     model = model_shape(config)
     parallel.check_model(spec, model)
+    dtype, T, M = jnp.bfloat16, 16, 10
+    slots = capacity + T + M
+    if not sessions:
+        size = jnp.dtype(dtype).itemsize
+        weights = size * sum(math.prod(x.shape) for x in jax.tree.leaves(minicpm.abstract_params(model)))
+        row = size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
+        fit = (spec.chip.memory - weights / spec.tensor) * spec.tensor // (2 * row)
+        sessions = spec.batch_shards * int(min(8, max(1, fit)))
     parallel.check_batch(spec, sessions, 1)
     mesh = parallel.make_mesh(spec, described_devices(spec))
-    dtype, T, M = jnp.bfloat16, 16, 10
     plan = steps.Plan(config, model, mesh, spec)
     # Decoding copies weights to every row's device rather than gathering them at each token.
     serving = {"embed": None, **{k: v for k, v in parallel.RULES.items() if k != "embed"}}
@@ -222,7 +230,6 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
         declared | {"layers": (layer,) * model.num_layers},
         is_leaf=lambda x: isinstance(x, minicpm.Weight),
     )
-    slots = capacity + T + M
     cache = jax.eval_shape(lambda: kv.zeros(model, sessions, slots, dtype))
     cache = jax.tree.map(lambda x: placed(x.shape, x.dtype, ("batch", "kv_heads", None, None)), cache)
     kinds: dict[str, Any] = {
