@@ -60,7 +60,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_dialogues_are_read_back_and_do_not_hang_on_the_order_of_answers(server: FakeServer, tmp_path: Path):
     server.behave = lambda n, body: moody(body)
-    recipe = make_recipe(40, 0, SAMPLING, attempts=2)
+    recipe = make_recipe(30, 0, SAMPLING, attempts=2)
     summaries = [make(server, tmp_path / f"{n}.jsonl", recipe, n) for n in (1, 8)]
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "8.jsonl").read_bytes()
     assert summaries[0] == summaries[1]
@@ -68,7 +68,7 @@ def test_dialogues_are_read_back_and_do_not_hang_on_the_order_of_answers(server:
     bad: list[str] = []
     found = list(read_dialogues(tmp_path / "1.jsonl", lambda where, why: bad.append(why)))
     assert not bad
-    assert len({d.id for d in found}) == len(found) == 40
+    assert len({d.id for d in found}) == len(found) == 30
     assert {len(d.rounds) for d in found} == set(range(1, len(ROUNDS) + 1))
     first = [o.text for o in openings(0)[: summaries[0].openings]]
     asked = [d.rounds[0][0] for d in found]
@@ -133,21 +133,21 @@ def test_a_server_in_trouble_leaves_no_half_file_and_the_next_run_ends_alike(ser
 def test_the_command_killed_and_started_again(server: FakeServer, tmp_path: Path):
     out = tmp_path / "o" / "d.jsonl"
     argv = [
-        sys.executable, "-m", "launch.generate", "--converse=25", f"--out={out}", f"--base_url={server.url}",
+        sys.executable, "-m", "launch.generate", "--converse=15", f"--out={out}", f"--base_url={server.url}",
         "--rewriter_model=m", "--concurrency=4",
     ]  # fmt: skip
     server.behave = lambda n, body: time.sleep(0.01) or moody(body)
-    make(server, tmp_path / "whole.jsonl", make_recipe(25, 0, SAMPLING))
+    make(server, tmp_path / "whole.jsonl", make_recipe(15, 0, SAMPLING))
     server.bodies.clear()
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-    while len(server.bodies) < 20:
+    while len(server.bodies) < 12:
         time.sleep(0.005)
         assert process.poll() is None
     process.kill()
     process.wait()
     assert not out.exists()
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert "25 dialogues of" in done.stdout
+    assert "15 dialogues of" in done.stdout
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     keys = [json.dumps(b, sort_keys=True) for b in server.bodies]
     assert len(keys) - len(set(keys)) <= 4  # only what was in flight is asked again
