@@ -21,11 +21,13 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 demo: $(VENV)/.run
-	@echo '--- A question, turn-based: the whole query in, the whole answer out.'
+	@echo '--- Turn-based: the whole query in, the whole answer out.'
 	@echo 'What is the capital of France, and why is it famous around the world?' \
 	  | $(BIN)/duplex-jax chat --mode=turn_based --temperature=0 --max_tokens=60
-	@echo '--- The same model, slice by slice, interrupted in the middle. It was never trained on slices:'
-	@echo '--- it answers before the question is over, and speaks in every slice.'
+	@echo '--- The same model in slices, untrained: it answers before the question is over.'
+	@printf 'What is the capital of\nFrance, and why is it\nfamous around the world?\n' \
+	  | $(BIN)/duplex-jax chat --model=smollm2-135m-instruct --temperature=0
+	@echo '--- smollm2-135m-duplex: it listens, answers, stops when it is interrupted, and answers the new question.'
 	@$(BIN)/duplex-jax chat --timeline=duplex_jax/assets/demo.jsonl --temperature=0
 
 lint: $(VENV)/.dev

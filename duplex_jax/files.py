@@ -41,6 +41,27 @@ def set_default_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Gives an empty file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full.
+    """
+    path = check_writable(path)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(fd)
+    try:
+        set_default_mode(Path(name))  # mkstemp makes private files
+        yield Path(name)
+        os.replace(name, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w", compress: bool = True) -> Iterator[IO[Any]]:
     """Opens a file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
 
@@ -50,30 +71,32 @@ def atomic_write(path: str | Path, mode: str = "w", compress: bool = True) -> It
     Raises:
         UserError: the place cannot be written, or the disk is full.
     """
-    path = check_writable(path)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        set_default_mode(Path(name))  # mkstemp makes private files
-        with os.fdopen(fd, "wb") as raw:
-            stream: Any = raw
-            if compress and path.suffix == ".gz":
-                stream = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)
-            elif compress and path.suffix == ".zst":
-                stream = zstandard.ZstdCompressor(level=6).stream_writer(raw, closefd=False)
-            file = stream if "b" in mode else io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
-            yield file
-            file.flush()
-            if file is not raw:
-                file.close()
-            if not raw.closed:
-                raw.flush()
-                os.fsync(raw.fileno())
-        os.replace(name, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    path = Path(path)
+    with atomic_path(path) as aside, open(aside, "wb") as raw:
+        stream: Any = raw
+        if compress and path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw, mode="wb", mtime=0)
+        elif compress and path.suffix == ".zst":
+            stream = zstandard.ZstdCompressor(level=6).stream_writer(raw, closefd=False)
+        file = stream if "b" in mode else io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+        yield file
+        file.flush()
+        if file is not raw:
+            file.close()
+        if not raw.closed:
+            raw.flush()
+            os.fsync(raw.fileno())
+
+
+def check_new_file(path: str | Path, overwrite: bool = False) -> Path:
+    """`check_writable`, and refuses a file that is there unless it may be replaced.
+
+    Raises:
+        UserError: as that, or the file is there.
+    """
+    if Path(path).exists() and not overwrite and not Path(path).is_dir():
+        raise UserError(f"{path}: is there already; give another name, or --overwrite")
+    return check_writable(path)
 
 
 def check_folder(path: str | Path, overwrite: bool = False) -> Path:

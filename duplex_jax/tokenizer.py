@@ -134,6 +134,18 @@ class SentencePieceTokenizer:
         if self._config:
             (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=1, ensure_ascii=False))
 
+    def gguf_fields(self, vocab_size: int) -> dict[str, Any]:
+        """See `gguf_fields` of this module."""
+        from sentencepiece import sentencepiece_model_pb2 as pb
+
+        proto = pb.ModelProto.FromString(self._model)  # type: ignore[attr-defined]
+        pieces = {i: (p.piece, int(p.type)) for i, p in enumerate(proto.pieces)}
+        config = {"bos_token": "<s>", "eos_token": "</s>", **self._config}
+        fields = _gguf_vocabulary(self, "llama", pieces, vocab_size, config)
+        scores = [float(p.score) for p in proto.pieces]
+        fields["tokenizer.ggml.scores"] = scores + [0.0] * (len(fields["tokenizer.ggml.tokens"]) - len(scores))
+        return fields | {"tokenizer.ggml.add_space_prefix": self._dummy_prefix}
+
 
 class HFTokenizer:
     """A Hugging Face `tokenizer.json`; its added tokens are control tokens and are never found in text.
@@ -191,6 +203,19 @@ class HFTokenizer:
         folder = Path(folder)
         (folder / "tokenizer.json").write_text(json.dumps(self._spec, ensure_ascii=False))
         (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=1, ensure_ascii=False))
+
+    def gguf_fields(self, vocab_size: int) -> dict[str, Any]:
+        """See `gguf_fields` of this module."""
+        model, splitter = self._spec["model"], self._spec.get("pre_tokenizer")
+        pre = next((name for name, known in _PRE_TOKENIZERS.items() if known == splitter), None)
+        is_bpe = model.get("type") == "BPE" and bool(model.get("merges")) and self._byte_level
+        if not is_bpe or pre is None or self._spec.get("normalizer"):
+            raise UserError("this tokenizer.json splits text in a way that has no name in GGUF; byte-level BPE as of "
+                            f"{', '.join(_PRE_TOKENIZERS)} can be written; --format=hf")  # fmt: skip
+        pieces = {i: (token, _NORMAL) for i, token in self._by_id.items()}
+        fields = _gguf_vocabulary(self, "gpt2", pieces, vocab_size, self._config)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        return fields | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
 
 
 def _added_token(token: int, content: str) -> dict[str, Any]:
@@ -350,6 +375,50 @@ def _sentencepiece_model(fields: Mapping[str, Any], tokens: Sequence[str], types
     proto.normalizer_spec.remove_extra_whitespaces = False
     proto.normalizer_spec.escape_whitespaces = True
     return proto.SerializeToString()
+
+
+def gguf_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a GGUF file; `from_gguf_fields` is the inverse.
+
+    Args:
+        tokenizer: byte-level BPE, or SentencePiece.
+        vocab_size: rows of the embedding; ids that the tokenizer lacks become unused tokens.
+
+    Raises:
+        UserError: a kind of vocabulary, or a way to split text, that has no name in GGUF.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.gguf_fields(vocab_size)
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.gguf_fields(vocab_size)
+    raise UserError(f"a {type(tokenizer).__name__} cannot be written as GGUF; --format=hf")
+
+
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+
+
+def _gguf_vocabulary(
+    tokenizer: Tokenizer, kind: str, pieces: Mapping[int, tuple[str, int]], vocab_size: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What both kinds of vocabulary have; `pieces` maps ids to a token and its type."""
+    control = {i: (t, _CONTROL) for t, i in tokenizer.special.items()}
+    known = {**pieces, **control}
+    listed = [known.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(max(vocab_size, tokenizer.vocab_size))]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": [t for t, _ in listed],
+        "tokenizer.ggml.token_type": [k for _, k in listed],
+        # Templates write every control token themselves.
+        "tokenizer.ggml.add_bos_token": bool(config.get("add_bos_token", False)),
+    }
+    for name, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token in tokenizer.special:
+            fields[f"tokenizer.ggml.{theirs}_token_id"] = tokenizer.special[token]
+    if isinstance(config.get("chat_template"), str):
+        fields["tokenizer.chat_template"] = config["chat_template"]
+    return fields
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

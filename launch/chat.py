@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from duplex_jax.decode.replay import Replay
     from duplex_jax.decode.session import DuplexSession, Slice
 
-_MODEL = flags.DEFINE_string("model", "smollm2-135m-instruct", "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
+    "smollm2-135m-instruct with --mode=turn_based.",
+)  # fmt: skip
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _MODE = flags.DEFINE_enum("mode", "duplex", ["duplex", "turn_based"], "Slices, or the baseline of whole turns.")
 _TIMELINE = flags.DEFINE_string("timeline", None, "Replay the user's side of this JSONL file on a virtual clock.")
@@ -40,6 +44,12 @@ _KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that th
 _DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line on standard output, for programs.")
+
+DEFAULT_MODELS = {"duplex": "smollm2-135m-duplex", "turn_based": "smollm2-135m-instruct"}
+"""What is talked to where --model is not given, by mode."""
+
+QUICK_SECONDS = 1.2
+"""A slice is quick under this: the rest of an interval of 2 seconds is left for hearing and speaking."""
 
 
 def _options() -> "Replay":
@@ -61,9 +71,16 @@ def _engine(rows: int) -> "Engine":
     from duplex_jax.decode.engine import Engine
 
     app.use_compilation_cache()
-    _say(f"loading {_MODEL.value}")
-    model = load_model(_MODEL.value, dtype="auto", template=_TEMPLATE.value)
+    name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
+    _say(f"loading {name}")
+    model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
+
+
+def _warm_up(engine: "Engine", length: int) -> None:
+    """Compiles ahead of a view that shows times, for contexts of up to `length` tokens or 1,024."""
+    _say("compiling; later starts are faster")
+    engine.warm_up(min(length, 1024))
 
 
 def _say(text: str) -> None:
@@ -91,6 +108,13 @@ def _json_line(user: str | None, result: "Slice", conversation: int | None = Non
     return json.dumps(row if conversation is None else {"conversation": conversation, **row}, ensure_ascii=False)
 
 
+def _times(seconds: list[float]) -> str:
+    """The last line of a replay: how many of its slices were quick."""
+    quick = sum(s < QUICK_SECONDS for s in seconds)
+    return (f"{quick} of {len(seconds)} slices ({quick / len(seconds):.0%}) under {QUICK_SECONDS} s; "
+            f"median {statistics.median(seconds):.2f} s, slowest {max(seconds):.2f} s")  # fmt: skip
+
+
 def _timelines(path: str) -> list[Timeline]:
     """What is to be replayed; whatever is wrong with the files is said before a model is loaded."""
     timelines = list(read_timelines(path))
@@ -116,16 +140,22 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
                 elif pair.user or pair.assistant:
                     print(f"user       {pair.user}" + (f"\nassistant  {pair.assistant}" if pair.assistant else ""))
     else:
+        seconds: list[float] = []
         if not _JSON.value:
+            _warm_up(engine, 16 * max(len(t.pairs) for t in timelines))  # tokens that a pair takes, about
             print(_HEADER, flush=True)
         for item in replay(engine, timelines, options):
             if not isinstance(item, Replayed):
                 done[item[0]] = item[1]
-            elif _JSON.value:
+                continue
+            seconds.append(item.slice.seconds)
+            if _JSON.value:
                 print(_json_line(item.user, item.slice, item.conversation), flush=True)
-            else:
-                prefix = f"{item.conversation}: " if len(timelines) > 1 else ""
-                print(prefix + _line(item.user, item.slice), flush=True)
+                continue
+            prefix = f"{item.conversation}: " if len(timelines) > 1 else ""
+            print(prefix + _line(item.user, item.slice), flush=True)
+        if not _JSON.value:
+            print(_times(seconds), flush=True)
     if _OUT.value:
         with atomic_write(_OUT.value) as f:
             for number in sorted(done):
@@ -144,9 +174,11 @@ def _stdin_lines() -> Iterator[str]:
 
 def _pipe(options: "Replay") -> None:
     """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
-    session = _open(_engine(1), options)
+    engine = _engine(1)
     if not _JSON.value:
+        _warm_up(engine, 256)
         print(_HEADER, flush=True)
+    session = _open(engine, options)
     for line in _stdin_lines():
         words = line.strip()
         user = None if words in ("", IDLE) else words
@@ -210,8 +242,7 @@ def _terminal(options: "Replay") -> None:
     from prompt_toolkit.patch_stdout import patch_stdout
 
     engine = _engine(1)
-    _say("compiling; later starts are faster")
-    engine.warm_up(1024)
+    _warm_up(engine, 1024)
     session = _open(engine, options)
     # What was typed shows in the view, slice by slice; the input line need not show it again.
     prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)

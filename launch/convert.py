@@ -1,24 +1,35 @@
-"""`duplex-jax convert`: reads any supported checkpoint and writes it for transformers or Orbax."""
+"""`duplex-jax convert`: reads any supported checkpoint and writes it for transformers, Orbax or llama.cpp."""
 
 import time
+from pathlib import Path
 
+import jax
 from absl import flags, logging
 
+from duplex_jax.checkpoint import adapter, gguf
 from duplex_jax.checkpoint.registry import FORMATS, load_model, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.files import check_folder
+from duplex_jax.files import check_folder, check_new_file
 from launch import app
 
 _MODEL = flags.DEFINE_string("model", None, "A folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; it appears complete or not at all.")
-_FORMAT = flags.DEFINE_enum("format", "hf", FORMATS, "hf: transformers loads it. orbax: training starts from it.")
-_DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; each tensor's own by default.")
+_OUT = flags.DEFINE_string("out", None, "The folder (or .gguf file) to write; it appears complete or not at all.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "hf", (*FORMATS, "adapter"),
+    "hf: transformers loads it. orbax: training starts from it. gguf: a file for llama.cpp. adapter: LoRA's updates "
+    "alone, of an adapter or of a checkpoint (--model=WORKDIR or WORKDIR@STEP, by default its newest).",
+)  # fmt: skip
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "float32, bfloat16 or float16; each tensor's own by default. gguf: q8_0 too, float16 by default."
+)
 _TEMPLATE = flags.DEFINE_string("template", None, "How slices become tokens; tokens that it needs are added.")
 _HF_TYPE = flags.DEFINE_enum(
     "hf_type", "auto", ("auto", "minicpm"),
     "auto: Llama, or Granite where there are scales. minicpm: the released MiniCPM's keys, for llama.cpp's converter.",
 )  # fmt: skip
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace --out where it is there and not empty.")
+_OVERWRITE = flags.DEFINE_boolean(
+    "overwrite", False, "Replace --out where it is there and not empty; an adapter's README.md stays."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -26,16 +37,47 @@ def main(argv: list[str]) -> None:
     app.no_arguments(argv)
     if not _MODEL.value or not _OUT.value:
         raise UserError("convert needs --model=M and --out=DIR")
-    check_folder(_OUT.value, _OVERWRITE.value)  # before any time is spent
+    # Before any time is spent.
+    if _FORMAT.value == "gguf":
+        if not _OUT.value.endswith(".gguf"):
+            raise UserError(f"--out={_OUT.value}: --format=gguf writes a file; give a name that ends in .gguf")
+        if _DTYPE.value not in (None, *gguf.WRITTEN):
+            raise UserError(f"--dtype={_DTYPE.value}: one of {', '.join(gguf.WRITTEN)} for --format=gguf")
+        check_new_file(_OUT.value, _OVERWRITE.value)
+    else:
+        check_folder(_OUT.value, _OVERWRITE.value)
     start = time.perf_counter()
-    model = load_model(_MODEL.value, dtype=_DTYPE.value, template=_TEMPLATE.value)
+    if _FORMAT.value == "adapter":
+        _write_adapter(_MODEL.value, _OUT.value)
+        return
+    is_gguf = _FORMAT.value == "gguf"
+    model = load_model(_MODEL.value, dtype=None if is_gguf else _DTYPE.value, template=_TEMPLATE.value)
     loaded = time.perf_counter()
-    save_model(model, _OUT.value, format=_FORMAT.value, hf_type=_HF_TYPE.value, overwrite=_OVERWRITE.value)
+    save_model(
+        model, _OUT.value, format=_FORMAT.value, dtype=_DTYPE.value if is_gguf else None, hf_type=_HF_TYPE.value,
+        overwrite=_OVERWRITE.value,
+    )  # fmt: skip
     logging.info("loaded in %.1f s, written in %.1f s", loaded - start, time.perf_counter() - loaded)
+    dtype = (_DTYPE.value or "float16") if is_gguf else model.params["embed"].dtype.name
     print(
-        f"{_OUT.value}: {model.config.num_params:,} weights, {model.params['embed'].dtype.name}, "
+        f"{_OUT.value}: {model.config.num_params:,} weights, {dtype}, "
         f"vocabulary {model.config.vocab_size}, template {model.template.name}"
     )
+
+
+def _write_adapter(model: str, out: str) -> None:
+    from duplex_jax.train.export import read_adapter
+
+    if _TEMPLATE.value:
+        raise UserError(f"--template={_TEMPLATE.value}: an adapter keeps the template that it was trained with")
+    what, trained = read_adapter(model)
+    dtype = _DTYPE.value or "float32"
+    adapter.save(out, what, trained, dtype, _OVERWRITE.value)
+    weights = sum(int(x.size) for x in jax.tree.leaves(trained))
+    size = sum(p.stat().st_size for p in Path(out).iterdir()) / 1e6
+    step = f", step {what.training['step']}" if "step" in what.training else ""
+    print(f"{out}: adapter of {what.base}, rank {what.rank}, {weights:,} weights, {dtype}, {size:.1f} MB, "
+          f"template {what.template}{step}")  # fmt: skip
 
 
 def start() -> None:

@@ -11,7 +11,7 @@ JOBS = {
     "pack": "encode timelines once into packed fixed-length rows",
     "train": "sharded training on packed rows",
     "compile": "compile a training step for hardware that is not here, and say whether it fits",
-    "convert": "read any supported checkpoint and write it for transformers or Orbax",
+    "convert": "read any supported checkpoint and write it for transformers, Orbax or llama.cpp",
     "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",
     "serve": "the real-time server",
     "bench": "measure decode, train, data, generate, serve",

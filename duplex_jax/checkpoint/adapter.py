@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_folder
+from duplex_jax.files import atomic_folder, set_default_mode
 from duplex_jax.model import lora
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
 
 CONFIG_FILE = "adapter.json"
 WEIGHTS_FILE = "adapter.safetensors"
+CARD_FILE = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Adapter:
         template: by name.
         rank, alpha: updates are scaled by `alpha / rank`.
         row_ids: tokens whose embedding (and head) rows it replaces.
+        training: what is needed to make it again, as far as it is known: the step, the resolved config, and facts about
+            the data; see `train.export.history`.
     """
 
     base: str
@@ -34,27 +38,35 @@ class Adapter:
     rank: int
     alpha: float
     row_ids: tuple[int, ...]
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def save(folder: str | Path, adapter: Adapter, trained: Params, dtype: Any = "float32") -> None:
+def save(
+    folder: str | Path, adapter: Adapter, trained: Params, dtype: Any = "float32", overwrite: bool = False
+) -> None:
     """Writes an adapter; the folder appears complete or not at all.
 
     Args:
-        folder: replaced where it is there.
+        folder: where to.
         adapter: what it is.
         trained: the tree of `model.lora`, on the host.
-        dtype: of the stored weights; float16 halves them.
+        dtype: of the stored weights; the 16-bit ones halve them, and float16 rounds updates of this size least.
+        overwrite: replaces a folder that is there and not empty; a `README.md` in it, the model card, stays.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a folder that is there, or one that cannot be written.
     """
     from safetensors.numpy import save_file
 
     kind = as_dtype(dtype)
     flat = {f"layers.{name}.{part}": x for name, w in trained["layers"].items() for part, x in w.items()}
     flat |= {f"rows.{table}": x for table, x in trained.get("rows", {}).items()}
-    with atomic_folder(folder, True) as aside:
+    card = Path(folder) / CARD_FILE
+    with atomic_folder(folder, overwrite) as aside:
         save_file({k: np.ascontiguousarray(np.asarray(x), dtype=kind) for k, x in flat.items()}, aside / WEIGHTS_FILE)
+        set_default_mode(aside / WEIGHTS_FILE)  # the library makes private files
+        if card.is_file():
+            shutil.copyfile(card, aside / CARD_FILE)
         (aside / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(adapter), indent=1) + "\n", encoding="utf-8")
 
 

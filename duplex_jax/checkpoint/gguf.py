@@ -1,5 +1,6 @@
-"""GGUF files in: config from the metadata, dequantised weights, and the tokenizer inside."""
+"""GGUF files: config from the metadata, dequantised weights, and the tokenizer inside; and the same out again."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from duplex_jax.checkpoint.names import DTYPES, Tensor, assemble, read_array
+from duplex_jax.checkpoint.names import DTYPES, Tensor, assemble, disassemble, parts, read_array
 from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_path, check_new_file, check_space
 from duplex_jax.model.config import ModelConfig, RopeScaling
 from duplex_jax.model.minicpm import Params
 from duplex_jax.sources import GGUFHeader, GGUFTensor, read_gguf_header
+from duplex_jax.tokenizer import Tokenizer, gguf_fields
 
 ARCHITECTURES = ("llama", "minicpm")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+"""Types of the matrices in a file that `save` writes; norms are float32 in each."""
+
+TEMPLATE_FIELD = "duplex.template"
+"""Names the template of slices in the metadata, as `duplex.template` does in a `config.json`."""
 
 # Arithmetic that this model does not have, where set.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.key_length_mla", "attention.kv_lora_rank")
@@ -173,3 +181,120 @@ def _dequantise(raw: np.ndarray, kind: str, shape: tuple[int, ...], heads: int |
         join *= 2
     wide = np.ascontiguousarray(rows).reshape(rows.shape[0] // join, -1)
     return gguf.quants.dequantize(wide, gguf.GGMLQuantizationType[kind]).reshape(shape)
+
+
+def save(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    dtype: str = "float16",
+    duplex: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a GGUF file, of architecture `llama`, or `minicpm` where there are scales, with its tokenizer inside.
+
+    Tensors are copied one at a time. Format: ggml's docs/gguf.md.
+
+    Args:
+        config: the model; rows that pad its vocabulary are left out.
+        params: its weights, numpy or jax.
+        tokenizer: byte-level BPE or SentencePiece.
+        path: the file; appears complete or not at all.
+        dtype: of `WRITTEN`.
+        duplex: what the metadata says about slices, under `duplex.`.
+        overwrite: replaces a file that is there.
+
+    Raises:
+        UserError: an unknown dtype, a model or tokenizer that GGUF has no words for, a file that is there, or a place
+            that cannot be written.
+    """
+    import gguf
+
+    if dtype not in WRITTEN:
+        raise UserError(f"dtype {dtype!r} is not written as GGUF; one of {', '.join(WRITTEN)}")
+    if config.rope_scaling.type != "default":
+        raise UserError(f"rope scaling {config.rope_scaling.type!r} is not written as GGUF; --format=hf")
+    path = check_new_file(path, overwrite)
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it would log its plan
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[WRITTEN[dtype]]]
+    types, sizes, wanted = {}, {}, list(parts(config, "gguf"))
+    for part in wanted:
+        # What does not divide into blocks, and norms, as llama.cpp's own converter has it.
+        name = "F32" if len(part.shape) == 1 else WRITTEN[dtype] if part.shape[-1] % block == 0 else "F16"
+        types[part.name] = gguf.GGMLQuantizationType[name]
+        items, size = gguf.GGML_QUANT_SIZES[types[part.name]]
+        sizes[part.name] = math.prod(part.shape) // items * size
+    check_space(path, sum(sizes.values()))
+
+    scaled = (config.scale_emb, config.residual_scale, config.logit_divisor) != (1.0, 1.0, 1.0)
+    arch = "minicpm" if scaled else "llama"
+    fields = _metadata(config, arch) | gguf_fields(tokenizer, config.vocab_size)
+    fields["general.file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+    fields |= {f"duplex.{k}": v for k, v in (duplex or {}).items()}
+    with atomic_path(path) as aside:
+        writer = gguf.GGUFWriter(aside, arch)
+        try:
+            for name, value in fields.items():
+                _add_field(writer, name, value)
+            for part in wanted:
+                writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), sizes[part.name], types[part.name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for part in wanted:
+                value = disassemble(config, params, part, DTYPES["float32"])
+                if part.name.endswith(("attn_q.weight", "attn_k.weight")):
+                    value = _interleave(value, config.num_heads if "attn_q" in part.name else config.num_kv_heads)
+                writer.write_tensor_data(gguf.quants.quantize(value, types[part.name]))
+        finally:
+            writer.close()
+
+
+_FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+def _metadata(config: ModelConfig, arch: str) -> dict[str, Any]:
+    """The fields that `read_config` reads."""
+    own: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if arch == "minicpm":
+        own |= {
+            "embedding_scale": config.scale_emb,
+            "residual_scale": config.residual_scale,
+            "logit_scale": config.logit_divisor,
+        }
+    ids = {f"tokenizer.ggml.{n}_token_id": getattr(config, f"{n}_token_id") for n in ("bos", "eos")}
+    return {f"{arch}.{k}": v for k, v in own.items()} | {k: v for k, v in ids.items() if v is not None}
+
+
+def _add_field(writer: Any, name: str, value: Any) -> None:
+    import gguf
+
+    kinds = gguf.GGUFValueType
+    if isinstance(value, list):
+        writer.add_array(name, value)  # leaves out an empty one, which the format does not have
+    else:
+        kind = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}[type(value)]
+        writer.add_key_value(name, value, kind)
+
+
+def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of what `_dequantise` does to the rows of q and k."""
+    rows = weight.shape[0]
+    if rows % (2 * heads):
+        return weight
+    halves = weight.reshape(heads, 2, rows // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)

@@ -14,11 +14,11 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, check_space
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
-from duplex_jax.sources import locate
+from duplex_jax.sources import locate, read_gguf_header
 from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens
 from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
 
-FORMATS = ("hf", "orbax")
+FORMATS = ("hf", "orbax", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ def load_model(
     generation: dict[str, Any] = {}
     if path.suffix == ".gguf" and path.is_file():
         config, params = gguf.load(path, kind, vocab_multiple)
+        row = {"duplex": {"template": read_gguf_header(path).fields.get(gguf.TEMPLATE_FIELD)}}
     elif orbax.is_store(path):
         config, params = orbax.load(path, kind, vocab_multiple)
         row, generation = _side_files(path)
@@ -89,7 +90,10 @@ def load_model(
 def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab_multiple: int) -> LoadedModel:
     """An adapter's base with the updates merged."""
     what, trained = adapter.read(path)
-    base = load_model(what.base, dtype=dtype, template=template or what.template, vocab_multiple=vocab_multiple)
+    try:
+        base = load_model(what.base, dtype=dtype, template=template or what.template, vocab_multiple=vocab_multiple)
+    except UserError as e:
+        raise UserError(f"model {name!r} needs its base: {e}") from e
     params = adapter.merge(path, what, base.config, base.params, trained)
     return dataclasses.replace(base, name=name, params=params)
 
@@ -106,9 +110,8 @@ def _template_of(row: dict[str, Any], path: Path) -> str | None:
     duplex = row.get("duplex") or {}
     name = duplex.get("template") if isinstance(duplex, dict) else None
     if name is not None and name not in TEMPLATES:
-        raise UserError(
-            f"{path}: config.json names the template {name!r}; one of {', '.join(TEMPLATES)}, or --template"
-        )
+        where = "its metadata" if path.suffix == ".gguf" else "config.json"
+        raise UserError(f"{path}: {where} names the template {name!r}; one of {', '.join(TEMPLATES)}, or --template")
     return name
 
 
@@ -127,23 +130,27 @@ def save_model(
     hf_type: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Writes a model as a folder that `load_model` reads: weights, config, tokenizer, sampling defaults.
+    """Writes a model as what `load_model` reads: a folder with weights, config, tokenizer and sampling defaults.
 
     Args:
         model: what to write.
-        folder: appears complete or not at all.
-        format: `hf` for transformers, `orbax` for a store that the trainer starts from.
-        dtype: of the weights; None keeps their own.
+        folder: appears complete or not at all; a file's name for `gguf`.
+        format: `hf` for transformers, `orbax` for a store that the trainer starts from, `gguf` for llama.cpp.
+        dtype: of the weights; None keeps their own. For `gguf` one of `gguf.WRITTEN`, float16 by default.
         hf_type: see `huggingface.save`.
-        overwrite: replaces a folder that is there and not empty.
+        overwrite: replaces a folder that is there and not empty, or a file.
 
     Raises:
-        UserError: unknown format, dtype or type, a folder that is there, or a place that cannot be written.
+        UserError: unknown format, dtype or type, something that is there, or a place that cannot be written.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
     if hf_type not in huggingface.TYPES:
         raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(huggingface.TYPES)}")
+    if format == "gguf":
+        duplex = duplex_metadata(model)
+        gguf.save(model.config, model.params, model.tokenizer, folder, dtype or "float16", duplex, overwrite)
+        return
     kind = as_dtype(dtype)
     with atomic_folder(folder, overwrite) as aside:
         check_space(folder, sum(x.size * (kind or x.dtype).itemsize for x in jax.tree.leaves(model.params)))

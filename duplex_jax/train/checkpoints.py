@@ -273,21 +273,28 @@ def damage(path: Path) -> str:
 
 
 def stable_checkpoint(where: str) -> tuple[Path, int]:
+    """What `config.optim.decay_from` means, as `find`."""
+    return find(where, "config.optim.decay_from")
+
+
+def find(where: str, flag: str) -> tuple[Path, int]:
     """The folder and step of `WORKDIR` or `WORKDIR@STEP`, by default its newest whole checkpoint.
+
+    Args:
+        where: the working folder of a run.
+        flag: who asks, for messages.
 
     Raises:
         UserError: there is none.
     """
-    workdir, _, at = where.partition("@") if re.search(r"@\d+$", where) else (where, "", "")
+    workdir, _, at = where.rpartition("@") if re.search(r"@\d+$", where) else (where, "", "")
     folder = Path(workdir).absolute() / FOLDER
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and not damage(p)] if folder.is_dir() else []
     if not steps:
-        raise UserError(f"config.optim.decay_from={where}: no whole checkpoint below {folder}")
+        raise UserError(f"{flag}={where}: no whole checkpoint below {folder}")
     step = int(at) if at else max(steps)
     if step not in steps:
-        raise UserError(
-            f"config.optim.decay_from={where}: no whole checkpoint of step {step}; there are {sorted(steps)}"
-        )
+        raise UserError(f"{flag}={where}: no whole checkpoint of step {step}; there are {sorted(steps)}")
     return folder / str(step), step
 
 

@@ -15,19 +15,17 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from duplex_jax import parallel
-from duplex_jax.checkpoint import adapter
-from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
+from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.data import dataset, encode, loader
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write
-from duplex_jax.model import lora
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.template import Template
-from duplex_jax.timeline import SlicePair
 from duplex_jax.train import checkpoints, flops
 from duplex_jax.train import step as steps
 from duplex_jax.train.checkpoints import Record, Store
 from duplex_jax.train.config import Config, check, fit_batch, to_dict, to_lines
+from duplex_jax.train.export import EXPORT, control_ids, export
 from duplex_jax.train.metrics import Metrics, memory_gib
 from duplex_jax.train.schedule import phase
 
@@ -36,8 +34,6 @@ EXIT_AGAIN = 75
 
 EXIT_TROUBLE = 3
 """The loss or a gradient was not finite, or a spike, and the config says to stop."""
-
-EXPORT = "export"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +170,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
         else:
             store.finish()
             if config.checkpoint.export:
-                export(plan, state, frozen, template, workdir / EXPORT)
+                export(plan, state, frozen, template, workdir / EXPORT, record_at(config.optim.steps))
                 say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
     return code
 
@@ -225,15 +221,6 @@ def load_start(config: Config, template: Template) -> tuple[Any, ModelConfig]:
     assert chosen.shape is not None
     rows = max(chosen.shape.vocab_size, template.tokenizer.vocab_size)
     return None, dataclasses.replace(chosen.shape, vocab_size=rows, vocab_multiple=chosen.vocab_multiple)
-
-
-def control_ids(template: Template, config: Config) -> tuple[int, ...]:
-    """The control tokens that a template writes: their embedding rows are trained with LoRA."""
-    if not config.lora.rank or not config.lora.new_tokens:
-        return ()
-    example = template.encode([SlicePair("a", " a"), SlicePair(None, None)]).ids.tolist()
-    control = set(template.tokenizer.special.values())
-    return tuple(sorted({i for i in example if i in control}))
 
 
 def warn_of_changes(record: Record, config: Config, spec: parallel.MeshSpec) -> None:
@@ -360,30 +347,3 @@ class Stopper(contextlib.AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-
-
-def gather(tree: Any) -> Any:
-    """A tree of global arrays as numpy arrays, whole, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def export(plan: steps.Plan, state: steps.State, frozen: Any, template: Template, out: Path) -> None:
-    """Writes what `duplex-jax chat` runs: the whole model for transformers, or LoRA's updates apart."""
-    trained = gather(state["params"])
-    c = plan.config
-    apart = plan.is_lora and not c.lora.merge
-    if plan.is_lora and not apart:
-        frozen = gather(frozen)
-    if jax.process_index() != 0:
-        return
-    if apart:
-        what = adapter.Adapter(c.model.source, template.name, c.lora.rank, c.lora.alpha, plan.row_ids)
-        adapter.save(out, what, trained)
-        return
-    params = trained
-    if plan.is_lora:
-        params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
-    loaded = LoadedModel(c.name, plan.model, params, template.tokenizer, template)
-    save_model(loaded, out, overwrite=True)

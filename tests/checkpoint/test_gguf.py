@@ -1,4 +1,4 @@
-"""GGUF files in: every type that is read, llama.cpp's row order, both architectures, and damage that is named."""
+"""GGUF files: every type that is read and written, llama.cpp's row order, both architectures, damage that is named."""
 
 import dataclasses
 import math
@@ -12,12 +12,14 @@ import pytest
 from duplex_jax.checkpoint import gguf as reader
 from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.names import disassemble, parts
-from duplex_jax.checkpoint.registry import LoadedModel, load_model
+from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig, RopeScaling, to_hf
 from duplex_jax.sources import read_gguf_header
-from duplex_jax.tokenizer import HFTokenizer
+from duplex_jax.template import make_template
+from duplex_jax.tokenizer import HFTokenizer, load_tokenizer
+from tests.tiny import byte_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=32,
@@ -167,6 +169,69 @@ def test_minicpm_before_its_keys(params: minicpm.Params, tmp_path: Path):
     config, _ = reader.load(write(tmp_path / "m.gguf", CONFIG, params, arch="minicpm"))
     assert (config.scale_emb, config.logit_divisor) == (12.0, 1.0)
     assert config.residual_scale == pytest.approx(1.4 / math.sqrt(2))
+
+
+def merging_tokenizer() -> HFTokenizer:
+    """A token a byte, one merge, and the control tokens of the compact template."""
+    tokenizer = byte_tokenizer()
+    tokenizer._spec["model"]["vocab"] |= {"he": 262}
+    tokenizer._spec["model"]["merges"] = [["h", "e"]]
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+    return HFTokenizer(tokenizer._spec, config=config)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2e-4), ("bfloat16", 2e-3), ("q8_0", 2e-3)])
+def test_written_model_comes_back(tmp_path: Path, scaled: bool, dtype: str, error: float):
+    """Config, weights as exact as the type, tokenizer and template; norms are exact in each."""
+    scales = {"scale_emb": 6.0, "scale_depth": 2.0 * math.sqrt(2), "dim_model_base": 64.0} if scaled else {}
+    config = dataclasses.replace(CONFIG, vocab_size=265, tie_word_embeddings=not scaled, vocab_multiple=8,
+                                 bos_token_id=256, eos_token_id=257, **scales)  # fmt: skip
+    params = jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(1)))
+    tokenizer = merging_tokenizer()
+    model = LoadedModel("m", config, params, tokenizer, make_template("compact", tokenizer))
+    save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype)
+    again = load_model(tmp_path / "m.gguf")
+    assert again.config == dataclasses.replace(config, vocab_multiple=1)
+    for part in parts(config, "gguf"):
+        a, b = (disassemble(m.config, m.params, part, np.dtype(np.float32)) for m in (again, model))
+        np.testing.assert_allclose(a, b, atol=0 if a.ndim == 1 else error, rtol=0, err_msg=part.name)
+    assert again.template.name == "compact"
+    assert again.tokenizer.special == tokenizer.special
+    text = "hey the <idle> é"
+    assert again.tokenizer.encode(text) == tokenizer.encode(text)
+    assert 262 in tokenizer.encode(text)
+    assert again.tokenizer._config["chat_template"] == "{{ messages }}"
+    assert read_gguf_header(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"][263:] == ["[PAD263]", "[PAD264]"]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_written_sentencepiece_comes_back(reference: Path, tmp_path: Path):
+    config, weights = huggingface.load(reference / "minicpm-tiny-mha")
+    tokenizer = load_tokenizer(reference / "minicpm-tokenizer")
+    config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    weights["embed"] = np.zeros((config.vocab_size, config.hidden_size), np.float32)
+    reader.save(config, weights, tokenizer, tmp_path / "m.gguf", "float32")
+    again = load_model(tmp_path / "m.gguf", template="minicpm").tokenizer
+    assert again.special == tokenizer.special
+    for text in ("你好, what is  it?", " a <idle> b\n"):
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_what_cannot_be_written(tmp_path: Path, params: minicpm.Params):
+    path = tmp_path / "m.gguf"
+    tokenizer = merging_tokenizer()
+    with pytest.raises(UserError, match="dtype 'q4_0' is not written as GGUF; one of float32, float16, "):
+        reader.save(CONFIG, params, tokenizer, path, "q4_0")
+    with pytest.raises(UserError, match="rope scaling 'yarn' is not written as GGUF; --format=hf"):
+        reader.save(dataclasses.replace(CONFIG, rope_scaling=RopeScaling("yarn", 2.0, 64)), params, tokenizer, path)
+    with pytest.raises(UserError, match="splits text in a way that has no name in GGUF"):
+        reader.save(CONFIG, params, byte_tokenizer(), path)
+    assert not path.exists()
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"m.gguf: is there already; give another name, or --overwrite"):
+        reader.save(CONFIG, params, tokenizer, path)
+    assert path.read_text() == "mine"
 
 
 def test_frequency_factors(params: minicpm.Params, tmp_path: Path):

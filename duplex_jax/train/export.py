@@ -1,0 +1,145 @@
+"""What a run leaves to be used: the whole model, or LoRA's updates alone, with the record of how they were trained."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from duplex_jax.checkpoint import adapter
+from duplex_jax.checkpoint.orbax import quiet
+from duplex_jax.checkpoint.registry import LoadedModel, save_model
+from duplex_jax.data import encode
+from duplex_jax.errors import UserError
+from duplex_jax.model import lora
+from duplex_jax.model.minicpm import Params
+from duplex_jax.sources import locate
+from duplex_jax.template import Template
+from duplex_jax.timeline import SlicePair
+from duplex_jax.train import checkpoints
+from duplex_jax.train import step as steps
+from duplex_jax.train.checkpoints import Record
+from duplex_jax.train.config import Config, from_dict
+
+EXPORT = "export"
+
+
+def control_ids(template: Template, config: Config) -> tuple[int, ...]:
+    """The control tokens that a template writes: their embedding rows are trained with LoRA."""
+    if not config.lora.rank or not config.lora.new_tokens:
+        return ()
+    example = template.encode([SlicePair("a", " a"), SlicePair(None, None)]).ids.tolist()
+    control = set(template.tokenizer.special.values())
+    return tuple(sorted({i for i in example if i in control}))
+
+
+def gather(tree: Any) -> Any:
+    """A tree of global arrays as numpy arrays, whole, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def export(
+    plan: steps.Plan, state: steps.State, frozen: Any, template: Template, out: Path, record: Record | None = None
+) -> None:
+    """Writes what `duplex-jax chat` runs: the whole model for transformers, or LoRA's updates apart.
+
+    Args:
+        plan: of the run.
+        state: its state at the end.
+        frozen: the weights that LoRA left alone.
+        template: of the run.
+        out: replaced where it is there.
+        record: of this step; an adapter's file keeps it.
+    """
+    trained = gather(state["params"])
+    c = plan.config
+    apart = plan.is_lora and not c.lora.merge
+    if plan.is_lora and not apart:
+        frozen = gather(frozen)
+    if jax.process_index() != 0:
+        return
+    if apart:
+        adapter.save(out, describe(c, template, plan.row_ids, record), trained, overwrite=True)
+        return
+    params = trained
+    if plan.is_lora:
+        params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
+    loaded = LoadedModel(c.name, plan.model, params, template.tokenizer, template)
+    save_model(loaded, out, overwrite=True)
+
+
+def describe(config: Config, template: Template, row_ids: tuple[int, ...], record: Record | None) -> adapter.Adapter:
+    """What an adapter of this run says beside its weights."""
+    training = history(record) if record is not None else {}
+    return adapter.Adapter(
+        config.model.source, template.name, config.lora.rank, config.lora.alpha, row_ids, training=training
+    )
+
+
+def history(record: Record) -> dict[str, Any]:
+    """A checkpoint's record for readers elsewhere, and that of the stable run which it was branched from, if any.
+
+    Data and runs go by their last name: paths say nothing on another machine, the data's hash says which it was.
+    """
+    config, facts = copy.deepcopy(record.config), copy.deepcopy(record.facts)
+    row: dict[str, Any] = {"step": record.step, "position": record.position, "config": config, "facts": facts}
+    if where := config["optim"].get("decay_from"):
+        try:
+            row["branched_from"] = history(checkpoints.read_record(checkpoints.stable_checkpoint(where)[0]))
+        except UserError:  # it need not be there any more
+            row["branched_from"] = None
+        config["optim"]["decay_from"] = Path(where).name
+    for kind in ("train", "eval"):
+        config["data"][kind] = [Path(path).name for path in config["data"].get(kind, ())]
+    for source in facts.get("data", ()):
+        source["name"] = Path(source["name"]).name
+    return row
+
+
+def read_adapter(where: str) -> tuple[adapter.Adapter, Params]:
+    """The updates of a LoRA run by one of its checkpoints, or those of an adapter that is there already.
+
+    Args:
+        where: `WORKDIR` (its newest whole checkpoint), `WORKDIR@STEP`, an adapter's folder, or a registered name.
+
+    Returns:
+        What the adapter says, and its weights in float32.
+
+    Raises:
+        UserError: it is neither, the run trained every weight, or the checkpoint cannot be read.
+    """
+    workdir = Path(where.rpartition("@")[0] or where) if not Path(where).exists() else Path(where)
+    if (workdir / checkpoints.FOLDER).is_dir():
+        return _from_checkpoint(where)
+    path = locate(where)
+    if not adapter.is_adapter(path):
+        raise UserError(f"{where}: is no adapter and no working folder of a LoRA run; give one of these")
+    return adapter.read(path)
+
+
+def _from_checkpoint(where: str) -> tuple[adapter.Adapter, Params]:
+    from orbax.checkpoint import v1 as ocp
+
+    folder, _ = checkpoints.find(where, "--model")
+    record = checkpoints.read_record(folder)
+    config = from_dict(record.config)
+    if not config.lora.rank:
+        raise UserError(f"{folder}: every weight was trained (lora.rank 0); only a LoRA run has an adapter")
+    try:
+        with quiet():
+            stored = ocp.metadata(folder).metadata
+            # A numpy leaf with strides of 0 says shape and dtype and takes no memory.
+            abstract = jax.tree.map(lambda m: np.broadcast_to(np.zeros((), m.dtype), m.shape), stored)
+            trained = ocp.load(folder, abstract)["params"]
+    except Exception as e:  # missing and cut-off files surface in every way there is
+        raise UserError(f"{folder}: cannot be read ({str(e)[:200]}); give another checkpoint") from e
+    template = encode.load_template(config.model.tokenizer or config.model.source, config.model.template)
+    rows = control_ids(template, config)
+    if rows and len(rows) != len(trained["rows"]["embed"]):
+        raise UserError(f"{folder}: holds {len(trained['rows']['embed'])} rows of control tokens and the template "
+                        f"{template.name} writes {len(rows)}; give the checkpoint of this version")  # fmt: skip
+    return describe(config, template, rows, record), trained
