@@ -100,13 +100,26 @@ def append(cache: KVCache, buffer: KVCache, order: jax.Array, lengths: jax.Array
         buffer,
     )
 
-    def one(row: jax.Array, cache: KVCache) -> KVCache:
-        def cut(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, row, 1, 0)
+    def row_by_row(cache: KVCache, ordered: KVCache, lengths: jax.Array) -> KVCache:
+        def one(row: jax.Array, cache: KVCache) -> KVCache:
+            def cut(x: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(x, row, 1, 0)
 
-        return put_row(cache, row, _each(cut, cut, ordered), lengths[row])
+            return put_row(cache, row, _each(cut, cut, ordered), lengths[row])
 
-    return lax.fori_loop(0, cache.rows, one, cache)
+        return lax.fori_loop(0, cache.rows, one, cache)
+
+    def at_once(cache: KVCache, ordered: KVCache, lengths: jax.Array) -> KVCache:
+        def key(k: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.vmap(lambda k, new, n: lax.dynamic_update_slice(k, new, (0, 0, n)))(k, new, lengths)
+
+        def value(v: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.vmap(lambda v, new, n: lax.dynamic_update_slice(v, new, (0, n, 0)))(v, new, lengths)
+
+        return _each(key, value, cache, ordered)
+
+    # One after the other is in place on CPU; elsewhere rows lie on several devices, and each writes its own.
+    return lax.platform_dependent(cache, ordered, lengths, cpu=row_by_row, default=at_once)
 
 
 def attend(
