@@ -35,7 +35,7 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_eight_devices_are_one(rank: int):
     layouts = [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "data": 2, "fsdp": 2}]
     result = subprocess.run(

@@ -75,6 +75,7 @@ def test_another_mesh_goes_on_within_rounding(inputs: tuple[Path, Path], unbroke
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_four_processes_are_one(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     port = programs.free_port()
