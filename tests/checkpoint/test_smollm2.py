@@ -92,7 +92,7 @@ def test_prompt_is_that_of_the_chat_template(smollm2: LoadedModel, exported: Pat
         assert found == expected
 
 
-@pytest.mark.parametrize("prompt", PROMPTS[:2])
+@pytest.mark.parametrize("prompt", PROMPTS[:1])
 def test_greedy_answer_is_what_transformers_would_say(engine: Engine, theirs: Any, prompt: str):
     """One pass of transformers over our answer: each token is its first choice after those before it."""
     ours = answer(engine, prompt)

@@ -27,7 +27,7 @@ def test_packed_is_unpacked(tied: bool, remat: str):
     assert plans.largest_difference(grads, wanted_grads) < 2e-4
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_are_one_batch(rank: int):
     whole = plans.plan(lora__rank=rank)
     batch = plans.rows(whole)
@@ -82,7 +82,7 @@ def test_the_target_at_a_boundary_counts_for_nothing():
     assert weights[0].tolist() == [1, 0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_lora_beside_the_weights_is_lora_merged(tied: bool):
     shape = plans.with_shape(tie_word_embeddings=tied)
     plan = plans.plan(shape=shape, lora__rank=4, lora__alpha=6)
