@@ -69,11 +69,13 @@ def _options() -> "Replay":
 def _engine(rows: int) -> "Engine":
     from duplex_jax.checkpoint.registry import load_model
     from duplex_jax.decode.engine import Engine
+    from duplex_jax.template import refuse_typed_markers
 
     app.use_compilation_cache()
     name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
     _say(f"loading {name}")
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
+    refuse_typed_markers(model.template)
     return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
 
 
