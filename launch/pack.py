@@ -14,6 +14,10 @@ _MODEL = flags.DEFINE_string(
 )
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")
 _TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; the tokenizer's own by default.")
+_LATE = flags.DEFINE_float(
+    "late", 0.0, "Of a timeline's answers, the share that begins one pair late, behind a silence that is no target.",
+    0.0, 1.0,
+)  # fmt: skip
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that encode.", lower_bound=1)
 
 
@@ -35,8 +39,9 @@ def main(argv: list[str]) -> int | None:
             print(f"{tally.rows:,} rows  {tally.tokens:,} tokens  {rate:,.0f} tokens/s", end=end, file=sys.stderr)
 
     made = write_packed(
-        _INPUT.value, _OUT.value, _MODEL.value, _LENGTH.value, _TEMPLATE.value, _WORKERS.value, progress
-    )
+        _INPUT.value, _OUT.value, _MODEL.value, _LENGTH.value, _TEMPLATE.value, _WORKERS.value, progress,
+        late=_LATE.value,
+    )  # fmt: skip
     seconds = time.monotonic() - began
     print(
         f"{_OUT.value}: {made.rows:,} rows of {made.length}, {made.tokens:,} tokens in {made.documents:,} documents "

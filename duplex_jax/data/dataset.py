@@ -56,6 +56,7 @@ class Manifest:
         category_tokens: real tokens of each.
         hash: of the shards together.
         shards: the files.
+        late: the share of a timeline's answers that begin one pair late.
     """
 
     format: int
@@ -75,6 +76,7 @@ class Manifest:
     category_tokens: list[int]
     hash: str
     shards: list[Shard]
+    late: float = 0.0
 
     @property
     def efficiency(self) -> float:
@@ -133,9 +135,11 @@ def _start_worker(model: str, template: str) -> None:
     _worker_template = encode.load_template(model, template)
 
 
-def _encode_chunk(lines: list[tuple[str, bytes]], length: int) -> list[tuple[list[encode.Part], int, str]]:
+def _encode_chunk(
+    lines: list[tuple[str, bytes]], length: int, late: float
+) -> list[tuple[list[encode.Part], int, str]]:
     assert _worker_template is not None
-    return [encode.encode_line(_worker_template, line, where, length) for where, line in lines]
+    return [encode.encode_line(_worker_template, line, where, length, late) for where, line in lines]
 
 
 def encode_files(
@@ -146,6 +150,7 @@ def encode_files(
     workers: int,
     tally: Tally,
     categories: dict[str, int],
+    late: float = 0.0,
 ) -> Iterable[Document]:
     """The documents of every conversation below `path`, in the order of the input whatever the number of workers.
 
@@ -157,6 +162,7 @@ def encode_files(
         workers: processes that encode; 0 or 1 for this one alone.
         tally: counts conversations, splits and what is left out.
         categories: names to numbers; grows.
+        late: the share of a timeline's answers that begin one pair late (`encode.answer_late`).
     """
 
     def documents(encoded: list[tuple[list[encode.Part], int, str]]) -> Iterable[Document]:
@@ -173,7 +179,7 @@ def encode_files(
     lines = encode.input_lines(encode.input_files(path))
     if workers <= 1:
         for where, line in lines:
-            yield from documents([encode.encode_line(template, line, where, length)])
+            yield from documents([encode.encode_line(template, line, where, length, late)])
         return
     # A spawned worker imports no JAX and inherits no threads.
     with ProcessPoolExecutor(
@@ -184,7 +190,7 @@ def encode_files(
             while True:
                 chunk = list(islice(lines, _CHUNK))
                 if chunk:
-                    waiting.append(pool.submit(_encode_chunk, chunk, length))
+                    waiting.append(pool.submit(_encode_chunk, chunk, length, late))
                 if waiting and (not chunk or len(waiting) > 2 * workers):
                     yield from documents(waiting.pop(0).result())
                 if not chunk and not waiting:
@@ -207,6 +213,7 @@ def write_packed(
     template: str = "",
     workers: int = 1,
     progress: Any = None,
+    late: float = 0.0,
 ) -> Manifest:
     """Encodes and packs a dataset into `out`, which appears when it is whole.
 
@@ -218,6 +225,7 @@ def write_packed(
         template: its name; the tokenizer's own by default.
         workers: processes that encode.
         progress: called with the `Tally` after each row.
+        late: the share of a timeline's answers that begin one pair late (`encode.answer_late`).
 
     Raises:
         UserError: bad input, or `out` exists or cannot be written.
@@ -239,7 +247,7 @@ def write_packed(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        documents = encode_files(path, made, model, length, workers, tally, categories)
+        documents = encode_files(path, made, model, length, workers, tally, categories, late)
         packed = pack(documents, length)
         while True:
             name = f"rows-{len(shards):05d}.arrayrecord"
@@ -268,6 +276,7 @@ def write_packed(
             template=made.name, tokenizer=encode.fingerprint(tokenizer), vocab_size=tokenizer.vocab_size, model=model,
             categories=list(categories), category_tokens=[tally.category_tokens.get(i, 0) for i in categories.values()],
             hash=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()[:16], shards=shards,
+            late=late,
         )  # fmt: skip
         (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
         if out.exists():

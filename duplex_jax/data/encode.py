@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,40 @@ class Encoding:
     category: str
 
 
-def encode_timeline(template: Template, row: timeline.Timeline) -> Encoding:
-    """A timeline's ids, what each counts for, and its pair boundaries."""
-    encoded = template.encode(row, idle_weight=_IDLE_MARK)
+def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.SlicePair], list[int]]:
+    """Lets a share of the answers that begin with the query's last words begin one pair later.
+
+    A model that never saw an answer come late takes its own missed moment for the end of the matter and stays silent.
+    The silence that is put in front of a late answer is context and no target: it teaches how to go on, not to wait.
+
+    Returns:
+        The pairs, and the indices of those that were put in. The draws depend on the timeline alone.
+    """
+    if not share:
+        return row.pairs, []
+    random_source = random.Random(f"{row.id} {row.pairs}")
+    pairs: list[timeline.SlicePair] = []
+    silent: list[int] = []
+    speaking = False
+    for pair in row.pairs:
+        if pair.user is not None and pair.assistant is not None and not speaking and random_source.random() < share:
+            silent.append(len(pairs))
+            pairs += [timeline.SlicePair(pair.user, None), timeline.SlicePair(None, pair.assistant)]
+        else:
+            pairs.append(pair)
+        speaking = pair.assistant is not None
+    return pairs, silent
+
+
+def encode_timeline(template: Template, row: timeline.Timeline, late: float = 0.0) -> Encoding:
+    """A timeline's ids, what each counts for, and its pair boundaries; see `answer_late` for `late`."""
+    pairs, silent = answer_late(row, late)
+    encoded = template.encode(pairs, idle_weight=_IDLE_MARK)
     codes = np.where(encoded.loss_weights == 0, IGNORED, np.where(encoded.loss_weights == 1, SPOKEN, IDLE))
     codes = codes.astype(np.uint8)
     codes[encoded.decisions] |= DECISION
+    for i in silent:
+        codes[encoded.decisions[i] : encoded.starts[i + 1]] = IGNORED
     return Encoding(encoded.ids, codes, encoded.starts, row.category or UNCATEGORISED)
 
 
@@ -185,8 +214,10 @@ def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
     return [(part(encoding.ids, a, b), part(encoding.codes, a, b)) for a, b in spans if b > a], lost
 
 
-def encode_line(template: Template, line: bytes, where: str, length: int) -> tuple[list[Part], int, str]:
-    """One JSONL line, a timeline or a chat, as parts that fit a row.
+def encode_line(
+    template: Template, line: bytes, where: str, length: int, late: float = 0.0
+) -> tuple[list[Part], int, str]:
+    """One JSONL line, a timeline (with a share of `late` answers) or a chat, as parts that fit a row.
 
     Returns:
         (ids, codes) of each part, tokens left out, and the category's name.
@@ -206,7 +237,7 @@ def encode_line(template: Template, line: bytes, where: str, length: int) -> tup
             except UserError as e:
                 raise UserError(f"{where}: {e}") from None
             return parts, lost, row.get("category") or TURN_BASED
-    encoding = encode_timeline(template, timeline.parse_line(line, where))
+    encoding = encode_timeline(template, timeline.parse_line(line, where), late)
     parts, lost = timeline_parts(encoding, length)
     return parts, lost, encoding.category
 

@@ -27,6 +27,37 @@ def test_codes_give_the_weights_of_the_template(name: str, idle_weight: float):
 
 
 @pytest.mark.parametrize("name", ["minicpm", "chatml", "compact"])
+def test_late_answers_come_one_pair_later_behind_a_silence_that_is_no_target(name: str):
+    template = made_timelines.template(name)
+    rng = random.Random(5)
+    rows = made_timelines.timelines(60)
+    for row in rows:  # the answer begins with the last words of the query, here and there
+        row.pairs = [p._replace(assistant=" so it is") if p.user and rng.random() < 0.5 else p for p in row.pairs]
+    for row in rows:
+        plain = encode.encode_timeline(template, row)
+        assert encode.answer_late(row, 0.0) == (row.pairs, [])
+        pairs, silent = encode.answer_late(row, 1.0)
+        began = [
+            i
+            for i, (user, assistant) in enumerate(row.pairs)
+            if user is not None and assistant is not None and (i == 0 or row.pairs[i - 1].assistant is None)
+        ]
+        assert silent == [i + n for n, i in enumerate(began)]
+        assert [p.user for p in pairs if p.user] == [p.user for p in row.pairs if p.user]
+        assert [p.assistant for p in pairs if p.assistant] == [p.assistant for p in row.pairs if p.assistant]
+        encoding = encode.encode_timeline(template, row, late=1.0)
+        assert template.decode(encoding.ids) == pairs
+        # Every token that counted still does, and nothing new: the silence put in is none of them.
+        for code in (SPOKEN, IDLE):
+            counted = [e.ids[(e.codes & WEIGHT_BITS) == code].tolist() for e in (plain, encoding)]
+            assert counted[0] == counted[1]
+        assert (encoding.codes & DECISION != 0).sum() == len(row.pairs)
+        assert 0 <= len(encode.answer_late(row, 0.5)[1]) <= len(silent)
+    some, every = (sum(len(encode.answer_late(row, share)[1]) for row in rows) for share in (0.5, 1.0))
+    assert 0.3 < some / every < 0.7
+
+
+@pytest.mark.parametrize("name", ["minicpm", "chatml", "compact"])
 def test_a_long_timeline_is_cut_between_pairs(name: str):
     template = made_timelines.template(name)
     row = made_timelines.timeline(random.Random(3), 60)

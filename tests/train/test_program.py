@@ -151,20 +151,26 @@ def test_bad_input_is_one_line(inputs: tuple[Path, Path], tmp_path: Path, flags:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["cpu1", "cpu8"])
-def test_killed_at_random_again_and_again(inputs: tuple[Path, Path], tmp_path: Path, mesh: str):
-    """Ten kills at random moments, in steps and in saves; the losses are those of a run that nothing happened to."""
+@pytest.mark.parametrize(("mesh", "other"), [("cpu1", "cpu8"), ("cpu8", "cpu1")])
+def test_killed_at_random_again_and_again(inputs: tuple[Path, Path], tmp_path: Path, mesh: str, other: str):
+    """Ten ends at random moments, in steps and in saves, two of them orderly; then 50 steps and more on either mesh."""
     flags = ["--config.optim.steps=120", "--config.checkpoint.every=3"]
     programs.run(tmp_path / "unbroken", *inputs, *flags, mesh=mesh)
     rng, workdir, at = random.Random(0), tmp_path / "run", 0
-    for _ in range(10):
-        at = min(115, at + rng.randint(1, 14))
+    for i in range(10):
+        at = min(65, at + rng.randint(1, 11))
         process = programs.start(workdir, *inputs, *flags, mesh=mesh)
         programs.wait_for_step(process, workdir, at)
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGTERM if i in (3, 7) else signal.SIGKILL)
+        assert process.wait(timeout=120) == (75 if i in (3, 7) else -signal.SIGKILL)
+    shutil.copytree(workdir, tmp_path / "elsewhere")
     programs.run(workdir, *inputs, *flags, mesh=mesh)
-    assert programs.losses(workdir) == programs.losses(tmp_path / "unbroken")
+    unbroken = programs.losses(tmp_path / "unbroken")
+    assert programs.losses(workdir) == unbroken
+    programs.run(tmp_path / "elsewhere", *inputs, *flags, mesh=other)
+    elsewhere = programs.losses(tmp_path / "elsewhere")
+    assert list(elsewhere) == list(unbroken)
+    np.testing.assert_allclose(list(elsewhere.values()), list(unbroken.values()), rtol=2e-3)
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
