@@ -16,6 +16,11 @@ _UNSPACED = (
 _WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,2}}[^\w\s]*|(?:(?![{_UNSPACED}])\S)+)")
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text with the white space in front of them; scripts without spaces in runs of two characters."""
+    return [m.group() for m in _WORD.finditer(text) if m.group().strip()]
+
+
 def slice_words(text: str, rng: random.Random, words: tuple[int, int] = USER_WORDS) -> list[str]:
     """Cuts a user message into slices of a random number of words; white space at the cuts is dropped.
 
@@ -40,7 +45,7 @@ def slice_words(text: str, rng: random.Random, words: tuple[int, int] = USER_WOR
 
 def count_words(text: str) -> int:
     """Words of a user's slice, as `slice_words` counts them."""
-    return sum(1 for m in _WORD.finditer(text) if m.group().strip())
+    return len(words_of(text))
 
 
 def slice_ids(ids: list[int], tokenizer: Tokenizer, size: int = MAX_SLICE_TOKENS) -> Iterator[list[int]]:

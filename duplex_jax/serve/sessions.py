@@ -1,0 +1,243 @@
+"""Every live session of a server: who may begin one, who waits, who rests, who may take one up again."""
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from duplex_jax.decode.session import Snapshot
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write
+from duplex_jax.serve.hub import Full, Hub
+from duplex_jax.serve.live import Event, LiveSession, Settings, Spoken, Trouble, Voice
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one server grants.
+
+    Attributes:
+        per_client: sessions of one address at a time.
+        session_seconds: how long a session may last.
+        parked_seconds: how long a session waits for a client that has gone.
+        rest_after: seconds of silence on both sides after which a session may be set aside for a newcomer.
+        parked: sessions whose clients have gone that are kept at most.
+    """
+
+    per_client: int = 8
+    session_seconds: float = 24 * 3600
+    parked_seconds: float = 300
+    rest_after: float = 20
+    parked: int = 256
+
+
+class NotFound(UserError):
+    """No such session, or another's."""
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """A session in the book: `id` is public, `token` lets its client take it up again."""
+
+    id: str
+    token: str
+    client: str
+    live: LiveSession
+    began: float
+    parked_at: float | None = None
+
+
+class Sessions:
+    """The book of sessions.
+
+    Args:
+        hub: steps them.
+        limits: what is granted.
+        key: signs snapshots; whoever has it may make contexts of any tokens.
+    """
+
+    def __init__(self, hub: Hub, limits: Limits | None = None, key: bytes | None = None):
+        self.hub, self.limits = hub, limits or Limits()
+        self._key = key or secrets.token_bytes(32)
+        self._entries: dict[str, Entry] = {}
+        self._by_client: dict[str, int] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self.on_step: Callable[[LiveSession, Spoken], None] = lambda session, spoken: None
+        """Told every slice of every session."""
+
+    def start(self) -> None:
+        """Begins to serve; call it in the event loop."""
+        self.hub.start()
+        self._keeper = asyncio.create_task(self._keep(), name="sessions")
+
+    async def close(self) -> None:
+        """Ends every session."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await asyncio.gather(*(self.end(e) for e in list(self._entries.values())))
+        await self.hub.close()
+
+    def counts(self) -> dict[str, int]:
+        """Sessions with a row, set aside and without a client, and newcomers that wait."""
+        entries = self._entries.values()
+        return {
+            "active": sum(e.live.has_row for e in entries),
+            "aside": sum(not e.live.has_row and e.parked_at is None for e in entries),
+            "parked": sum(e.parked_at is not None for e in entries),
+            "waiting": self.hub.waiting,
+        }
+
+    async def begin(
+        self,
+        client: str,
+        settings: Settings,
+        emit: Callable[[Event], None],
+        *,
+        voice: Voice | None = None,
+        snapshot: str | None = None,
+        on_wait: Callable[[int], None] | None = None,
+    ) -> Entry:
+        """A new session, anew or from a signed snapshot, as soon as a row is free.
+
+        Raises:
+            Full: the client has as many as it may, or too many wait.
+            UserError: bad settings or snapshot.
+        """
+        restored = self.unseal(snapshot) if snapshot is not None else None
+        if self._by_client.get(client, 0) >= self.limits.per_client:
+            raise Full(f"{client} has {self.limits.per_client} sessions already; end one of them first")
+        self._by_client[client] = self._by_client.get(client, 0) + 1
+        try:
+            if not self.hub.free:
+                await self.make_room()
+            live = LiveSession(self.hub, settings, emit, voice)
+            await live.open(restored, on_wait)
+        except BaseException:
+            self._leave(client)
+            raise
+        live.on_step = lambda spoken: self.on_step(live, spoken)
+        entry = Entry(secrets.token_hex(8), secrets.token_urlsafe(16), client, live, time.monotonic())
+        self._entries[entry.id] = entry
+        live.start()
+        return entry
+
+    def take_up(self, id: str, token: str, emit: Callable[[Event], None]) -> Entry:
+        """The session of a client that comes back.
+
+        Raises:
+            NotFound: it has ended, or the token is another's.
+        """
+        entry = self._entries.get(id)
+        if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode()):
+            raise NotFound(f"session {id!r} has ended or is another's; start a new one")
+        if entry.parked_at is None:
+            raise NotFound(f"session {id!r} has a client already; end that connection first")
+        entry.parked_at = None
+        entry.live.emit = emit
+        entry.live.quiet_since = time.monotonic()
+        entry.live.start()
+        return entry
+
+    async def park(self, entry: Entry) -> None:
+        """The client has gone: the clock stops, the row is given up, and the session waits on the host."""
+        if entry.id not in self._entries or entry.parked_at is not None:
+            return
+        entry.parked_at = time.monotonic()
+        entry.live.emit = lambda e: None
+        await entry.live.stop()
+        if entry.live.settings.mode == "turn_based" or len(self._entries) > self.limits.parked:
+            await self.end(entry)
+        else:
+            await entry.live.set_aside(resting=False)
+
+    async def end(self, entry: Entry) -> None:
+        """Ends a session for good; twice does no harm."""
+        if self._entries.pop(entry.id, None) is None:
+            return
+        self._leave(entry.client)
+        await entry.live.close()
+
+    async def make_room(self) -> bool:
+        """Sets the session aside in which nobody has spoken for longest; False where none is quiet enough."""
+        now = time.monotonic()
+        quiet = [
+            e for e in self._entries.values() if e.live.may_rest and now - e.live.quiet_since >= self.limits.rest_after
+        ]
+        if not quiet:
+            return False
+        await min(quiet, key=lambda e: e.live.quiet_since).live.set_aside()
+        return True
+
+    def _leave(self, client: str) -> None:
+        self._by_client[client] -= 1
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            now = time.monotonic()
+            for entry in list(self._entries.values()):
+                if now - entry.began > self.limits.session_seconds:
+                    hours = self.limits.session_seconds / 3600
+                    entry.live.emit(Trouble("session_limit", f"the session has lasted {hours:g} hours", fatal=True))
+                    await self.end(entry)
+                if entry.parked_at is not None and now - entry.parked_at > self.limits.parked_seconds:
+                    await self.end(entry)
+            if self.hub.waiting:
+                await self.make_room()
+
+    # Snapshots leave the server signed: what comes back holds token ids, and no client makes control tokens.
+
+    async def seal(self, entry: Entry) -> str:
+        """A snapshot as text, signed."""
+        data = (await entry.live.snapshot()).to_bytes()
+        return base64.b64encode(self._sign(data) + data).decode()
+
+    def unseal(self, text: str) -> Snapshot:
+        """The inverse of `seal`.
+
+        Raises:
+            UserError: not signed by this server's key.
+        """
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            data = b""
+        signature, data = data[:32], data[32:]
+        if not hmac.compare_digest(signature, self._sign(data)):
+            raise UserError("the snapshot was not made by this server or was changed; send back what it gave out")
+        return Snapshot.from_bytes(data)
+
+    def _sign(self, data: bytes) -> bytes:
+        return hmac.digest(self._key, data, hashlib.sha256)
+
+
+def snapshot_key(path: str | Path) -> bytes:
+    """The key in a file; makes the file, for its owner alone, where there is none.
+
+    Raises:
+        UserError: it cannot be read or made, or holds no key.
+    """
+    path = Path(path).expanduser()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as f:
+                f.write(secrets.token_hex(32))
+            os.chmod(path, 0o600)
+        key = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        key = b""
+    except OSError as e:
+        raise UserError(f"{path}: the key of snapshots cannot be read or made ({e.strerror}); give another file") from e
+    if len(key) < 16:
+        raise UserError(f"{path}: holds no key; at least 32 hexadecimal digits, or remove the file and one is made")
+    return key

@@ -1,0 +1,96 @@
+"""`duplex-jax serve`: the real-time server, its page, and the protocols that clients speak."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from launch import app
+
+_MODEL = flags.DEFINE_string("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
+_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
+_HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
+_PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
+_SESSIONS = flags.DEFINE_integer("sessions", 8, "Sessions at once: rows of the batch.", lower_bound=1)
+_WAITING = flags.DEFINE_integer("waiting", 64, "Newcomers that may wait for a row.", lower_bound=0)
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a session's context; old pairs make room.", lower_bound=1)
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
+_PER_CLIENT = flags.DEFINE_integer("sessions_per_client", 8, "Sessions of one address.", lower_bound=1)
+_SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.", lower_bound=0.001)
+_PARKED = flags.DEFINE_float("resume_seconds", 300, "How long a session waits for a client that has gone.", 0)
+_KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
+_ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that may connect; * for all.")
+_SNAPSHOT_KEY = flags.DEFINE_string(
+    "snapshot_key_file", "~/.cache/duplex_jax/snapshot.key", "Signs snapshots; servers that share it share them."
+)
+_VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'duplex-jax[voice]'; by default if it is.")
+
+
+def _check() -> None:
+    """Refuses what cannot be, before a model is loaded."""
+    try:
+        local = _HOST.value == "localhost" or ipaddress.ip_address(_HOST.value).is_loopback
+    except ValueError:
+        local = False
+    if not local and not _KEYS.value:
+        raise UserError(f"--host={_HOST.value}: others could reach it without a key; give --api_key_file, or localhost")
+    try:
+        with socket.create_server((_HOST.value, _PORT.value)):
+            pass
+    except OSError as e:
+        raise UserError(f"--host={_HOST.value} --port={_PORT.value}: cannot listen there ({e.strerror or e})") from e
+
+
+def main(argv: list[str]) -> None:
+    """Loads the model, compiles, and serves until it is stopped."""
+    app.no_arguments(argv)
+    _check()
+    from aiohttp import web
+
+    from duplex_jax.checkpoint.registry import load_model
+    from duplex_jax.decode.engine import Engine
+    from duplex_jax.serve.app import Access, Server, read_keys
+    from duplex_jax.serve.hub import Hub
+    from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
+    from duplex_jax.template import refuse_typed_markers
+
+    access = Access(read_keys(_KEYS.value) if _KEYS.value else (), tuple(_ORIGINS.value))
+    key = snapshot_key(_SNAPSHOT_KEY.value)
+    app.use_compilation_cache()
+    print(f"loading {_MODEL.value}", flush=True)
+    model = load_model(_MODEL.value, dtype="auto", template=_TEMPLATE.value)
+    refuse_typed_markers(model.template)
+    engine = Engine(model.config, model.params, model.template, rows=_SESSIONS.value, capacity=_CAPACITY.value)
+    print("compiling; later starts are faster", flush=True)
+    engine.warm_up()
+    limits = Limits(
+        per_client=_PER_CLIENT.value, session_seconds=_SESSION_HOURS.value * 3600, parked_seconds=_PARKED.value
+    )
+    name = Path(_MODEL.value).name if os.sep in _MODEL.value else _MODEL.value
+    sessions = Sessions(Hub(engine, waiting=_WAITING.value), limits, key)
+    server = Server(sessions, name, access=access, slice_seconds=_SLICE_SECONDS.value)
+    ready: list[str] = []
+
+    def told(*words: object) -> None:
+        """aiohttp prints where it listens; one line of ours says what is there."""
+        if not ready:
+            ready.append("")
+            print(f"{name} listens; Ctrl-C stops it\n  page     http://{_HOST.value}:{port}/\n"
+                  f"  duplex   ws://{_HOST.value}:{port}/v1/duplex\n  OpenAI   http://{_HOST.value}:{port}/v1",
+                  flush=True)  # fmt: skip
+
+    listener = socket.create_server((_HOST.value, _PORT.value))
+    port = listener.getsockname()[1]
+    web.run_app(server.app(), sock=listener, print=told, access_log=None, shutdown_timeout=2.0)
+
+
+def start() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
