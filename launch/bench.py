@@ -21,6 +21,8 @@ MEASUREMENTS = {
     "generate": "data_gen.bench:bench_generate",
     "train": "duplex_jax.train.bench:bench_train",
     "data": "duplex_jax.data.bench:bench_data",
+    "serve": "duplex_jax.serve.bench:bench_serve",
+    "speech": "duplex_jax.serve.voice.measure:bench_speech",
 }
 
 _JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")

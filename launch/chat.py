@@ -1,7 +1,9 @@
 """`duplex-jax chat`: talk with a model slice by slice, or replay the user's side of a timeline."""
 
 import asyncio
+import dataclasses
 import json
+import os
 import re
 import statistics
 import sys
@@ -13,7 +15,7 @@ from absl import flags
 
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
-from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines
+from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines, write_timelines
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 from launch import app
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from duplex_jax.decode.engine import Engine
     from duplex_jax.decode.replay import Replay
     from duplex_jax.decode.session import DuplexSession, Slice
+    from duplex_jax.serve.client import RemoteSession
 
 _MODEL = flags.DEFINE_string(
     "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
@@ -43,6 +46,10 @@ _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 40
 _KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
 _DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.", lower_bound=1)
+_SERVER = flags.DEFINE_string(
+    "server", None, "Talk to a `duplex-jax serve`, as ws://localhost:8765; its model, no --model here. The key it may "
+    "ask for comes from DUPLEX_JAX_API_KEY.",
+)  # fmt: skip
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line on standard output, for programs.")
 
 DEFAULT_MODELS = {"duplex": "smollm2-135m-duplex", "turn_based": "smollm2-135m-instruct"}
@@ -176,16 +183,47 @@ def _stdin_lines() -> Iterator[str]:
 
 def _pipe(options: "Replay") -> None:
     """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
-    engine = _engine(1)
+    session = _session(options, 256 if not _JSON.value else 0)
     if not _JSON.value:
-        _warm_up(engine, 256)
         print(_HEADER, flush=True)
-    session = _open(engine, options)
     for line in _stdin_lines():
         words = line.strip()
         user = None if words in ("", IDLE) else words
         result = session.step(user)
         print(_json_line(user, result) if _JSON.value else _line(user, result), flush=True)
+
+
+def _remote() -> "RemoteSession":
+    """A session on the server."""
+    from duplex_jax.serve.client import RemoteSession
+
+    settings = {
+        "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value, "seed": _SEED.value,
+        "idle_bias": _IDLE_BIAS.value, "system": _SYSTEM.value, "dormant": _DORMANT.value,
+        "slice_seconds": _SLICE_SECONDS.value,
+    }  # fmt: skip
+    return RemoteSession(_SERVER.value or "", settings, os.environ.get("DUPLEX_JAX_API_KEY"))
+
+
+def _replay_remotely(timelines: list[Timeline]) -> None:
+    """As `_replay_file`, one conversation after the other on a server."""
+    done = []
+    for number, timeline in enumerate(timelines):
+        session = _remote()
+        seconds = []
+        if not _JSON.value:
+            print(_HEADER, flush=True)
+        for pair in timeline.pairs:
+            result = session.step(pair.user)
+            seconds.append(result.seconds)
+            print(_json_line(pair.user, result, number) if _JSON.value else _line(pair.user, result), flush=True)
+        session.close()
+        if not _JSON.value:
+            print(_times(seconds), flush=True)
+        done.append(dataclasses.replace(timeline, pairs=session.timeline, events=[]))
+    if _OUT.value:
+        write_timelines(_OUT.value, done)
+        _say(f"wrote {_OUT.value}")
 
 
 def _open(engine: "Engine", options: "Replay") -> "DuplexSession":
@@ -195,6 +233,16 @@ def _open(engine: "Engine", options: "Replay") -> "DuplexSession":
         engine, system=options.system, seed=options.seed, sampling=options.sampling,
         keep_idle=options.keep_idle, dormant=options.dormant,
     )  # fmt: skip
+
+
+def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession":
+    """Where the conversation takes place: here, or on a server."""
+    if _SERVER.value:
+        return _remote()
+    engine = _engine(1)
+    if warm_up:
+        _warm_up(engine, warm_up)
+    return _open(engine, options)
 
 
 def _turns(options: "Replay") -> None:
@@ -243,9 +291,7 @@ def _terminal(options: "Replay") -> None:
     from prompt_toolkit.document import Document
     from prompt_toolkit.patch_stdout import patch_stdout
 
-    engine = _engine(1)
-    _warm_up(engine, 1024)
-    session = _open(engine, options)
+    session = _session(options, 1024)
     # What was typed shows in the view, slice by slice; the input line need not show it again.
     prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)
     sent: list[str] = []  # lines that were ended with Enter and wait for the clock
@@ -310,8 +356,12 @@ def main(argv: list[str]) -> None:
     if _SYSTEM.value and any("\ud800" <= c <= "\udfff" for c in _SYSTEM.value):
         raise UserError("--system: not UTF-8; give it as UTF-8 text")
     timelines = _timelines(_TIMELINE.value) if _TIMELINE.value else []
+    if _SERVER.value and (_MODEL.value or _MODE.value == "turn_based"):
+        raise UserError("--server: the server has its model, and duplex sessions here; leave --model and --mode out")
     options = _options()
-    if timelines:
+    if timelines and _SERVER.value:
+        _replay_remotely(timelines)
+    elif timelines:
         _replay_file(timelines, options)
     elif _MODE.value == "turn_based":
         _turns(options)

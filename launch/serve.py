@@ -4,11 +4,15 @@ import ipaddress
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from duplex_jax.errors import UserError
 from launch import app
+
+if TYPE_CHECKING:
+    from duplex_jax.serve.protocol import VoiceFactory
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
@@ -44,6 +48,21 @@ def _check() -> None:
         raise UserError(f"--host={_HOST.value} --port={_PORT.value}: cannot listen there ({e.strerror or e})") from e
 
 
+def _load_voice() -> "VoiceFactory | None":
+    """Speech, where it was asked for or is installed."""
+    if _VOICE.value is False:
+        return None
+    from duplex_jax.serve.voice.session import load_voice
+
+    try:
+        return load_voice()
+    except UserError as e:
+        if _VOICE.value:
+            raise
+        print(f"text only: {e}", flush=True)
+        return None
+
+
 def main(argv: list[str]) -> None:
     """Loads the model, compiles, and serves until it is stopped."""
     app.no_arguments(argv)
@@ -71,7 +90,7 @@ def main(argv: list[str]) -> None:
     )
     name = Path(_MODEL.value).name if os.sep in _MODEL.value else _MODEL.value
     sessions = Sessions(Hub(engine, waiting=_WAITING.value), limits, key)
-    server = Server(sessions, name, access=access, slice_seconds=_SLICE_SECONDS.value)
+    server = Server(sessions, name, access=access, slice_seconds=_SLICE_SECONDS.value, make_voice=_load_voice())
     ready: list[str] = []
 
     def told(*words: object) -> None:

@@ -155,8 +155,9 @@ class Server:
         return web.Response(body=file.read_bytes(), content_type=kind, charset="utf-8", headers=headers)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"status": "draining" if self._draining else "ok", "model": self.model},
-                                 status=503 if self._draining else 200)  # fmt: skip
+        state = {"status": "draining" if self._draining else "ok", "model": self.model}
+        audio = {"audio": self.make_voice is not None}
+        return web.json_response(state | audio, status=503 if self._draining else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=self.metrics.text(), content_type="text/plain", charset="utf-8")

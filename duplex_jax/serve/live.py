@@ -146,8 +146,9 @@ class Voice(Protocol):
         """The slice and its characters that were heard when `samples` samples had been played."""
         ...
 
-    def hush(self) -> None:
-        """Drops what was not given out yet."""
+    def hush(self, played: int | None = None) -> None:
+        """Drops what was not given out yet; of what was, `played` samples were, and those to come are counted from
+        there."""
         ...
 
 
@@ -311,14 +312,13 @@ class LiveSession:
     async def heard(self, index: int, characters: int) -> None:
         """Takes unheard words out of the context; see `DuplexSession.heard`."""
         await self._between(lambda s: s.heard(index, characters))
-        if self.voice is not None:
-            await self._voiced(self.voice.hush)
 
     async def played(self, samples: int) -> tuple[int, int] | None:
         """As `heard`, told in samples of the sound that was played; gives the slice and its characters."""
         if self.voice is None:
             raise UserError("this session was started without audio")
         place = await self._voiced(self.voice.heard, samples)
+        await self._voiced(self.voice.hush, samples)
         if place is not None:
             await self.heard(*place)
         return place

@@ -10,7 +10,8 @@ from duplex_jax.serve.connection import Connection, as_object, field
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Settings, Voice
 from duplex_jax.serve.sessions import Entry, NotFound, Sessions
-from duplex_jax.serve.sound import LISTENING_RATE, from_base64, from_bytes, to_base64
+from duplex_jax.serve.sound import from_base64, from_bytes, to_base64
+from duplex_jax.serve.voice.audio import SAMPLE_RATE
 from duplex_jax.timeline import to_row
 
 VERSION = 1
@@ -56,7 +57,7 @@ def to_message(event: live.Event) -> dict[str, Any]:
             return {"type": "audio", "slice": event.index, "rate": event.rate, "pcm": to_base64(event.pcm)}
         case live.Speech():
             return {"type": "speech_started" if event.started else "speech_stopped",
-                    "seconds": round(event.sample / LISTENING_RATE, 3)}  # fmt: skip
+                    "seconds": round(event.sample / SAMPLE_RATE, 3)}  # fmt: skip
         case live.Delta():
             return {"type": "delta", "text": event.text, "done": event.done}
         case live.Trouble():

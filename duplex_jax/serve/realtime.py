@@ -10,15 +10,14 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.serve.connection import Connection, as_object, field
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Audio, Delta, Event, LiveSession, Settings, Speech, Spoken, Trouble, Voice
 from duplex_jax.serve.sessions import Entry, Sessions
-from duplex_jax.serve.sound import LISTENING_RATE, Resampler, from_base64, to_base64
+from duplex_jax.serve.sound import from_base64, to_base64
+from duplex_jax.serve.voice.audio import SAMPLE_RATE, Resampler
 
 RATE = 24_000
 """Samples a second on this protocol's wire, both ways."""
@@ -78,7 +77,7 @@ class Realtime:
         self._user_item: str | None = None  # of the speech that is being heard
         self._user_text: list[str] = []
         self._committed: str | None = None  # the newest item of speech
-        self._to_listen = Resampler(RATE, LISTENING_RATE)
+        self._to_listen = Resampler(RATE, SAMPLE_RATE)
         self._to_wire: Resampler | None = None
         self._voice_rate = RATE
         self._given_out = 0  # samples, at the voice's rate
@@ -126,7 +125,7 @@ class Realtime:
                 (await self._live()).say(field(message, "text", str))
             case "input_audio_buffer.append":
                 live = await self._live()
-                await live.listen(self._to_listen(from_base64(field(message, "audio", str))))
+                await live.listen(self._to_listen.feed(from_base64(field(message, "audio", str))))
             case "input_audio_buffer.commit":
                 await self._live()
                 self._commit()
@@ -254,7 +253,8 @@ class Realtime:
         if end < 0:
             raise UserError("audio_end_ms: is negative")
         if live.voice is not None:
-            await live.played(run.began + end * self._voice_rate // 1000)
+            self._given_out = run.began + end * self._voice_rate // 1000
+            await live.played(self._given_out)
         else:  # without sound a slice lasts its interval, and its words are spread over it
             k = live.settings.slice_seconds
             passed = end / 1000 / k
@@ -323,16 +323,15 @@ class Realtime:
             if self._to_wire is None:
                 self._to_wire, self._voice_rate = Resampler(audio.rate, RATE), audio.rate
             self._given_out += len(audio.pcm)
-            wire = self._to_wire(audio.pcm.astype(np.float32) / 32768)
-            pcm = (np.clip(wire, -1, 1) * 32767).astype(np.int16)
-            self._send("response.output_audio.delta", delta=to_base64(pcm), **self._place(run))
+            wire = to_base64(self._to_wire.feed(audio.pcm))
+            self._send("response.output_audio.delta", delta=wire, **self._place(run))
         if run is not None and run.ending is not None:
             self._finish(*run.ending)
 
     def _speech(self, speech: Speech) -> None:
         if self._session["audio"]["input"]["turn_detection"] is None:
             return
-        ms = speech.sample * 1000 // LISTENING_RATE
+        ms = speech.sample * 1000 // SAMPLE_RATE
         if speech.started:
             self._user_item, self._user_text = _id("item"), []
             self._send("input_audio_buffer.speech_started", audio_start_ms=ms, item_id=self._user_item)

@@ -1,0 +1,203 @@
+"""How many conversations at once keep the clock: a real server, real websockets, real time, 1 session to saturation.
+
+Every session speaks all the time: its user interrupts in turn with questions from the packaged conversation, so
+nearly every slice makes the model answer. Beside it, one session at a time: the reference's way (the whole history
+encoded anew for each slice) and transformers with a cache of its own for each session, one step after the other.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import aiohttp
+import jax
+import numpy as np
+from aiohttp import web
+
+from duplex_jax.checkpoint.registry import LoadedModel, load_model
+from duplex_jax.decode import bench as decode_bench
+from duplex_jax.decode.engine import Engine
+from duplex_jax.errors import UserError
+from duplex_jax.serve.app import Server
+from duplex_jax.serve.hub import Hub
+from duplex_jax.serve.sessions import Limits, Sessions
+from duplex_jax.timeline import read_timelines
+
+_HISTORY = 512
+"""Tokens said before the slice of the peers: what a session holds after a minute or two."""
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What one client saw: seconds from tick to answer, and how many answers were not idle."""
+
+    late: list[float] = dataclasses.field(default_factory=list)
+    spoken: int = 0
+    missed: int = 0
+
+
+def bench_serve(
+    model: str = "smollm2-135m-duplex", sessions: str = "1,2,4,8,16,24,32", seconds: float = 30.0,
+    slice_seconds: float = 2.0, capacity: int = 1024, peers: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Latency of slices and deadlines missed against the number of speaking sessions, beside one-by-one ways.
+
+    Args:
+        model: as `load_model` takes it.
+        sessions: how many at once, with commas.
+        seconds: that each number is measured for.
+        slice_seconds: the clock.
+        capacity: tokens of a session's context.
+        peers: measure the other ways, too (needs torch).
+
+    Raises:
+        UserError: an argument that makes no sense.
+    """
+    try:
+        counts = sorted({int(n) for n in sessions.split(",")})
+    except ValueError:
+        raise UserError(f"sessions={sessions}: must be numbers with commas, as in 1,8,24") from None
+    if counts[0] < 1 or seconds < 2 * slice_seconds:
+        raise UserError("sessions must be at least 1 and seconds at least two slices")
+    loaded = load_model(model, dtype="float32")
+    rows = [asyncio.run(_measure(loaded, n, seconds, slice_seconds, capacity)) for n in counts]
+    report: dict[str, Any] = {
+        "model": loaded.name,
+        "slice_seconds": slice_seconds,
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
+        "rows": rows,
+        "most_sessions_in_time": max((r["sessions"] for r in rows if r["p99"] < slice_seconds), default=0),
+    }
+    if peers:
+        report["peers"] = _peers(loaded, slice_seconds)
+    return report
+
+
+def _script() -> list[str]:
+    """What the users say, over and over."""
+    with resources.as_file(resources.files("duplex_jax") / "assets" / "demo.jsonl") as path:
+        pairs = next(iter(read_timelines(path))).pairs
+    return [pair.user for pair in pairs if pair.user]
+
+
+async def _measure(
+    model: LoadedModel, count: int, seconds: float, slice_seconds: float, capacity: int
+) -> dict[str, Any]:
+    engine = Engine(model.config, model.params, model.template, rows=count, capacity=capacity)
+    print(f"{count} sessions: compiling", file=sys.stderr, flush=True)
+    engine.warm_up()
+    hub = Hub(engine)
+    server = Server(Sessions(hub, Limits(per_client=count)), model.name, slice_seconds=slice_seconds)
+    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    site = web.TCPSite(runner, "localhost", 0)
+    await site.start()
+    assert site._server is not None
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+    try:
+        async with aiohttp.ClientSession() as http:
+            # Phases spread over the interval, as those of people are.
+            starts = [i * slice_seconds / count for i in range(count)]
+            cpu, began = time.process_time(), time.monotonic()
+            seen = await asyncio.gather(
+                *(_talk(http, port, seconds, slice_seconds, start, seed) for seed, start in enumerate(starts))
+            )
+            used = (time.process_time() - cpu) / (time.monotonic() - began)
+    finally:
+        await runner.cleanup()
+    late = np.concatenate([np.asarray(s.late) for s in seen])
+    cache = sum(x.nbytes for x in jax.tree.leaves(engine.cache))
+    p50, p95, p99 = np.percentile(late, [50, 95, 99]).tolist()
+    return {
+        "sessions": count,
+        "slices": len(late),
+        "spoken_share": sum(s.spoken for s in seen) / len(late),
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "deadlines_missed": int((late > slice_seconds).sum()),
+        "ticks_coalesced": sum(s.missed for s in seen),
+        "batch": hub.stepped / max(1, hub.steps),
+        "busy": hub.busy_seconds / (seconds + slice_seconds),
+        "cores": used,
+        "cache_mib_a_session": cache / count / 2**20,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+async def _talk(
+    http: aiohttp.ClientSession, port: int, seconds: float, slice_seconds: float, start: float, seed: int
+) -> _Seen:
+    """A user who speaks in two slices of five."""
+    await asyncio.sleep(start)
+    seen, words = _Seen(), _script()
+    async with http.ws_connect(f"ws://localhost:{port}/v1/duplex") as ws:
+        await ws.send_str(json.dumps({"type": "start", "seed": seed, "slice_seconds": slice_seconds}))
+        end = time.monotonic() + seconds
+        n = seed
+        while time.monotonic() < end:
+            message = json.loads(await ws.receive_str())
+            if message["type"] == "started":
+                await ws.send_str(json.dumps({"type": "text", "text": words[n % len(words)]}))
+            if message["type"] != "slice":
+                continue
+            seen.late.append(message["late"])
+            seen.spoken += message["assistant"] is not None
+            seen.missed += message["missed"]
+            n += 1
+            if n % 5 < 2:
+                await ws.send_str(json.dumps({"type": "text", "text": words[n % len(words)]}))
+        with contextlib.suppress(ConnectionError):
+            await ws.send_str(json.dumps({"type": "end"}))
+    return seen
+
+
+def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
+    """One session at a time behind a history of `_HISTORY` tokens: seconds a slice, and so many sessions in turn."""
+    history = decode_bench.conversation(model.template, _HISTORY)
+    user = model.tokenizer.encode(" Tell me a long story about")[: decode_bench.USER_TOKENS]
+    engine = Engine(model.config, model.params, model.template, capacity=2048, dtype="float32")
+    reencoding = decode_bench.Reencoding(engine)
+    peers: list[decode_bench.Peer] = [reencoding]
+    with contextlib.suppress(ImportError):
+        peers.append(decode_bench.Torch(decode_bench._torch_model(model), history, cached=True))
+    rows = []
+    for peer in peers:
+        taken = []
+        for _ in range(4):
+            peer.prepare(history)
+            began = time.perf_counter()
+            peer.step(user)
+            taken.append(time.perf_counter() - began)
+        seconds = float(np.median(taken[1:]))
+        rows.append({"peer": peer.name, "history": _HISTORY, "seconds": seconds,
+                     "sessions_in_turn": int(slice_seconds / seconds)})  # fmt: skip
+    return rows
+
+
+def table(report: dict[str, Any]) -> Sequence[str]:
+    """The report as lines of text."""
+    lines = [f"{'sessions':>8}{'slices':>8}{'spoken':>8}{'p50 s':>8}{'p95 s':>8}{'p99 s':>8}{'missed':>8}{'batch':>7}"
+             f"{'busy':>7}{'MiB each':>10}"]  # fmt: skip
+    for r in report["rows"]:
+        lines.append(
+            f"{r['sessions']:>8}{r['slices']:>8}{r['spoken_share']:>8.0%}{r['p50']:>8.2f}{r['p95']:>8.2f}"
+            f"{r['p99']:>8.2f}{r['deadlines_missed']:>8}{r['batch']:>7.1f}{r['busy']:>7.0%}"
+            f"{r['cache_mib_a_session']:>10.1f}"
+        )
+    lines.append(f"most sessions with p99 under {report['slice_seconds']:g} s: {report['most_sessions_in_time']}")
+    lines += [
+        f"{r['peer']}, {r['history']} tokens of history: {r['seconds']:.2f} s a slice, "
+        f"{r['sessions_in_turn']} sessions in turn"
+        for r in report.get("peers", [])
+    ]
+    return lines
