@@ -74,7 +74,12 @@ def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.A
         return lax.fori_loop(0, 32, halve, (low, high))[1]
 
     count = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
-    kept = keys >= threshold(jnp.ones_like(weights), count)[:, None]
+    # A batch in which nobody asks for top-k, the usual one, saves half the work.
+    kept = lax.cond(
+        jnp.any(top_k > 0),
+        lambda: keys >= threshold(jnp.ones_like(weights), count)[:, None],
+        lambda: jnp.ones(keys.shape, bool),
+    )
     weights = jnp.where(kept, weights, 0)
     mass = jnp.sum(weights, -1)
     # With top_p 1 nothing is cut, whatever rounding says of the sum.
