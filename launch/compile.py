@@ -14,7 +14,7 @@ _MESH = flags.DEFINE_string("mesh", "v5e-16", "A mesh of configs/mesh/, or a Pyt
 _DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
 _FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
-_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "train, decode or both.")
+_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "Which of train and decode; a comma between them.")
 _SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for what fits.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Write the reports there, too.")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         raise UserError("compile needs --config=FILE (--help lists the flags)")
     for program in _PROGRAMS.value:
         if program not in ("train", "decode"):
-            raise UserError(f"--programs={program}: must be train, decode or both")
+            raise UserError(f"--programs={program}: must be train or decode, or both with a comma")
     if _JSON.value:
         check_writable(_JSON.value)
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))

@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int | None:
     profile = parse_profile(_PROFILE.value)
     prepare_devices(spec, _PROCESSES.value)
     start_processes(spec)
+    app.use_compilation_cache()  # a run that goes on compiles nothing anew
     from duplex_jax.train.loop import train
 
     return train(config, spec, Path(_WORKDIR.value), profile)

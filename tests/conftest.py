@@ -9,6 +9,14 @@ import pytest
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Programs that tests start share what they compile, those of other workers too."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["DUPLEX_JAX_CACHE"] = str(folder / "compiled")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference files: DUPLEX_SHARED, or `shared` beside the checkout."""

@@ -163,7 +163,8 @@ def conversation(template: Template, length: int) -> list[int]:
     return (start + body * (length // len(body) + 1))[:length]
 
 
-def _torch_model(model: LoadedModel) -> Any:
+def torch_model(model: LoadedModel) -> Any:
+    """The same weights as a transformers model in float32, on every core, that never ends of itself."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -270,7 +271,7 @@ def run(
         left_out = {"re-encoding (torch)": reason, "cached (torch)": reason}
         say(f"left out: {', '.join(left_out)}; {reason}")
     else:
-        exported = _torch_model(model)
+        exported = torch_model(model)
         peers += [Torch(exported, longest, cached=False), Torch(exported, longest, cached=True)]
 
     for history in histories:

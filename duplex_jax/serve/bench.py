@@ -169,7 +169,7 @@ def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
     reencoding = decode_bench.Reencoding(engine)
     peers: list[decode_bench.Peer] = [reencoding]
     with contextlib.suppress(ImportError):
-        peers.append(decode_bench.Torch(decode_bench._torch_model(model), history, cached=True))
+        peers.append(decode_bench.Torch(decode_bench.torch_model(model), history, cached=True))
     rows = []
     for peer in peers:
         taken = []

@@ -33,10 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One compilation cache for all of these tests."""
-    cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "DUPLEX_JAX_CACHE": str(cache), "TERM": "xterm"}
+def environment() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from tests.tiny import tiny_model
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run(*arguments: str, cache: str = "off") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "launch.main", "evaluate", *arguments]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "DUPLEX_JAX_CACHE": cache}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -70,7 +70,7 @@ def test_a_model_and_what_stands_beside_it(held_out: Path, tmp_path: Path):
     model, out = tmp_path / "model", tmp_path / "out"
     save_model(tiny_model(), model)
     flags = ["behaviour", f"--model={model}", f"--data={held_out}", "--capacity=256", "--rows=2"]
-    found = run(*flags, f"--out={out}", "--seeds=0,1", "--idle_bias=0,2", cache=str(tmp_path / "cache"))
+    found = run(*flags, f"--out={out}", "--seeds=0,1", "--idle_bias=0,2")
     assert found.returncode == 0, found.stderr
     for text in ("2 conversations of 2, 2 seeds", "always_talking", "early_rate", "by idle_bias", "reset"):
         assert text in found.stdout

@@ -69,7 +69,7 @@ def test_the_paper_s_run_on_v5e_16(tmp_path: Path):
     [
         (["--mesh=v5e-16", "--tensor=8", "--fsdp=2"], "36 heads do not divide by tensor=8"),
         (["--mesh=v5e-256"], "a multiple of 256, such as 768, does"),
-        (["--programs=all"], "must be train, decode or both"),
+        (["--programs=all"], "must be train or decode, or both with a comma"),
     ],
 )
 def test_bad_input(flags: list[str], message: str):
