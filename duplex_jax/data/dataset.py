@@ -135,9 +135,7 @@ def _start_worker(model: str, template: str) -> None:
     _worker_template = encode.load_template(model, template)
 
 
-def _encode_chunk(
-    lines: list[tuple[str, bytes]], length: int, late: float
-) -> list[tuple[list[encode.Part], int, str]]:
+def _encode_chunk(lines: list[tuple[str, bytes]], length: int, late: float) -> list[tuple[list[encode.Part], int, str]]:
     assert _worker_template is not None
     return [encode.encode_line(_worker_template, line, where, length, late) for where, line in lines]
 
