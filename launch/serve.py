@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     refuse_typed_markers(model.template)
     engine = Engine(model.config, model.params, model.template, rows=_SESSIONS.value, capacity=_CAPACITY.value)
     print("compiling; later starts are faster", flush=True)
-    engine.warm_up()
+    engine.warm_up(everything=True)
     limits = Limits(
         per_client=_PER_CLIENT.value, session_seconds=_SESSION_HOURS.value * 3600, parked_seconds=_PARKED.value
     )

@@ -435,8 +435,13 @@ class Engine:
         self._programs[name] = jax.jit(counted, donate_argnums=donated)
         return self._programs[name]
 
-    def warm_up(self, length: int | None = None) -> float:
-        """Compiles the step for every bucket up to a context `length` (the capacity by default); seconds taken."""
+    def warm_up(self, length: int | None = None, everything: bool = False) -> float:
+        """Compiles the step for every bucket up to a context `length` (the capacity by default); seconds taken.
+
+        Args:
+            length: of the longest context.
+            everything: what restoring a session and dropping old pairs take, too, for a server that may never stall.
+        """
         began = time.perf_counter()
         B = self.cache.rows
         lengths = {self._slots(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
@@ -449,6 +454,17 @@ class Engine:
                     zero, zero.astype(np.float32), self._suppress,
                 )  # fmt: skip
                 self.cache, *_ = self._program("step", slots, self.cache, T)(self.params, self.cache, inputs)
+        if everything:
+            if self._shadow_cache is None:
+                self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
+            # Nothing is lost: what lies behind a row's length is nobody's, and row 0 of both has length 0 here.
+            if self.rows:
+                raise UserError("an engine is warmed up before it has sessions")
+            for n in sorted(lengths):
+                self.cache = self._extend(self.cache, 0, [0], n - self.chunk if n > self.chunk else 0)
+                shadow = min(n, self._shadow_cache.slots) - self.chunk
+                self._shadow_cache = self._extend(self._shadow_cache, 0, [0], max(0, shadow))
+                self.cache = self._program("switch", n, self.cache)(self.cache, 0, self._shadow_cache, 0)
         return time.perf_counter() - began
 
     def _lengths(self) -> np.ndarray:

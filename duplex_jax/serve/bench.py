@@ -94,7 +94,7 @@ async def _measure(
 ) -> dict[str, Any]:
     engine = Engine(model.config, model.params, model.template, rows=count, capacity=capacity)
     print(f"{count} sessions: compiling", file=sys.stderr, flush=True)
-    engine.warm_up()
+    engine.warm_up(everything=True)
     hub = Hub(engine)
     server = Server(Sessions(hub, Limits(per_client=count)), model.name, slice_seconds=slice_seconds)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1.0)

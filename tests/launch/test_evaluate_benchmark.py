@@ -54,7 +54,7 @@ def test_two_models_on_the_same_items(data: Path, tmp_path: Path):
     flags = ["benchmark", "--tasks=arc_easy", f"--data={data}"]
     a, b = tmp_path / "a", tmp_path / "b"
     ask = [*flags, f"--model={tmp_path / 'first'}", f"--out={a}"]
-    found = run(*ask, "--limit=5", cache=str(tmp_path / "cache"))
+    found = run(*ask, "--limit=5")
     assert found.returncode == 0, found.stderr
     assert {p.name for p in a.iterdir()} == {"arc_easy", "benchmark.json", "benchmark.txt", "settings.json"}
     assert {p.name for p in (a / "arc_easy").iterdir()} == {"settings.json", "turn_based.jsonl", "duplex.jsonl"}
@@ -67,7 +67,7 @@ def test_two_models_on_the_same_items(data: Path, tmp_path: Path):
     assert refused.returncode == 2
     assert "holds results with model=" in refused.stderr
 
-    found = run(*flags, f"--model={tmp_path / 'other'}", f"--out={b}", f"--beside={a}", cache=str(tmp_path / "cache"))
+    found = run(*flags, f"--model={tmp_path / 'other'}", f"--out={b}", f"--beside={a}")
     assert found.returncode == 0, found.stderr
     (beside,) = json.loads((b / "benchmark.json").read_text())["beside"]
     assert beside["model"] == str(tmp_path / "first")
