@@ -37,9 +37,14 @@ class RemoteSession:
         self.timeline: list[SlicePair] = []
         self._patience = patience
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="server", daemon=True).start()
-        self.about = self._wait(self._connect({k: v for k, v in settings.items() if v is not None}, key))
-        """What the server said of the session."""
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
+        self._thread.start()
+        try:
+            self.about = self._wait(self._connect({k: v for k, v in settings.items() if v is not None}, key))
+            """What the server said of the session."""
+        except BaseException:
+            self._stop()
+            raise
 
     def step(self, user: str | None) -> Slice:
         """Sends the user's slice and gives the assistant's; see `DuplexSession.step`.
@@ -53,9 +58,14 @@ class RemoteSession:
 
     def close(self) -> None:
         """Ends the session."""
-        if self._loop.is_running():
+        if not self._loop.is_closed():
             self._wait(self._end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, self._patience), self._loop)
@@ -68,11 +78,14 @@ class RemoteSession:
         self._http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             self._ws = await self._http.ws_connect(self.url, max_msg_size=0)
+            return await self._ask({"type": "start", "clock": "client", **settings}, "started")
+        except UserError:
+            await self._end()
+            raise
         except (aiohttp.ClientError, OSError) as e:
             await self._http.close()
             reason = "it asks for another key" if getattr(e, "status", 0) == 401 else e
             raise UserError(f"{self.url}: cannot connect ({reason}); `duplex-jax serve` starts a server") from e
-        return await self._ask({"type": "start", "clock": "client", **settings}, "started")
 
     async def _ask(self, message: dict[str, Any], answer: str) -> dict[str, Any]:
         try:

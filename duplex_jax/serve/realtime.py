@@ -22,6 +22,9 @@ from duplex_jax.serve.voice.audio import SAMPLE_RATE, Resampler
 RATE = 24_000
 """Samples a second on this protocol's wire, both ways."""
 
+MOST_ITEMS = 512
+"""Messages of a conversation that can still be retrieved or truncated."""
+
 
 def _id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(10)}"
@@ -402,6 +405,10 @@ class Realtime:
         self._send("conversation.item.added", item=item, previous_item_id=self._last_item)
         self._items[item["id"]] = item
         self._last_item = item["id"]
+        while len(self._items) > MOST_ITEMS:
+            oldest = next(iter(self._items))
+            del self._items[oldest]
+            self._runs.pop(oldest, None)
 
     def _item(self, item_id: str) -> dict[str, Any]:
         if item_id not in self._items:
