@@ -75,6 +75,11 @@ class TimelineError(UserError):
     """A line that is no timeline; the message names file, line and field."""
 
 
+def whole_characters(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON and command lines may bring half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def to_content(text: str | None) -> str:
     """One slice as a file spells it: silence as `<idle>`, a literal `<idle>` in words escaped."""
     return IDLE if text is None else _ESCAPE.sub(r"<\\\1idle>", text)
@@ -137,7 +142,7 @@ def from_row(row: Any) -> Timeline:
             raise TimelineError(f"{where}.content: must be a string, not {type(content).__name__}")
         if content == "":
             raise TimelineError(f"{where}.content: is empty; silence is {IDLE!r}")
-        if any("\ud800" <= c <= "\udfff" for c in content):
+        if not whole_characters(content):
             raise TimelineError(f"{where}.content: half of a surrogate pair; write whole characters")
         if content != IDLE and IDLE in content:
             raise TimelineError(f"{where}.content: {IDLE!r} inside other text; a literal one is written '<\\idle>'")

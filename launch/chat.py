@@ -15,7 +15,7 @@ from absl import flags
 
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
-from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines, write_timelines
+from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines, whole_characters, write_timelines
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 from launch import app
 
@@ -353,7 +353,7 @@ def main(argv: list[str]) -> None:
     app.no_arguments(argv)
     if _OUT.value and not _TIMELINE.value:
         raise UserError("--out needs --timeline, the file whose user side is replayed")
-    if _SYSTEM.value and any("\ud800" <= c <= "\udfff" for c in _SYSTEM.value):
+    if _SYSTEM.value and not whole_characters(_SYSTEM.value):
         raise UserError("--system: not UTF-8; give it as UTF-8 text")
     timelines = _timelines(_TIMELINE.value) if _TIMELINE.value else []
     if _SERVER.value and (_MODEL.value or _MODE.value == "turn_based"):

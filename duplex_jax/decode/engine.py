@@ -441,7 +441,12 @@ class Engine:
         Args:
             length: of the longest context.
             everything: what restoring a session and dropping old pairs take, too, for a server that may never stall.
+
+        Raises:
+            UserError: `everything` was asked for with sessions open.
         """
+        if everything and self.rows:
+            raise UserError("an engine is warmed up before it has sessions")
         began = time.perf_counter()
         B = self.cache.rows
         lengths = {self._slots(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
@@ -458,8 +463,6 @@ class Engine:
             if self._shadow_cache is None:
                 self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
             # Nothing is lost: what lies behind a row's length is nobody's, and row 0 of both has length 0 here.
-            if self.rows:
-                raise UserError("an engine is warmed up before it has sessions")
             for n in sorted(lengths):
                 self.cache = self._extend(self.cache, 0, [0], n - self.chunk if n > self.chunk else 0)
                 shadow = min(n, self._shadow_cache.slots) - self.chunk

@@ -16,7 +16,7 @@ from duplex_jax.decode.session import DuplexSession, Slice, Snapshot, TurnSessio
 from duplex_jax.errors import UserError
 from duplex_jax.serve.hub import Hub
 from duplex_jax.slicing import USER_WORDS, words_of
-from duplex_jax.timeline import SlicePair, Timeline
+from duplex_jax.timeline import SlicePair, Timeline, whole_characters
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
 MOST_WORDS = USER_WORDS[1]
@@ -61,7 +61,7 @@ class Settings:
             raise UserError(f"slice_seconds {self.slice_seconds} is not in 0.1 to 60; the paper's is 2")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed {self.seed} is not in 0 to {2**32 - 1}")
-        if self.system is not None and any("\ud800" <= c <= "\udfff" for c in self.system):
+        if self.system is not None and not whole_characters(self.system):
             raise UserError("system holds half of a surrogate pair; send whole characters")
 
 
@@ -274,7 +274,7 @@ class LiveSession:
         Raises:
             UserError: nothing but white space is no words; too much waits already; half a character.
         """
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if not whole_characters(text):
             raise UserError("text holds half of a surrogate pair; send whole characters")
         words = words_of(text)
         waiting = sum(map(len, self._words))
@@ -291,7 +291,7 @@ class LiveSession:
         """
         if user == "":
             raise UserError("the slice is empty; silence is null")
-        if user is not None and (any("\ud800" <= c <= "\udfff" for c in user) or len(user) > MOST_WAITING):
+        if user is not None and not (whole_characters(user) and len(user) <= MOST_WAITING):
             raise UserError(f"a slice is at most {MOST_WAITING} whole characters")
         if len(self._slices) >= MOST_AHEAD:
             raise UserError(f"{MOST_AHEAD} slices wait already; await their answers")

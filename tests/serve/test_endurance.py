@@ -97,14 +97,14 @@ def test_two_hundred_clients_misbehave_for_ten_minutes():
 
 @pytest.mark.slow
 def test_four_hours_on_a_virtual_clock():
-    four_hours(7200)
+    many_slices(7200)
 
 
-def test_an_hour_of_slices():
-    four_hours(240)
+def test_minutes_on_a_virtual_clock():
+    many_slices(240)
 
 
-def four_hours(slices: int) -> None:
+def many_slices(slices: int) -> None:
     """Flat latency, flat memory, and the invariant at the end."""
     model = tiny_model()
     engine = engine_of(model, 2, 1024)
