@@ -1,6 +1,7 @@
 """`duplex-jax chat`: talk with a model slice by slice, or replay the user's side of a timeline."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -294,6 +295,8 @@ def _terminal(options: "Replay") -> None:
     session = _session(options, 1024)
     # What was typed shows in the view, slice by slice; the input line need not show it again.
     prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)
+    # The terminal stays raw while a row is printed above the input line, so that no key of that moment is lost.
+    prompt.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     sent: list[str] = []  # lines that were ended with Enter and wait for the clock
 
     def take() -> str | None:

@@ -328,8 +328,8 @@ class Terminal:
     def __init__(self, environment: dict[str, str], *flags: str):
         self.fd, side = pty.openpty()
         self.job = subprocess.Popen(
-            [sys.executable, "-m", "launch.main", "chat", *flags], cwd=REPOSITORY, stdin=side, stdout=side,
-            stderr=side, env=environment | {"COLUMNS": "120", "LINES": "40"}, start_new_session=True,
+            ["setsid", "--ctty", sys.executable, "-m", "launch.main", "chat", *flags], cwd=REPOSITORY,
+            stdin=side, stdout=side, stderr=side, env=environment | {"COLUMNS": "120", "LINES": "40"},
         )  # fmt: skip
         os.close(side)
         self.data = b""
