@@ -173,6 +173,7 @@ def _ask(
 
 def start() -> None:
     """Entry point."""
+    app.keep_memory()
     app.run(main)
 
 

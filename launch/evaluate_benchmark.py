@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
     """Entry point."""
+    app.keep_memory()
     app.run(main)
 
 

@@ -58,12 +58,13 @@ def _each(
     )
 
 
-def bucket(cache: KVCache, slots: int) -> KVCache:
-    """The first `slots` slots of every row."""
-    if slots == cache.slots:
-        return cache
-    # Once a step: without the barrier, XLA moves the copies to where they are read, once a token.
-    return lax.optimization_barrier(_each(lambda k: k[..., :slots], lambda v: v[..., :slots, :], cache))
+def take_rows(cache: KVCache, rows: jax.Array | None, slots: int) -> KVCache:
+    """The first `slots` slots of rows `[R]` of a cache, or of all of them."""
+    if rows is None:
+        if slots == cache.slots:
+            return cache
+        return _each(lambda k: k[..., :slots], lambda v: v[..., :slots, :], cache)
+    return _each(lambda k: k[rows, :, :, :slots], lambda v: v[rows, :, :slots], cache)
 
 
 def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
@@ -85,41 +86,38 @@ def put_row(cache: KVCache, row: jax.Array, new: KVCache, start: jax.Array | int
     )  # fmt: skip
 
 
-def append(cache: KVCache, buffer: KVCache, order: jax.Array, lengths: jax.Array) -> KVCache:
-    """Writes a step's buffer behind each row's length.
+def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Array) -> KVCache:
+    """Writes a block of entries behind each row's length.
 
     Args:
         cache: the cache, to be donated.
-        buffer: the step's new keys and values, N slots of every row.
-        order: int32 `[B, N]`, which slot of the buffer comes first, second, ...; what a row does not need comes last.
-        lengths: int32 `[B]`, where each row's block begins; at most S - N.
+        new: keys and values of R rows, N slots each.
+        rows: int32 `[R]`, where each of them belongs, each row once; None for all rows of the cache in order.
+        lengths: int32 `[R]`, where each row's block begins; at most S - N.
     """
-    ordered = _each(
-        lambda k: jnp.take_along_axis(k, order[:, None, None, :], axis=-1),
-        lambda v: jnp.take_along_axis(v, order[:, None, :, None], axis=-2),
-        buffer,
-    )
 
-    def row_by_row(cache: KVCache, ordered: KVCache, lengths: jax.Array) -> KVCache:
-        def one(row: jax.Array, cache: KVCache) -> KVCache:
+    def row_by_row(cache: KVCache, new: KVCache, lengths: jax.Array) -> KVCache:
+        def one(i: jax.Array, cache: KVCache) -> KVCache:
             def cut(x: jax.Array) -> jax.Array:
-                return lax.dynamic_slice_in_dim(x, row, 1, 0)
+                return lax.dynamic_slice_in_dim(x, i, 1, 0)
 
-            return put_row(cache, row, _each(cut, cut, ordered), lengths[row])
+            return put_row(cache, i if rows is None else rows[i], _each(cut, cut, new), lengths[i])
 
-        return lax.fori_loop(0, cache.rows, one, cache)
+        return lax.fori_loop(0, new.rows, one, cache)
 
-    def at_once(cache: KVCache, ordered: KVCache, lengths: jax.Array) -> KVCache:
+    def at_once(cache: KVCache, new: KVCache, lengths: jax.Array) -> KVCache:
         def key(k: jax.Array, new: jax.Array) -> jax.Array:
             return jax.vmap(lambda k, new, n: lax.dynamic_update_slice(k, new, (0, 0, n)))(k, new, lengths)
 
         def value(v: jax.Array, new: jax.Array) -> jax.Array:
             return jax.vmap(lambda v, new, n: lax.dynamic_update_slice(v, new, (0, n, 0)))(v, new, lengths)
 
-        return _each(key, value, cache, ordered)
+        return _each(key, value, cache, new)
 
+    if rows is not None:
+        return row_by_row(cache, new, lengths)
     # One after the other is in place on CPU; elsewhere rows lie on several devices, and each writes its own.
-    return lax.platform_dependent(cache, ordered, lengths, cpu=row_by_row, default=at_once)
+    return lax.platform_dependent(cache, new, lengths, cpu=row_by_row, default=at_once)
 
 
 def attend(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,6 +110,9 @@ class Engine:
         capacity: most tokens of a context.
         dtype: of weights and cache; float32 on CPU and bfloat16 elsewhere by default.
         feed_buckets: T, the lengths that a step's fed tokens are padded to.
+        row_buckets: R, the numbers of rows that a step computes: it takes the least that holds those that take part,
+            and again for those that are not silent. On CPU powers of four by default; elsewhere all rows, in one
+            program and without a look at the first token in the middle.
         chunk: tokens that are encoded at once where there are more of them, ahead of the step.
         max_slice_tokens: M, most tokens of an assistant slice.
 
@@ -127,6 +130,7 @@ class Engine:
         capacity: int | None = None,
         dtype: Any = None,
         feed_buckets: Sequence[int] = (8, 16),
+        row_buckets: Sequence[int] | None = None,
         chunk: int = 64,
         max_slice_tokens: int = MAX_SLICE_TOKENS,
     ):
@@ -146,6 +150,10 @@ class Engine:
         self.dtype = jnp.dtype(dtype)
         self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
         self._buckets = tuple(sorted(feed_buckets))
+        if row_buckets is None:
+            row_buckets = [4**i for i in range(10)] if jax.default_backend() == "cpu" else []
+        self._few_rows = bool(row_buckets)
+        self._row_buckets = (*sorted(b for b in row_buckets if b < rows), rows)
         self.chunk = max(chunk, self._buckets[-1])
         slack = self.chunk + max_slice_tokens
         self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
@@ -242,46 +250,83 @@ class Engine:
         for row, request in requests.items():
             pending = len(row.ids) - row.cached + len(request.ids)
             self.encode(row, pending - self._buckets[-1], request.ids)
-        B = self.cache.rows
         feeds = {row: [*row.ids, *request.ids][row.cached :] for row, request in requests.items()}
         T = next(b for b in self._buckets if b >= max(map(len, feeds.values())))
-        batch: dict[str, Any] = {
-            "tokens": np.zeros((B, T), np.int32),
-            "counts": np.zeros(B, np.int32),
-            "lengths": np.zeros(B, np.int32),
-            "active": np.zeros(B, bool),
-            "allow_idle": np.zeros(B, bool),
-            "seeds": np.zeros(B, np.uint32),
-            "steps": np.zeros(B, np.uint32),
-            "temperature": np.zeros(B, np.float32),
-            "top_p": np.ones(B, np.float32),
-            "top_k": np.zeros(B, np.int32),
-            "idle_bias": np.zeros(B, np.float32),
-        }
-        for row in self.rows:
-            # A row at rest gets a block of padding behind its length too.
-            batch["lengths"][row.index] = row.cached
+        lengths = {row: row.cached + len(feed) for row, feed in feeds.items()}
+        rows, places = self._rows_input(feeds, {})
+        inputs = programs.StepInput(
+            rows, np.zeros((len(rows.lengths), T), np.int32), np.zeros_like(rows.lengths),
+            np.zeros_like(rows.active), np.zeros_like(rows.temperature),
+        )  # fmt: skip
         for row, feed in feeds.items():
-            i, s = row.index, row.sampling
-            batch["tokens"][i, : len(feed)] = feed
-            batch["counts"][i] = len(feed)
-            batch["active"][i] = True
-            batch["allow_idle"][i] = requests[row].allow_idle
-            batch["seeds"][i], batch["steps"][i] = row.seed, row.steps
-            batch["temperature"][i], batch["top_p"][i], batch["top_k"][i] = s.temperature, s.top_p, s.top_k
-            batch["idle_bias"][i] = s.idle_bias
-        slots = self._slots(max(row.cached for row in feeds))
-        inputs = programs.StepInput(**batch, suppress=self._suppress)
-        self.cache, sampled, number = self._program("step", slots, self.cache, T)(self.params, self.cache, inputs)
-        sampled, number = jax.device_get((sampled, number))
-        result = {}
-        for row, feed in feeds.items():
-            said = sampled[row.index, : number[row.index]].tolist()
-            row.cached += len(feed) + len(said) - 1
+            i = places[row]
+            inputs.tokens[i, : len(feed)] = feed
+            inputs.counts[i] = len(feed)
+            inputs.allow_idle[i] = requests[row].allow_idle
+            inputs.idle_bias[i] = row.sampling.idle_bias
+        if self._few_rows:
+            slots = self._slots(max(row.cached for row in feeds))
+            program = self._program("feed", slots, self.cache, len(rows.lengths), T)
+            self.cache, token = program(self.params, self.cache, inputs)
+            token = np.asarray(token)
+            result = {row: [int(token[places[row]])] for row in feeds}
+            going = {row: first for row, (first,) in result.items() if first not in self.template.stop_ids}
+            if going and self.max_slice_tokens > 1:
+                result |= self._say(going, lengths)
+        else:
+            slots = self._slots(max(lengths.values()))
+            program = self._program("step", slots, self.cache, self.cache.rows, T)
+            self.cache, sampled, number = program(self.params, self.cache, inputs)
+            sampled, number = jax.device_get((sampled, number))
+            result = {row: sampled[places[row], : number[places[row]]].tolist() for row in feeds}
+        for row, said in result.items():
+            row.cached = lengths[row] + len(said) - 1
             row.ids += [*requests[row].ids, *said]
             row.steps += 1
-            result[row] = said
         return result
+
+    def _say(self, first: Mapping[Row, int], lengths: Mapping[Row, int]) -> dict[Row, list[int]]:
+        """The slices that begin with these tokens, in rows that have grown to these lengths."""
+        rows, places = self._rows_input(first, lengths)
+        token = np.zeros_like(rows.lengths)
+        for row, place in places.items():
+            token[place] = first[row]
+        program = self._program("say", self._slots(max(lengths[row] for row in first)), self.cache, len(token))
+        self.cache, sampled, number = program(self.params, self.cache, token, rows)
+        sampled, number = jax.device_get((sampled, number))
+        return {row: sampled[place, : number[place]].tolist() for row, place in places.items()}
+
+    def _rows_input(
+        self, active: Collection[Row], lengths: Mapping[Row, int]
+    ) -> tuple[programs.RowsInput, dict[Row, int]]:
+        """Rows that take part, filled up to a number that programs are compiled for, and each one's place there.
+
+        Args:
+            active: the rows.
+            lengths: of rows that have more in the cache by now than they say.
+        """
+        B = self.cache.rows
+        if self._few_rows:
+            R = next(b for b in self._row_buckets if b >= len(active))
+            taken = [row.index for row in active]
+            index = np.array((taken + sorted(set(range(B)).difference(taken)))[:R], np.int32)
+        else:
+            R, index = B, None
+        place = {int(row): i for i, row in enumerate(range(B) if index is None else index)}
+        rows = programs.RowsInput(
+            index, np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.uint32), np.zeros(R, np.uint32),
+            np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32), self._suppress,
+        )  # fmt: skip
+        for row in self.rows:
+            if row.index in place:  # at rest, it gets a block of padding behind its length
+                rows.lengths[place[row.index]] = lengths.get(row, row.cached)
+        places = {row: place[row.index] for row in active}
+        for row, i in places.items():
+            rows.active[i] = True
+            rows.seeds[i], rows.steps[i] = row.seed, row.steps
+            s = row.sampling
+            rows.temperature[i], rows.top_p[i], rows.top_k[i] = s.temperature, s.top_p, s.top_k
+        return rows, places
 
     def encode(self, row: Row, count: int, then: Sequence[int] = ()) -> None:
         """Encodes at least `count` of the row's pending ids (followed by `then`) ahead of the step, in chunks."""
@@ -401,20 +446,22 @@ class Engine:
         program = self._program("extend", min(self._slots(length), cache.slots), cache)
         return program(self.params, cache, index, self._padded(tokens), length)
 
-    def _program(self, kind: str, slots: int, cache: KVCache, bucket: int = 0) -> Callable[..., Any]:
-        name = f"{kind} of {bucket or self.chunk} tokens over {slots} slots in {cache.rows} rows of {cache.slots}"
+    def _program(
+        self, kind: str, slots: int, cache: KVCache, rows: int = 1, tokens: int | None = None
+    ) -> Callable[..., Any]:
+        """A compiled program over so many of a cache's rows that reads so many of its slots."""
+        tokens = self.chunk if tokens is None else tokens
+        name = f"{kind} of {tokens} tokens and {rows} rows over {slots} slots of {cache.rows} x {cache.slots}"
         if name in self._programs:
             return self._programs[name]
         sizes: dict[str, Any] = {"slots": slots, "capacity": self.capacity}
         # By keyword, closed over: what is static in each program.
+        idle: dict[str, Any] = {"idle_id": self.template.idle_id}
+        stops: dict[str, Any] = {**idle, "end_id": self.template.end_id, "max_slice_tokens": self.max_slice_tokens}
         bodies: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
-            "step": (
-                functools.partial(
-                    programs.tdm_step, self.config, **sizes, max_slice_tokens=self.max_slice_tokens,
-                    idle_id=self.template.idle_id, end_id=self.template.end_id,
-                ),
-                (1,),
-            ),
+            "feed": (functools.partial(programs.feed, self.config, **sizes, **idle), (1,)),
+            "say": (functools.partial(programs.say, self.config, **sizes, **stops), (1,)),
+            "step": (functools.partial(programs.tdm_step, self.config, **sizes, **stops), (1,)),
             "extend": (functools.partial(programs.extend_row, self.config, **sizes), (1,)),
             "logits": (functools.partial(programs.next_logits, self.config, **sizes), ()),
             "copy": (lambda cache, row, to: kv.put_row(cache, to, kv.take_row(cache, row, slots)), (0,)),
@@ -448,17 +495,23 @@ class Engine:
         if everything and self.rows:
             raise UserError("an engine is warmed up before it has sessions")
         began = time.perf_counter()
-        B = self.cache.rows
         lengths = {self._slots(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
-        for slots in sorted(lengths):
+        for slots, R in itertools.product(sorted(lengths), self._row_buckets):
+            index = np.arange(R, dtype=np.int32)
+            rows = programs.RowsInput(
+                index if self._few_rows else None, self._lengths()[:R], np.zeros(R, bool), np.zeros(R, np.uint32),
+                np.zeros(R, np.uint32), np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32),
+                self._suppress,
+            )  # fmt: skip
             for T in self._buckets:
-                zero = np.zeros(B, np.int32)
                 inputs = programs.StepInput(
-                    np.zeros((B, T), np.int32), zero, self._lengths(), np.zeros(B, bool), np.zeros(B, bool),
-                    zero.astype(np.uint32), zero.astype(np.uint32), zero.astype(np.float32), np.ones(B, np.float32),
-                    zero, zero.astype(np.float32), self._suppress,
-                )  # fmt: skip
-                self.cache, *_ = self._program("step", slots, self.cache, T)(self.params, self.cache, inputs)
+                    rows, np.zeros((R, T), np.int32), np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.float32)
+                )
+                program = self._program("feed" if self._few_rows else "step", slots, self.cache, R, T)
+                self.cache, *_ = program(self.params, self.cache, inputs)
+            if self._few_rows and self.max_slice_tokens > 1:
+                token = np.zeros(R, np.int32)
+                self.cache, *_ = self._program("say", slots, self.cache, R)(self.params, self.cache, token, rows)
         if everything:
             if self._shadow_cache is None:
                 self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)

@@ -87,6 +87,40 @@ def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.A
     return kept & (keys >= threshold(weights, limit)[:, None])
 
 
+_BLOCK = 256
+
+
+def choose(weights: jax.Array, at: jax.Array) -> jax.Array:
+    """The index at which the running sum of each row's weights passes a share of their total.
+
+    One random number a row instead of one a token. Sums are taken by blocks, so that rounding does not grow with V.
+
+    Args:
+        weights: float32 `[B, V]`, none below 0, some above it in every row.
+        at: float32 `[B]` in [0, 1).
+
+    Returns:
+        int32 `[B]`; the weight there is above 0.
+    """
+    B, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+
+    def passed(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the running sum passes the target, and what the target is counted from there."""
+        sums = jnp.cumsum(weights, -1)
+        some = weights > 0
+        last = weights.shape[-1] - 1 - jnp.argmax(some[:, ::-1], -1)
+        found = some & (sums > target[:, None])
+        index = jnp.where(jnp.any(found, -1), jnp.argmax(found, -1), last)[:, None]
+        before = jnp.take_along_axis(sums - weights, index, -1)[:, 0]
+        return index, jnp.maximum(target - before, 0)
+
+    totals = jnp.sum(blocks, -1)
+    block, target = passed(totals, at * jnp.sum(totals, -1))
+    within, _ = passed(jnp.take_along_axis(blocks, block[..., None], 1)[:, 0], target)
+    return (block * _BLOCK + within)[:, 0].astype(jnp.int32)
+
+
 def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
     """One token a row.
 
@@ -103,9 +137,7 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
     def draw() -> jax.Array:
         # Below the greatest, so that a small temperature cannot overflow.
         scaled = (logits - jnp.max(logits, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        kept = jnp.where(nucleus_mask(scaled, top_p, top_k), scaled, -jnp.inf)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],)))(keys)
-        drawn = jnp.argmax(kept + noise, -1).astype(jnp.int32)
-        return jnp.where(temperature > 0, drawn, greedy)
+        weights = jnp.where(nucleus_mask(scaled, top_p, top_k), jnp.exp(scaled), 0)
+        return jnp.where(temperature > 0, choose(weights, jax.vmap(jax.random.uniform)(keys)), greedy)
 
     return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

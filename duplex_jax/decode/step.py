@@ -1,10 +1,11 @@
-"""The jitted programs of decoding: the TDM step, and a chunk of prefill.
+"""The jitted programs of decoding: the TDM step, its two halves, and a chunk of prefill.
 
-A step's new keys and values live in a small buffer: slots `0..T-1` hold the tokens fed, right-padded to the bucket T,
-slots `T..T+M-1` what is sampled. The cache is only read until the end, then written once:
+A step feeds each row's user slice and samples the first token behind it (`feed`), then samples the rest of the slices
+that are not silent (`say`). Each half reads the cache and writes its own new entries behind the rows' lengths at its
+end; meanwhile they live in a small buffer:
 
-    row 0:  cache [a b c d . . .]   buffer [u v w . | x y z .]   ->   cache [a b c d u v w x y . .]
-    row 1:  cache [a b . . . . .]   buffer [u . . . | x . . .]   ->   cache [a b u . . . . . . . .]
+    row 0:  cache [a b c d . . . . .]   feed [u v w]   cache [a b c d u v w . .]   say [x y]   cache [a b c d u v w x y]
+    row 1:  cache [a b . . . . . . .]   feed [u . .]   cache [a b u . . . . . .]   (silent)    cache [a b u . . . . . .]
 
 The last sampled token has not been through the model; it is fed in front of the next user slice.
 """
@@ -28,40 +29,58 @@ from duplex_jax.model.minicpm import Params
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "tokens", "counts", "lengths", "active", "allow_idle", "seeds", "steps",
-        "temperature", "top_p", "top_k", "idle_bias", "suppress",
+        "index", "lengths", "active", "seeds", "steps", "temperature", "top_p", "top_k", "suppress",
     ],
     meta_fields=[],
 )  # fmt: skip
 @dataclasses.dataclass
-class StepInput:
-    """What one TDM step gets of each row.
+class RowsInput:
+    """R rows of the cache that a program works on.
 
     Attributes:
-        tokens: int32 `[B, T]`, ids to append, right-padded.
-        counts: int32 `[B]`, how many of them are real; 0 for a row at rest.
-        lengths: int32 `[B]`, how much of the cache is the row's.
-        active: bool `[B]`, rows that take part.
-        allow_idle: bool `[B]`, whether the slice may be idle; a turn-based answer may not.
-        seeds: uint32 `[B]`, each session's seed.
-        steps: uint32 `[B]`, how many steps each session has taken; with the seed it makes the random key.
-        temperature, top_p, idle_bias: float32 `[B]`, see `Sampling`.
-        top_k: int32 `[B]`.
+        index: int32 `[R]`, which rows, each once; None for all rows of the cache in order.
+        lengths: int32 `[R]`, how much of the cache is the row's.
+        active: bool `[R]`, rows that take part. The others get a block of padding behind their length.
+        seeds: uint32 `[R]`, each session's seed.
+        steps: uint32 `[R]`, how many steps each session has taken; with the seed it makes the random key.
+        temperature, top_p: float32 `[R]`, see `Sampling`.
+        top_k: int32 `[R]`.
         suppress: bool `[V]`, tokens that are never sampled: control tokens other than idle and end.
     """
 
-    tokens: Any
-    counts: Any
+    index: Any
     lengths: Any
     active: Any
-    allow_idle: Any
     seeds: Any
     steps: Any
     temperature: Any
     top_p: Any
     top_k: Any
-    idle_bias: Any
     suppress: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "tokens", "counts", "allow_idle", "idle_bias"],
+    meta_fields=[],
+)
+@dataclasses.dataclass
+class StepInput:
+    """What a step gets of each row.
+
+    Attributes:
+        rows: the rows.
+        tokens: int32 `[R, T]`, ids to append, right-padded.
+        counts: int32 `[R]`, how many of them are real; 0 for a row at rest.
+        allow_idle: bool `[R]`, whether the slice may be idle; a turn-based answer may not.
+        idle_bias: float32 `[R]`, see `Sampling`.
+    """
+
+    rows: RowsInput
+    tokens: Any
+    counts: Any
+    allow_idle: Any
+    idle_bias: Any
 
 
 def _chunk(
@@ -91,60 +110,66 @@ def _chunk(
     return x, KVCache(k, v)
 
 
-def tdm_step(
+def feed(
     config: ModelConfig, params: Params, cache: KVCache, inputs: StepInput, *,
-    slots: int, max_slice_tokens: int, capacity: int, idle_id: int, end_id: int,
-) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
-    """Appends each row's user slice and samples its assistant slice. To be jitted with `cache` donated.
+    slots: int, capacity: int, idle_id: int,
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
+    """Appends each row's user slice and samples the first token behind it. To be jitted with `cache` donated.
 
     Args:
         config: the model.
         params: its weights, layers apart (`minicpm.unstack`).
-        cache: of B rows.
-        inputs: the rows' slices and settings.
-        slots: how many of the cache's slots are read: at least the longest active row.
-        max_slice_tokens: M, most tokens of a slice.
+        cache: any cache.
+        inputs: R rows' slices and settings.
+        slots: how many of the cache's slots are read: at least the longest active row's length.
         capacity: positions that rotary scaling is fixed for.
+        idle_id: the token of a silent slice.
+
+    Returns:
+        The cache with every row's fed tokens written behind its length; the sampled tokens, int32 `[R]`.
+    """
+    R, T = inputs.tokens.shape
+    rows = inputs.rows
+    past = kv.take_rows(cache, rows.index, slots)
+    buffer = kv.zeros(config, R, T, cache.dtype)
+    causal = jnp.broadcast_to(jnp.arange(T)[None, :] <= jnp.arange(T)[:, None], (R, T, T))
+    hidden, buffer = _chunk(
+        config, params, past, buffer, inputs.tokens, rows.lengths[:, None] + jnp.arange(T),
+        0, rows.lengths, causal, capacity,
+    )  # fmt: skip
+    last = jnp.maximum(inputs.counts - 1, 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
+    idle = jnp.where(inputs.allow_idle, logits[:, idle_id] + inputs.idle_bias, -1e30)
+    logits = jnp.where(rows.suppress, -1e30, logits).at[:, idle_id].set(idle)
+    return kv.append(cache, buffer, rows.index, rows.lengths), _sample(logits, 0, rows)
+
+
+def say(
+    config: ModelConfig, params: Params, cache: KVCache, token: jax.Array, rows: RowsInput, *,
+    slots: int, max_slice_tokens: int, capacity: int, idle_id: int, end_id: int,
+) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
+    """Samples the rest of R rows' slices behind their first tokens. To be jitted with `cache` donated.
+
+    Args:
+        config, params, cache, slots, capacity: as for `feed`.
+        token: int32 `[R]`, each slice's first token.
+        rows: the rows, their fed tokens part of their lengths.
+        max_slice_tokens: M, most tokens of a slice.
         idle_id, end_id: the tokens that end a slice. Idle can only be a slice's first token.
 
     Returns:
-        The cache with every row's new entries written behind its length: its real tokens, then all sampled ones but
-        the last. The sampled tokens, int32 `[B, M]`, and how many of them are real, stop token included, int32 `[B]`.
+        The cache with all sampled tokens but the last written behind each row's length. The sampled tokens, int32
+        `[R, M]`, the first included, and how many of them are real, stop token included, int32 `[R]`.
     """
-    B, T = inputs.tokens.shape
-    M = max_slice_tokens
-    past = kv.bucket(cache, slots)
-    buffer = kv.zeros(config, B, T + M, cache.dtype)
-    index = jnp.arange(T + M)
-    fed = index < inputs.counts[:, None]  # [B, T + M]
-    suppress = inputs.suppress | (jnp.arange(inputs.suppress.shape[0]) == idle_id)
-
-    def draw(hidden: jax.Array, i: jax.Array | int) -> jax.Array:
-        """The token number i of each row's slice, from hidden states `[B, D]`."""
-        logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
-        logits = jnp.where(suppress, -1e30, logits)
-        return _sample_row_keys(logits, i, inputs)
-
-    def first(hidden: jax.Array) -> jax.Array:
-        logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
-        idle = jnp.where(inputs.allow_idle, logits[:, idle_id] + inputs.idle_bias, -1e30)
-        logits = jnp.where(suppress, -1e30, logits).at[:, idle_id].set(idle)
-        return _sample_row_keys(logits, 0, inputs)
-
-    causal = jnp.broadcast_to(index[None, None, :] <= jnp.arange(T)[None, :, None], (B, T, T + M))
-    hidden, buffer = _chunk(
-        config, params, past, buffer, inputs.tokens, inputs.lengths[:, None] + jnp.arange(T),
-        0, inputs.lengths, causal, capacity,
-    )  # fmt: skip
-    last = jnp.maximum(inputs.counts - 1, 0)
-    token = first(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    R, M = token.shape[0], max_slice_tokens
+    past = kv.take_rows(cache, rows.index, slots)
+    buffer = kv.zeros(config, R, max(M - 1, 1), cache.dtype)
+    index = jnp.arange(max(M - 1, 1))
+    suppress = rows.suppress | (jnp.arange(rows.suppress.shape[0]) == idle_id)
 
     def over(token: jax.Array) -> jax.Array:
         return (token == idle_id) | (token == end_id)
-
-    sampled = jnp.zeros((B, M), jnp.int32).at[:, 0].set(token)
-    number = inputs.active.astype(jnp.int32)
-    going = inputs.active & ~over(token)
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
         i, going, *_ = state
@@ -152,31 +177,47 @@ def tdm_step(
 
     def one(state: tuple[Any, ...]) -> tuple[Any, ...]:
         i, going, token, sampled, number, buffer = state
-        slot = T + i - 1  # of the token before this one
-        visible = fed | ((index >= T) & (index <= slot))
         hidden, buffer = _chunk(
-            config, params, past, buffer, token[:, None], (inputs.lengths + inputs.counts + i - 1)[:, None],
-            slot, inputs.lengths, visible[:, None], capacity,
+            config, params, past, buffer, token[:, None], (rows.lengths + i - 1)[:, None],
+            i - 1, rows.lengths, jnp.broadcast_to(index <= i - 1, (R, 1, index.size)), capacity,
         )  # fmt: skip
-        token = draw(hidden[:, 0], i)
+        logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden[:, 0]))
+        token = _sample(jnp.where(suppress, -1e30, logits), i, rows)
         sampled = lax.dynamic_update_slice_in_dim(sampled, token[:, None], i, axis=1)
         number = jnp.where(going, i + 1, number)
         return i + 1, going & ~over(token), token, sampled, number, buffer
 
-    state = (1, going, token, sampled, number, buffer)
+    sampled = jnp.zeros((R, M), jnp.int32).at[:, 0].set(token)
+    state = (1, rows.active & ~over(token), token, sampled, rows.active.astype(jnp.int32), buffer)
     *_, sampled, number, buffer = lax.while_loop(unfinished, one, state)
-    # What each row keeps, in order: its fed tokens, then its sampled ones.
-    order = jnp.where(fed, index, index + T - inputs.counts[:, None])
-    order = jnp.minimum(order, T + M - 1)
-    return kv.append(cache, buffer, order, inputs.lengths), sampled, number
+    return kv.append(cache, buffer, rows.index, rows.lengths), sampled, number
 
 
-def _sample_row_keys(logits: jax.Array, i: jax.Array | int, inputs: StepInput) -> jax.Array:
+def tdm_step(
+    config: ModelConfig, params: Params, cache: KVCache, inputs: StepInput, *,
+    slots: int, max_slice_tokens: int, capacity: int, idle_id: int, end_id: int,
+) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
+    """Appends each row's user slice and samples its assistant slice: `feed` and `say` in one program.
+
+    `slots` is at least the longest active row's length, its fed tokens included. Arguments and results are those of
+    `feed` and `say`.
+    """
+    cache, token = feed(config, params, cache, inputs, slots=slots, capacity=capacity, idle_id=idle_id)
+    rows = dataclasses.replace(inputs.rows, lengths=inputs.rows.lengths + inputs.counts)
+    return say(
+        config, params, cache, token, rows, slots=slots, max_slice_tokens=max_slice_tokens, capacity=capacity,
+        idle_id=idle_id, end_id=end_id,
+    )  # fmt: skip
+
+
+def _sample(logits: jax.Array, i: jax.Array | int, rows: RowsInput) -> jax.Array:
+    """The token number i of each row's slice."""
+
     def key(seed: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), i)
 
-    keys = jax.vmap(key)(inputs.seeds, inputs.steps)
-    return sample(logits, keys, inputs.temperature, inputs.top_p, inputs.top_k)
+    keys = jax.vmap(key)(rows.seeds, rows.steps)
+    return sample(logits, keys, rows.temperature, rows.top_p, rows.top_k)
 
 
 def extend_row(

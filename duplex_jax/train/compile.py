@@ -201,7 +201,7 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     import functools
 
     from duplex_jax.decode import cache as kv
-    from duplex_jax.decode.step import StepInput, tdm_step
+    from duplex_jax.decode.step import RowsInput, StepInput, tdm_step
 
     model = model_shape(config)
     parallel.check_model(spec, model)
@@ -240,10 +240,13 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
         "idle_bias": ((sessions,), jnp.float32),
     }  # fmt: skip
     inputs = {k: placed(shape, kind, ("batch",) + (None,) * (len(shape) - 1)) for k, (shape, kind) in kinds.items()}
-    inputs["suppress"] = placed((model.padded_vocab_size,), jnp.bool_, (None,))
+    apart = ("tokens", "counts", "allow_idle", "idle_bias")
+    suppress = placed((model.padded_vocab_size,), jnp.bool_, (None,))
+    rows = RowsInput(None, **{k: v for k, v in inputs.items() if k not in apart}, suppress=suppress)
+    step_input = StepInput(rows, **{k: inputs[k] for k in apart})
     step = functools.partial(tdm_step, model, slots=slots, max_slice_tokens=M, capacity=capacity, idle_id=3, end_id=2)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=1).lower(params, cache, StepInput(**inputs))
+        lowered = jax.jit(step, donate_argnums=1).lower(params, cache, step_input)
         tokens = sessions * (T + M)
         work = tokens * flops.forward_flops(model, 2 * capacity) / spec.size
         # Each sampled token reads the weights and the cache once.

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from duplex_jax.decode import cache as kv
 from tests.tiny import CONFIG
@@ -26,23 +27,24 @@ def test_shapes():
     assert (cache.rows, cache.slots) == (B, S)
     assert all(x.shape == (B, S, L, K, H) for x in by_slot(cache))
     assert cache.dtype == jnp.bfloat16
-    assert kv.bucket(filled(B, S, 0), 16).slots == 16
     assert all((x == 0).all() for x in by_slot(cache))
 
 
-def test_append_writes_behind_each_length_in_order():
-    """Each row's block in its own order and place; what lies in front of it, and in other rows, stays."""
-    cache, buffer = filled(B, S, 0), filled(B, 6, 1)
-    order = np.array([[0, 1, 4, 5, 5, 5], [3, 2, 1, 0, 5, 4], [0, 1, 2, 3, 4, 5]], np.int32)
-    lengths = np.array([0, 17, S - 6], np.int32)
-    for old, new, appended in zip(
-        by_slot(cache), by_slot(buffer), by_slot(jax.jit(kv.append)(cache, buffer, order, lengths)), strict=True
-    ):
-        for row in range(B):
-            n = lengths[row]
-            np.testing.assert_array_equal(appended[row, :n], old[row, :n])
-            np.testing.assert_array_equal(appended[row, n : n + 6], new[row, order[row]])
-            np.testing.assert_array_equal(appended[row, n + 6 :], old[row, n + 6 :])
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+def test_rows_taken_and_appended_to(rows: list[int] | None):
+    """Each row's block in its own place; what lies in front of it, and in other rows, stays."""
+    which = list(range(B)) if rows is None else rows
+    index = None if rows is None else np.array(rows, np.int32)
+    cache, buffer = filled(B, S, 0), filled(len(which), 6, 1)
+    lengths = np.array([0, 17, S - 6], np.int32)[: len(which)]
+    appended = jax.jit(kv.append)(cache, buffer, index, lengths)
+    taken = jax.jit(kv.take_rows, static_argnums=2)(appended, index, 20)
+    for old, new, found, part in zip(by_slot(cache), by_slot(buffer), by_slot(appended), by_slot(taken), strict=True):
+        expected = old.copy()
+        for i, row in enumerate(which):
+            expected[row, lengths[i] : lengths[i] + 6] = new[i]
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(part, expected[which, :20])
 
 
 def test_a_row_taken_and_put_elsewhere():

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from duplex_jax.decode.sampling import Sampling, nucleus_mask, sample
+from duplex_jax.decode.sampling import Sampling, choose, nucleus_mask, sample
 from duplex_jax.errors import UserError
 
 MASK = jax.jit(nucleus_mask)
+CHOOSE = jax.jit(choose)
 
 
 def kept_by_sorting(logits: np.ndarray, top_p: float, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,6 +97,23 @@ def test_greedy_rows_stay_greedy_beside_others():
     drawn = np.asarray(jax.jit(sample)(logits, keys, temperature, np.ones(64, np.float32), np.zeros(64, np.int32)))
     np.testing.assert_array_equal(drawn[::2], logits[::2].argmax(-1))
     assert (drawn[1::2] != logits[1::2].argmax(-1)).any()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    weights=st.dictionaries(
+        st.integers(0, 599), st.floats(2**-60, 2**20, width=32), min_size=1, max_size=12
+    ),
+    at=st.floats(0, 1, exclude_max=True, width=32),
+)  # fmt: skip
+def test_choice_is_that_of_a_running_sum(weights: dict[int, float], at: float):
+    row = np.zeros(600, np.float32)
+    row[list(weights)] = list(weights.values())
+    index = int(CHOOSE(row[None], np.array([at], np.float32))[0])
+    sums = np.cumsum(row.astype(np.float64))
+    assert row[index] > 0
+    slack = 1e-5 * sums[-1]
+    assert sums[index] - row[index] - slack <= at * sums[-1] <= sums[index] + slack
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ HOT = Sampling(temperature=2.0, top_p=1.0)
 
 
 @functools.cache
-def engine(max_slice_tokens: int = 10) -> Engine:
+def engine(max_slice_tokens: int = 10, at_once: bool = False) -> Engine:
+    """Three rows; one program for all of them, or several that compute those that take part and those that speak."""
     model = tiny_model()
     return Engine(
-        model.config, model.params, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens
+        model.config, model.params, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens,
+        row_buckets=[] if at_once else None,
     )  # fmt: skip
 
 
@@ -35,14 +37,15 @@ def test_rows_at_rest_stay_as_they_are():
         engine().close(row)
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_a_slice_has_a_most_of_tokens(most: int):
+@pytest.mark.parametrize(("most", "at_once"), [(1, False), (3, False), (3, True)])
+def test_a_slice_has_a_most_of_tokens(most: int, at_once: bool):
     """Greedy, token by token what a fresh forward pass says, and no more than M of them."""
-    row = engine(most).open(sampling=Sampling(0))
+    ours = engine(most, at_once)
+    row = ours.open(sampling=Sampling(0))
     fresh = FreshForward(tiny_model())
     words = []
     for _ in range(6):
-        said = engine(most).advance({row: Request([9, 8, 7], allow_idle=False)})[row]
+        said = ours.advance({row: Request([9, 8, 7], allow_idle=False)})[row]
         words.append(said)
         for i, token in enumerate(said):
             logits = fresh(row.ids[: len(row.ids) - len(said) + i])[:262].copy()
@@ -50,7 +53,24 @@ def test_a_slice_has_a_most_of_tokens(most: int):
             assert token == logits.argmax()
     assert max(map(len, words)) == most
     assert all(END not in said[:-1] for said in words)
-    engine(most).close(row)
+    ours.close(row)
+
+
+def test_one_program_gives_what_two_give():
+    """Rows that rest, speak and are silent, by both ways."""
+    slices = []
+    for at_once in (False, True):
+        ours = engine(10, at_once)
+        rows = [ours.open([1, 2, 3], HOT, seed=i) for i in range(3)]
+        said = []
+        for n in range(20):
+            answers = ours.advance({row: Request([5 + n] * (1 + i)) for i, row in enumerate(rows) if (n + i) % 3})
+            said.append(list(answers.values()))
+        slices.append(said)
+        for row in rows:
+            ours.close(row)
+    assert slices[0] == slices[1]
+    assert {len(s) for step in slices[0] for s in step} > {1, 10}
 
 
 def test_keys_come_from_seed_step_and_place():
