@@ -1,18 +1,12 @@
 """`duplex-jax serve`: the real-time server, its page, and the protocols that clients speak."""
 
 import ipaddress
-import os
 import socket
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from absl import flags
 
 from duplex_jax.errors import UserError
 from launch import app
-
-if TYPE_CHECKING:
-    from duplex_jax.serve.protocol import VoiceFactory
 
 _MODEL = flags.DEFINE_string("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
@@ -30,6 +24,10 @@ _ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that
 _SNAPSHOT_KEY = flags.DEFINE_string(
     "snapshot_key_file", "~/.cache/duplex_jax/snapshot.key", "Signs snapshots; servers that share it share them."
 )
+_REPLICAS = flags.DEFINE_integer(
+    "replicas", 1, "Servers behind one port, on the machines of a Ray cluster: needs pip install 'duplex-jax[ray]'.",
+    lower_bound=1,
+)  # fmt: skip
 _VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'duplex-jax[voice]'; by default if it is.")
 
 
@@ -48,49 +46,35 @@ def _check() -> None:
         raise UserError(f"--host={_HOST.value} --port={_PORT.value}: cannot listen there ({e.strerror or e})") from e
 
 
-def _load_voice() -> "VoiceFactory | None":
-    """Speech, where it was asked for or is installed."""
-    if _VOICE.value is False:
-        return None
-    from duplex_jax.serve.voice.session import load_voice
-
-    try:
-        return load_voice()
-    except UserError as e:
-        if _VOICE.value:
-            raise
-        print(f"text only: {e}", flush=True)
-        return None
-
-
 def main(argv: list[str]) -> None:
     """Loads the model, compiles, and serves until it is stopped."""
     app.no_arguments(argv)
     _check()
     from aiohttp import web
 
-    from duplex_jax.checkpoint.registry import load_model
-    from duplex_jax.decode.engine import Engine
-    from duplex_jax.serve.app import Access, Server, read_keys
-    from duplex_jax.serve.hub import Hub
-    from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
-    from duplex_jax.template import refuse_typed_markers
+    from duplex_jax.serve.build import Options, build_server
+    from duplex_jax.serve.sessions import Limits
 
-    access = Access(read_keys(_KEYS.value) if _KEYS.value else (), tuple(_ORIGINS.value))
-    key = snapshot_key(_SNAPSHOT_KEY.value)
-    app.use_compilation_cache()
-    print(f"loading {_MODEL.value}", flush=True)
-    model = load_model(_MODEL.value, dtype="auto", template=_TEMPLATE.value)
-    refuse_typed_markers(model.template)
-    engine = Engine(model.config, model.params, model.template, rows=_SESSIONS.value, capacity=_CAPACITY.value)
-    print("compiling; later starts are faster", flush=True)
-    engine.warm_up(everything=True)
     limits = Limits(
         per_client=_PER_CLIENT.value, session_seconds=_SESSION_HOURS.value * 3600, parked_seconds=_PARKED.value
     )
-    name = Path(_MODEL.value).name if os.sep in _MODEL.value else _MODEL.value
-    sessions = Sessions(Hub(engine, waiting=_WAITING.value), limits, key)
-    server = Server(sessions, name, access=access, slice_seconds=_SLICE_SECONDS.value, make_voice=_load_voice())
+    options = Options(
+        model=_MODEL.value, template=_TEMPLATE.value, sessions=_SESSIONS.value, waiting=_WAITING.value,
+        capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits, api_key_file=_KEYS.value,
+        allowed_origins=tuple(_ORIGINS.value), snapshot_key_file=_SNAPSHOT_KEY.value, voice=_VOICE.value,
+    )  # fmt: skip
+    if _REPLICAS.value > 1:
+        if not _PORT.value:
+            raise UserError("--port=0: replicas share one port, which must be named")
+        try:
+            from launch.replicas import run
+        except ImportError as e:
+            raise UserError(f"--replicas needs Ray Serve: pip install 'duplex-jax[ray]' ({e.name} is missing)") from e
+        run(options, _REPLICAS.value, _HOST.value, _PORT.value)
+        return
+    app.use_compilation_cache()
+    server = build_server(options, lambda text: print(text, flush=True))
+    name = options.name
     ready: list[str] = []
 
     def told(*words: object) -> None:

@@ -69,7 +69,10 @@ def bench_serve(
     if counts[0] < 1 or seconds < 2 * slice_seconds:
         raise UserError("sessions must be at least 1 and seconds at least two slices")
     loaded = load_model(model, dtype="float32")
-    rows = [asyncio.run(_measure(loaded, n, seconds, slice_seconds, capacity)) for n in counts]
+    engine = Engine(loaded.config, loaded.params, loaded.template, rows=counts[-1], capacity=capacity)
+    print("compiling", file=sys.stderr, flush=True)
+    engine.warm_up(everything=True)
+    rows = [asyncio.run(_measure(engine, loaded.name, n, seconds, slice_seconds)) for n in counts]
     report: dict[str, Any] = {
         "model": loaded.name,
         "slice_seconds": slice_seconds,
@@ -89,14 +92,10 @@ def _script() -> list[str]:
     return [pair.user for pair in pairs if pair.user]
 
 
-async def _measure(
-    model: LoadedModel, count: int, seconds: float, slice_seconds: float, capacity: int
-) -> dict[str, Any]:
-    engine = Engine(model.config, model.params, model.template, rows=count, capacity=capacity)
-    print(f"{count} sessions: compiling", file=sys.stderr, flush=True)
-    engine.warm_up(everything=True)
+async def _measure(engine: Engine, name: str, count: int, seconds: float, slice_seconds: float) -> dict[str, Any]:
+    print(f"{count} sessions", file=sys.stderr, flush=True)
     hub = Hub(engine)
-    server = Server(Sessions(hub, Limits(per_client=count)), model.name, slice_seconds=slice_seconds)
+    server = Server(Sessions(hub, Limits(per_client=count)), name, slice_seconds=slice_seconds)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "localhost", 0)
@@ -129,7 +128,7 @@ async def _measure(
         "batch": hub.stepped / max(1, hub.steps),
         "busy": hub.busy_seconds / (seconds + slice_seconds),
         "cores": used,
-        "cache_mib_a_session": cache / count / 2**20,
+        "cache_mib_a_session": cache / engine.cache.rows / 2**20,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

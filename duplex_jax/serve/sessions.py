@@ -60,10 +60,11 @@ class Sessions:
         hub: steps them.
         limits: what is granted.
         key: signs snapshots; whoever has it may make contexts of any tokens.
+        prefix: in front of every session's id.
     """
 
-    def __init__(self, hub: Hub, limits: Limits | None = None, key: bytes | None = None):
-        self.hub, self.limits = hub, limits or Limits()
+    def __init__(self, hub: Hub, limits: Limits | None = None, key: bytes | None = None, prefix: str = ""):
+        self.hub, self.limits, self._prefix = hub, limits or Limits(), prefix
         self._key = key or secrets.token_bytes(32)
         self._entries: dict[str, Entry] = {}
         self._by_client: dict[str, int] = {}
@@ -123,7 +124,7 @@ class Sessions:
             self._leave(client)
             raise
         live.on_step = lambda spoken: self.on_step(live, spoken)
-        entry = Entry(secrets.token_hex(8), secrets.token_urlsafe(16), client, live, time.monotonic())
+        entry = Entry(self._prefix + secrets.token_hex(8), secrets.token_urlsafe(16), client, live, time.monotonic())
         self._entries[entry.id] = entry
         live.start()
         return entry

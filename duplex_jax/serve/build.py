@@ -1,0 +1,93 @@
+"""A server out of its options: the model, its engine compiled, sessions, and everything behind one port."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from duplex_jax.errors import UserError
+from duplex_jax.serve.app import Access, Server, read_keys
+from duplex_jax.serve.hub import Hub
+from duplex_jax.serve.protocol import VoiceFactory
+from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a server is started with.
+
+    Attributes:
+        model: see `registry.load_model`.
+        template: how slices become tokens; the model's own by default.
+        sessions: rows of the batch.
+        waiting: newcomers that may wait for a row.
+        capacity: tokens of a session's context.
+        slice_seconds: k where a client does not say.
+        limits: what is granted.
+        api_key_file: keys, one a line; None asks for none.
+        allowed_origins: pages of other servers that may connect.
+        snapshot_key_file: signs snapshots.
+        voice: hear and speak; None: where it is installed.
+    """
+
+    model: str = "smollm2-135m-duplex"
+    template: str | None = None
+    sessions: int = 8
+    waiting: int = 64
+    capacity: int = 2048
+    slice_seconds: float = 2.0
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    api_key_file: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    snapshot_key_file: str = "~/.cache/duplex_jax/snapshot.key"
+    voice: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's, as clients see it."""
+        return Path(self.model).name if os.sep in self.model else self.model
+
+
+def build_server(options: Options, tell: Callable[[str], None], prefix: str = "") -> Server:
+    """Loads the model and compiles all that a session needs.
+
+    Args:
+        options: of the server.
+        tell: is told what takes time.
+        prefix: in front of every session's id, to tell servers apart.
+
+    Raises:
+        UserError: an option that cannot be.
+    """
+    from duplex_jax.checkpoint.registry import load_model
+    from duplex_jax.decode.engine import Engine
+    from duplex_jax.template import refuse_typed_markers
+
+    access = Access(read_keys(options.api_key_file) if options.api_key_file else (), options.allowed_origins)
+    key = snapshot_key(options.snapshot_key_file)
+    tell(f"loading {options.model}")
+    model = load_model(options.model, dtype="auto", template=options.template)
+    refuse_typed_markers(model.template)
+    engine = Engine(model.config, model.params, model.template, rows=options.sessions, capacity=options.capacity)
+    tell("compiling; later starts are faster")
+    engine.warm_up(everything=True)
+    sessions = Sessions(Hub(engine, waiting=options.waiting), options.limits, key, prefix)
+    return Server(
+        sessions, options.name, access=access, slice_seconds=options.slice_seconds,
+        make_voice=_load_voice(options.voice, tell),
+    )  # fmt: skip
+
+
+def _load_voice(wanted: bool | None, tell: Callable[[str], None]) -> VoiceFactory | None:
+    """Speech, where it was asked for or is installed."""
+    if wanted is False:
+        return None
+    from duplex_jax.serve.voice.session import load_voice
+
+    try:
+        return load_voice()
+    except UserError as e:
+        if wanted:
+            raise
+        tell(f"text only: {e}")
+        return None
