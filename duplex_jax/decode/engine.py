@@ -109,9 +109,9 @@ class Engine:
         rows: B, conversations at once.
         capacity: most tokens of a context.
         dtype: of weights and cache; float32 on CPU and bfloat16 elsewhere by default.
-        feed_buckets: T, the lengths that a step's fed tokens are padded to.
+        max_feed_tokens: T, most tokens of a row that a step is fed.
         row_buckets: R, the numbers of rows that a step computes: it takes the least that holds those that take part,
-            and again for those that are not silent. On CPU powers of four by default; elsewhere all rows, in one
+            and again for those that are not silent. On CPU 1, 4, 16, 32, 64, ... by default; elsewhere all rows, in one
             program and without a look at the first token in the middle.
         chunk: tokens that are encoded at once where there are more of them, ahead of the step.
         max_slice_tokens: M, most tokens of an assistant slice.
@@ -129,7 +129,7 @@ class Engine:
         rows: int = 1,
         capacity: int | None = None,
         dtype: Any = None,
-        feed_buckets: Sequence[int] = (8, 16),
+        max_feed_tokens: int = 16,
         row_buckets: Sequence[int] | None = None,
         chunk: int = 64,
         max_slice_tokens: int = MAX_SLICE_TOKENS,
@@ -149,12 +149,13 @@ class Engine:
         self.max_slice_tokens = max_slice_tokens
         self.dtype = jnp.dtype(dtype)
         self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
-        self._buckets = tuple(sorted(feed_buckets))
+        self._max_feed = max_feed_tokens
         if row_buckets is None:
-            row_buckets = [4**i for i in range(10)] if jax.default_backend() == "cpu" else []
+            # On two cores eight rows take nearly as long as sixteen, and each program takes seconds to compile.
+            row_buckets = [1, 4, *(16 * 2**i for i in range(10))] if jax.default_backend() == "cpu" else []
         self._few_rows = bool(row_buckets)
         self._row_buckets = (*sorted(b for b in row_buckets if b < rows), rows)
-        self.chunk = max(chunk, self._buckets[-1])
+        self.chunk = max(chunk, max_feed_tokens)
         slack = self.chunk + max_slice_tokens
         self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
         # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
@@ -249,24 +250,28 @@ class Engine:
             return {}
         for row, request in requests.items():
             pending = len(row.ids) - row.cached + len(request.ids)
-            self.encode(row, pending - self._buckets[-1], request.ids)
+            self.encode(row, pending - self._max_feed, request.ids)
         feeds = {row: [*row.ids, *request.ids][row.cached :] for row, request in requests.items()}
-        T = next(b for b in self._buckets if b >= max(map(len, feeds.values())))
         lengths = {row: row.cached + len(feed) for row, feed in feeds.items()}
         rows, places = self._rows_input(feeds, {})
+        R, fed = len(rows.lengths), sum(map(len, feeds.values()))
+        shape = next(s for s in self._feed_shapes(R) if len(s) == 2 or s[0] >= fed)
         inputs = programs.StepInput(
-            rows, np.zeros((len(rows.lengths), T), np.int32), np.zeros_like(rows.lengths),
-            np.zeros_like(rows.active), np.zeros_like(rows.temperature),
+            rows, np.zeros(shape, np.int32), np.zeros_like(rows.lengths), np.zeros_like(rows.active),
+            np.zeros_like(rows.temperature),
         )  # fmt: skip
+        if len(shape) == 1:
+            inputs.tokens[:fed] = [i for row in sorted(feeds, key=places.__getitem__) for i in feeds[row]]
         for row, feed in feeds.items():
             i = places[row]
-            inputs.tokens[i, : len(feed)] = feed
+            if len(shape) == 2:
+                inputs.tokens[i, : len(feed)] = feed
             inputs.counts[i] = len(feed)
             inputs.allow_idle[i] = requests[row].allow_idle
             inputs.idle_bias[i] = row.sampling.idle_bias
         if self._few_rows:
             slots = self._slots(max(row.cached for row in feeds))
-            program = self._program("feed", slots, self.cache, len(rows.lengths), T)
+            program = self._program("feed", slots, self.cache, R, int(np.prod(shape)))
             self.cache, token = program(self.params, self.cache, inputs)
             token = np.asarray(token)
             result = {row: [int(token[places[row]])] for row in feeds}
@@ -275,7 +280,7 @@ class Engine:
                 result |= self._say(going, lengths)
         else:
             slots = self._slots(max(lengths.values()))
-            program = self._program("step", slots, self.cache, self.cache.rows, T)
+            program = self._program("step", slots, self.cache, R, int(np.prod(shape)))
             self.cache, sampled, number = program(self.params, self.cache, inputs)
             sampled, number = jax.device_get((sampled, number))
             result = {row: sampled[places[row], : number[places[row]]].tolist() for row in feeds}
@@ -428,6 +433,15 @@ class Engine:
 
     # Programs: one compilation for each kind, slot bucket and cache.
 
+    def _feed_shapes(self, rows: int) -> list[tuple[int, ...]]:
+        """Shapes of the tokens that so many rows are fed, see `StepInput`, the cheapest first.
+
+        Of many rows most are silent or say a few words: room for six tokens each, one row's behind the other's, mostly
+        does, and takes half of the time. A single row takes the same whatever it is fed.
+        """
+        whole = (rows, self._max_feed)
+        return [(6 * rows,), whole] if rows > 1 and self._few_rows else [whole]
+
     def _slots(self, length: int) -> int:
         """The bucket of slots to read for a length: powers of two from 256; everything, where that is little more."""
         for power in itertools.count(8):
@@ -459,7 +473,9 @@ class Engine:
         idle: dict[str, Any] = {"idle_id": self.template.idle_id}
         stops: dict[str, Any] = {**idle, "end_id": self.template.end_id, "max_slice_tokens": self.max_slice_tokens}
         bodies: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
-            "feed": (functools.partial(programs.feed, self.config, **sizes, **idle), (1,)),
+            "feed": (
+                functools.partial(programs.feed, self.config, **sizes, **idle, max_feed_tokens=self._max_feed), (1,)
+            ),
             "say": (functools.partial(programs.say, self.config, **sizes, **stops), (1,)),
             "step": (functools.partial(programs.tdm_step, self.config, **sizes, **stops), (1,)),
             "extend": (functools.partial(programs.extend_row, self.config, **sizes), (1,)),
@@ -503,11 +519,12 @@ class Engine:
                 np.zeros(R, np.uint32), np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32),
                 self._suppress,
             )  # fmt: skip
-            for T in self._buckets:
+            for shape in self._feed_shapes(R):
                 inputs = programs.StepInput(
-                    rows, np.zeros((R, T), np.int32), np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.float32)
+                    rows, np.zeros(shape, np.int32), np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.float32)
                 )
-                program = self._program("feed" if self._few_rows else "step", slots, self.cache, R, T)
+                kind = "feed" if self._few_rows else "step"
+                program = self._program(kind, slots, self.cache, R, int(np.prod(shape)))
                 self.cache, *_ = program(self.params, self.cache, inputs)
             if self._few_rows and self.max_slice_tokens > 1:
                 token = np.zeros(R, np.int32)

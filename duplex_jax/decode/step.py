@@ -70,7 +70,8 @@ class StepInput:
 
     Attributes:
         rows: the rows.
-        tokens: int32 `[R, T]`, ids to append, right-padded.
+        tokens: int32 `[R, T]`, ids to append, right-padded; or `[P]`, those of one row behind those of the other, the
+            padding last: what a layer does to each token by itself is then done to P of them.
         counts: int32 `[R]`, how many of them are real; 0 for a row at rest.
         allow_idle: bool `[R]`, whether the slice may be idle; a turn-based answer may not.
         idle_bias: float32 `[R]`, see `Sampling`.
@@ -86,11 +87,18 @@ class StepInput:
 def _chunk(
     config: ModelConfig, params: Params, past: KVCache, buffer: KVCache, tokens: jax.Array, positions: jax.Array,
     slot: jax.Array | int, lengths: jax.Array, visible: jax.Array, capacity: int,
+    rows: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:  # fmt: skip
-    """Runs `tokens` `[B, t]` through the layers: hidden states `[B, t, D]` and the buffer with their keys at `slot`."""
+    """Runs `tokens` `[B, t]` through the layers: hidden states `[B, t, D]` and the buffer with their keys at `slot`.
+
+    Tokens `[1, P]` of several rows come with `rows`: which of them each row `[B, t]` holds, and where each of them
+    `[P]` is among those B t. Hidden states are `[1, P, D]` then.
+    """
     tables = rope.rotary_tables(config, positions, capacity)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_kv: Any) -> tuple[jax.Array, Any]:
+        if rows is not None:
+            q, k, v = (x[0][rows[0]] for x in (q, k, v))
         past_k, past_v, k_buffer, v_buffer = layer_kv
         k_buffer = lax.dynamic_update_slice_in_dim(
             k_buffer, k.transpose(0, 2, 3, 1).astype(k_buffer.dtype), slot, axis=-1
@@ -99,7 +107,8 @@ def _chunk(
             v_buffer, v.transpose(0, 2, 1, 3).astype(v_buffer.dtype), slot, axis=-2
         )
         recent = (k_buffer, v_buffer)
-        return kv.attend(q, (past_k, past_v), recent, lengths, visible), recent
+        out = kv.attend(q, (past_k, past_v), recent, lengths, visible)
+        return out if rows is None else out.reshape(1, -1, *out.shape[2:])[:, rows[1]], recent
 
     x = minicpm.embed(config, params, tokens, params["embed"].dtype)
     kept = []
@@ -110,9 +119,18 @@ def _chunk(
     return x, KVCache(k, v)
 
 
+def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`start`, known only when the hidden states are.
+
+    All that is read of the cache is read before anything is written then; else XLA copies the whole cache to write one
+    row. It does not see that a place in an array is never negative.
+    """
+    return start + jnp.minimum(jnp.argmax(hidden.reshape(-1)), 0).astype(start.dtype)
+
+
 def feed(
     config: ModelConfig, params: Params, cache: KVCache, inputs: StepInput, *,
-    slots: int, capacity: int, idle_id: int,
+    slots: int, max_feed_tokens: int, capacity: int, idle_id: int,
 ) -> tuple[KVCache, jax.Array]:  # fmt: skip
     """Appends each row's user slice and samples the first token behind it. To be jitted with `cache` donated.
 
@@ -122,27 +140,41 @@ def feed(
         cache: any cache.
         inputs: R rows' slices and settings.
         slots: how many of the cache's slots are read: at least the longest active row's length.
+        max_feed_tokens: T, most tokens that a row is fed.
         capacity: positions that rotary scaling is fixed for.
         idle_id: the token of a silent slice.
 
     Returns:
         The cache with every row's fed tokens written behind its length; the sampled tokens, int32 `[R]`.
     """
-    R, T = inputs.tokens.shape
-    rows = inputs.rows
+    rows, R, T = inputs.rows, inputs.counts.shape[0], max_feed_tokens
     past = kv.take_rows(cache, rows.index, slots)
     buffer = kv.zeros(config, R, T, cache.dtype)
     causal = jnp.broadcast_to(jnp.arange(T)[None, :] <= jnp.arange(T)[:, None], (R, T, T))
-    hidden, buffer = _chunk(
-        config, params, past, buffer, inputs.tokens, rows.lengths[:, None] + jnp.arange(T),
-        0, rows.lengths, causal, capacity,
-    )  # fmt: skip
-    last = jnp.maximum(inputs.counts - 1, 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    run = functools.partial(_chunk, config, params, past, buffer)
+    if inputs.tokens.ndim == 2:
+        hidden, buffer = run(
+            inputs.tokens, rows.lengths[:, None] + jnp.arange(T), 0, rows.lengths, causal, capacity
+        )  # fmt: skip
+        last = jnp.maximum(inputs.counts - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    else:
+        P = inputs.tokens.shape[0]
+        ends = jnp.cumsum(inputs.counts)
+        starts = ends - inputs.counts
+        row = jnp.minimum(jnp.sum(jnp.arange(P)[:, None] >= ends, axis=1), R - 1)
+        place = jnp.arange(P) - starts[row]
+        holds = jnp.minimum(starts[:, None] + jnp.arange(T), P - 1)
+        hidden, buffer = run(
+            inputs.tokens[None], (rows.lengths[row] + place)[None], 0, rows.lengths, causal, capacity,
+            (holds, row * T + jnp.clip(place, 0, T - 1)),
+        )  # fmt: skip
+        hidden = hidden[0][jnp.maximum(ends - 1, 0)]
     logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
     idle = jnp.where(inputs.allow_idle, logits[:, idle_id] + inputs.idle_bias, -1e30)
     logits = jnp.where(rows.suppress, -1e30, logits).at[:, idle_id].set(idle)
-    return kv.append(cache, buffer, rows.index, rows.lengths), _sample(logits, 0, rows)
+    cache = kv.append(cache, buffer, rows.index, _when_done(rows.lengths, hidden))
+    return cache, _sample(logits, 0, rows)
 
 
 def say(
@@ -199,10 +231,13 @@ def tdm_step(
 ) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
     """Appends each row's user slice and samples its assistant slice: `feed` and `say` in one program.
 
-    `slots` is at least the longest active row's length, its fed tokens included. Arguments and results are those of
-    `feed` and `say`.
+    `slots` is at least the longest active row's length, its fed tokens included; tokens are `[R, T]`. Arguments and
+    results are those of `feed` and `say`.
     """
-    cache, token = feed(config, params, cache, inputs, slots=slots, capacity=capacity, idle_id=idle_id)
+    cache, token = feed(
+        config, params, cache, inputs, slots=slots, max_feed_tokens=inputs.tokens.shape[1], capacity=capacity,
+        idle_id=idle_id,
+    )  # fmt: skip
     rows = dataclasses.replace(inputs.rows, lengths=inputs.rows.lengths + inputs.counts)
     return say(
         config, params, cache, token, rows, slots=slots, max_slice_tokens=max_slice_tokens, capacity=capacity,
@@ -241,8 +276,8 @@ def extend_row(
     buffer = kv.zeros(config, 1, T, cache.dtype)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
-    _, buffer = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
-    return kv.put_row(cache, row, buffer, length)
+    x, buffer = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
+    return kv.put_row(cache, row, buffer, _when_done(length, x))
 
 
 def next_logits(

