@@ -32,7 +32,8 @@ async def behave(place: str, seed: int, end: float, late: list[float]) -> tuple[
     """A good client in one long session: what it said, and what it got."""
     rng, user, answers = random.Random(seed), list[str | None](), list[str | None]()
     async with Client.connect(place) as client:
-        assert (await client.start(seed=seed, temperature=0.8))["type"] == "started"
+        # Greedy: in a hundred thousand draws, rounding that differs by the size of a batch tips one now and then.
+        assert (await client.start(seed=seed))["type"] == "started"
         while time.monotonic() < end:
             user.append(rng.choice(script(seed)))
             began = time.monotonic()
@@ -81,7 +82,7 @@ def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
             )
             assert after < before * 1.05 + slack_mib
         for seed, (user, answers) in enumerate(talks):
-            assert answers == alone(user, seed, Sampling())
+            assert answers == alone(user, seed)
 
     run(test, seconds * 2 + 200)
 
