@@ -63,17 +63,17 @@ class Directory:
 
 
 class Listener:
-    """A server on a thread of its own, on every address of this node, at a free port."""
+    """A server on a thread of its own, at a free port of an address."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, host: str):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="server", daemon=True).start()
-        self.port: int = asyncio.run_coroutine_threadsafe(self._start(server), self._loop).result()
+        self.port: int = asyncio.run_coroutine_threadsafe(self._start(server, host), self._loop).result()
 
-    async def _start(self, server: Server) -> int:
+    async def _start(self, server: Server, host: str) -> int:
         self._runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "0.0.0.0", 0)
+        site = web.TCPSite(self._runner, host, 0)
         await site.start()
         return int(self._runner.addresses[0][1])
 
@@ -240,8 +240,10 @@ class Replica:
         self._directory = directory.options(
             name=DIRECTORY, namespace=DIRECTORY, get_if_exists=True, num_cpus=0, lifetime="detached"
         ).remote()  # fmt: skip
-        self._listener = Listener(build_server(options, lambda text: None, self._prefix))
-        self._place = f"{ray.util.get_node_ip_address()}:{self._listener.port}"
+        # Without a key nobody from outside may reach it; replicas of other machines then cannot either.
+        host = ray.util.get_node_ip_address() if options.api_key_file else "127.0.0.1"
+        self._listener = Listener(build_server(options, lambda text: None, self._prefix), host)
+        self._place = f"{host}:{self._listener.port}"
         ray.get(self._directory.put.remote(self._prefix, self._place))
         self.bridge = Bridge(self._place, self._where)
 
