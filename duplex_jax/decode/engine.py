@@ -437,7 +437,7 @@ class Engine:
         """Shapes of the tokens that so many rows are fed, see `StepInput`, the cheapest first.
 
         Of many rows most are silent or say a few words: room for six tokens each, one row's behind the other's, mostly
-        does, and takes half of the time. A single row takes the same whatever it is fed.
+        does. A single row takes much the same whatever it is fed.
         """
         whole = (rows, self._max_feed)
         return [(6 * rows,), whole] if rows > 1 and self._few_rows else [whole]
