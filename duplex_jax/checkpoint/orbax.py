@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,33 @@ PARAMS_FOLDER = "params"
 
 @contextlib.contextmanager
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Keeps Orbax's forty lines a call out of a job's own log, up to `level`."""
+    """Keeps Orbax out of a job's own log: its forty lines a call up to `level`, and reports that nobody can use.
+
+    When one of its reads or writes fails, Orbax raises that and closes its event loop. TensorStore's others end later,
+    find the loop closed, and Python prints a traceback for each.
+    """
     before = logging.get_verbosity()
+    hook = sys.unraisablehook
+    reported = time.monotonic()
+
+    def drop(report: Any) -> None:
+        nonlocal reported
+        if isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed":
+            reported = time.monotonic()
+        else:
+            hook(report)
+
     logging.set_verbosity(min(before, level))
+    sys.unraisablehook = drop
     try:
         yield
+    except Exception:
+        reported = failed = time.monotonic()
+        while time.monotonic() < min(reported + 0.3, failed + 10):
+            time.sleep(0.05)
+        raise
     finally:
+        sys.unraisablehook = hook
         logging.set_verbosity(before)
 
 

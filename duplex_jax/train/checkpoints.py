@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from duplex_jax.checkpoint.orbax import quiet
 from duplex_jax.errors import UserError
 
 FOLDER = "checkpoints"
@@ -173,7 +174,8 @@ class Store:
             state, error = None, ""
             try:
                 record = read_record(path)
-                state = self._ocp.load(path, abstract)
+                with quiet():
+                    state = self._ocp.load(path, abstract)
             except UserError:
                 raise
             except Exception as e:
@@ -203,12 +205,12 @@ def _hush_orbax() -> None:
     """Keeps Orbax's threads from printing what they raise: `finish` raises it again and tells it in a line."""
     before = threading.excepthook
 
-    def quiet(args: threading.ExceptHookArgs) -> None:
+    def hush(args: threading.ExceptHookArgs) -> None:
         thread = args.thread
         if thread is None or not (type(thread).__module__.startswith("orbax") or thread.name in _ORBAX_THREADS):
             before(args)
 
-    threading.excepthook = quiet
+    threading.excepthook = hush
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
@@ -308,7 +310,8 @@ def load_state(path: Path, abstract: Any) -> tuple[Any, Record]:
 
     record = read_record(path)
     try:
-        state = ocp.load(path, abstract)
+        with quiet():
+            state = ocp.load(path, abstract)
     except Exception as e:
         raise UserError(f"{path}: cannot be read ({str(e)[:200]}); give another checkpoint") from e
     _check_shapes(path, state, abstract)

@@ -12,8 +12,8 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.app import Access
 from duplex_jax.serve.client import RemoteSession
 from duplex_jax.timeline import SlicePair, Timeline, read_timelines, write_timelines
+from tests.serve.alone import alone, script
 from tests.serve.serving import run, serving
-from tests.serve.test_protocol import alone, script
 
 REPOSITORY = Path(__file__).parents[2]
 

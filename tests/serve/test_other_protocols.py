@@ -11,8 +11,8 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import TurnSession
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.tokenizer import decode
+from tests.serve.alone import alone, script
 from tests.serve.serving import Client, engine_of, run, serving
-from tests.serve.test_protocol import alone, script
 from tests.tiny import tiny_model
 
 

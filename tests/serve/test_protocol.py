@@ -7,31 +7,12 @@ import aiohttp
 import pytest
 
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession
 from duplex_jax.serve.app import Access
 from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row
-from tests.serve.serving import Client, engine_of, run, serving
-from tests.tiny import tiny_model
-
-WORDS = ("hello there", "what is", "the capital of", "no wait", "stop it now", "and then")
-
-
-def script(seed: int, n: int = 12) -> list[str | None]:
-    """What a user says, slice by slice."""
-    rng = random.Random(seed)
-    return [rng.choice(WORDS) if rng.random() < 0.6 else None for _ in range(n)]
-
-
-def alone(user: list[str | None], seed: int = 0, sampling: Sampling | None = None) -> list[str | None]:
-    """What a session of its own answers."""
-    engine = engine_of(tiny_model(), 1, 1024)
-    session = DuplexSession(engine, seed=seed, sampling=sampling or Sampling(temperature=0))
-    try:
-        return [session.step(text).text for text in user]
-    finally:
-        session.close()
+from tests.serve.alone import alone, script
+from tests.serve.serving import Client, run, serving
 
 
 def test_clients_in_one_batch_get_what_they_get_alone():
@@ -48,7 +29,7 @@ def test_clients_in_one_batch_get_what_they_get_alone():
                     return answers
 
             got = await asyncio.gather(*(talk(seed) for seed in range(9)))  # more than rows: five of them wait
-        assert got == [alone(script(seed), seed, Sampling()) for seed in range(9)]
+        assert got == [alone(script(seed), seed, Sampling(), got[seed]) for seed in range(9)]
         assert any(text for answers in got for text in answers)
 
     run(test)
