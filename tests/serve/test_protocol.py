@@ -7,12 +7,14 @@ import aiohttp
 import pytest
 
 from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import DuplexSession
 from duplex_jax.serve.app import Access
 from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row
 from tests.serve.alone import alone, script
-from tests.serve.serving import Client, run, serving
+from tests.serve.serving import Client, engine_of, run, serving
+from tests.tiny import tiny_model
 
 
 def test_clients_in_one_batch_get_what_they_get_alone():
