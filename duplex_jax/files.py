@@ -121,15 +121,16 @@ def check_folder(path: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_space(path: str | Path, size: int) -> None:
-    """Refuses to begin what the disk of `path` has no room for; `size` is in bytes.
+    """Refuses to begin what the disk of `path` has no room for; `size` is in bytes, `path` a new file or a folder.
 
     Raises:
         UserError: too little is free.
     """
-    free = shutil.disk_usage(Path(path).absolute().parent).free
+    path = Path(path)
+    free = shutil.disk_usage(path if path.is_dir() else path.absolute().parent).free
     if free < size:
         raise UserError(
-            f"{path}: needs {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; free some space or "
+            f"{path}: needs {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; free some space or "
             "give another place"
         )
 

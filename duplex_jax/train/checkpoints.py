@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from duplex_jax.checkpoint.orbax import quiet
 from duplex_jax.errors import UserError
+from duplex_jax.files import check_space
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"
@@ -47,20 +48,6 @@ class Record:
 def needed_bytes(abstract: Any) -> int:
     """Bytes that one checkpoint of a state takes."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuses a disk that cannot hold what will be written.
-
-    Raises:
-        UserError: says how much is missing.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: {free / 2**30:.2f} GiB free and a checkpoint needs {needed / 2**30:.2f} GiB; "
-            "free some space, or give another --workdir"
-        )
 
 
 class Store:

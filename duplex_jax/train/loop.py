@@ -18,7 +18,7 @@ from duplex_jax import parallel
 from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.data import dataset, encode, loader
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write
+from duplex_jax.files import atomic_write, check_space
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.template import Template
 from duplex_jax.train import checkpoints, flops
@@ -74,7 +74,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)
     store = Store(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-    checkpoints.check_space(workdir, 2 * checkpoints.needed_bytes(abstract))
+    check_space(workdir, 2 * checkpoints.needed_bytes(abstract))
 
     state, frozen = steps.init_state(plan, params)
     del params

@@ -349,7 +349,7 @@ def test_out_is_a_file(tmp_path: Path):
 
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(UserError, match=r"needs 0.0 GiB and 0.0 GiB are free"):
+    with pytest.raises(UserError, match=r"needs 0.00 GiB and 0.00 GiB are free"):
         save_model(tiny(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
