@@ -40,7 +40,7 @@ def alone(
         got: another session's answers. Where one of them differs by nothing but draws that `ROUNDING` decides, this
             session goes on with that one.
     """
-    session = DuplexSession(engine_of(tiny_model(), 1, 1024), seed=seed, sampling=sampling or Sampling(temperature=0))
+    session = DuplexSession(engine_of(tiny_model(), 1), seed=seed, sampling=sampling or Sampling(temperature=0))
     answers = []
     try:
         for i, text in enumerate(user):

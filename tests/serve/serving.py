@@ -16,14 +16,17 @@ from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.sessions import Limits, Sessions
 from tests.tiny import tiny_model
 
+CAPACITY = 512
 _engines: dict[tuple[int, int, int], Engine] = {}
 
 
-def engine_of(model: LoadedModel, rows: int, capacity: int) -> Engine:
-    """One engine for each size, compiled once; its rows are free between tests."""
+def engine_of(model: LoadedModel, rows: int, capacity: int = CAPACITY) -> Engine:
+    """One engine for each size, compiled once; its rows are free between tests. It steps one row, or all."""
     key = (id(model), rows, capacity)
     if key not in _engines:
-        _engines[key] = Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+        _engines[key] = Engine(
+            model.config, model.params, model.template, rows=rows, capacity=capacity, row_buckets=[1]
+        )
     engine = _engines[key]
     for row in list(engine.rows):
         engine.close(row)
@@ -32,7 +35,7 @@ def engine_of(model: LoadedModel, rows: int, capacity: int) -> Engine:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: LoadedModel | None = None, *, rows: int = 4, capacity: int = 1024, waiting: int = 64,
+    model: LoadedModel | None = None, *, rows: int = 4, capacity: int = CAPACITY, waiting: int = 64,
     limits: Limits | None = None, key: bytes | None = None, **options: Any,
 ) -> AsyncIterator[tuple[Server, str]]:  # fmt: skip
     """A server and where it listens, as `localhost:port`."""

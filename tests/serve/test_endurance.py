@@ -47,7 +47,7 @@ def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
     async def test() -> None:
         limits = Limits(per_client=10_000, parked_seconds=1, rest_after=30)
         wire = WireLimits(idle_seconds=2)
-        engine_of(tiny_model(), 8, 1024).warm_up(everything=True)
+        engine_of(tiny_model(), 8).warm_up(everything=True)
         async with serving(rows=8, limits=limits, wire=wire, waiting=16) as (server, place):
             late: list[float] = []
 

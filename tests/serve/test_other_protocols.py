@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 
 def reply(query: str, most: int, seed: int = 0) -> str:
     """A turn-based answer by the session itself."""
-    engine = engine_of(tiny_model(), 1, 1024)
+    engine = engine_of(tiny_model(), 1)
     session = TurnSession(engine, seed=seed, sampling=Sampling(temperature=0))
     ids = [i for part in session.reply(query, most) for i in part]
     session.close()

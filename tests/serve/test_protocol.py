@@ -71,7 +71,7 @@ def test_heard_takes_unheard_words_out():
             heard = await client.next("heard")
             assert heard["assistant"] == plain[first][:2]
             rest = [(await client.slice(text))["assistant"] for text in user[first + 1 :]]
-        engine = engine_of(tiny_model(), 1, 1024)
+        engine = engine_of(tiny_model(), 1)
         session = DuplexSession(engine, sampling=Sampling(temperature=0))
         for text in user[: first + 1]:
             session.step(text)
@@ -142,7 +142,7 @@ def test_quiet_sessions_make_room_and_come_back():
             rest = [(await first.slice(text))["assistant"] for text in user[7:]]
         # While it was set aside nobody spoke, so the model was not asked.
         assert silent == [None] * 5
-        engine = engine_of(tiny_model(), 1, 1024)
+        engine = engine_of(tiny_model(), 1)
         session = DuplexSession(engine, sampling=Sampling(temperature=0))
         assert answers == [session.step(text).text for text in user[:2]]
         assert rest == [session.step(text).text for text in user[7:]]
