@@ -1,1 +1,1 @@
-"""Standard benchmarks by log-likelihood, asked in three ways: bare text, turn-based, and in slices."""
+"""Standard benchmarks: by log-likelihood in three ways (bare text, turn-based, slices), and by generation."""

@@ -11,10 +11,12 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
+
+Parsed = TypeVar("Parsed")
 
 
 class Item(NamedTuple):
@@ -70,24 +72,36 @@ class Benchmark:
         return numbers[: limit or None]
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """The value, if it is text.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def _arc(row: Mapping[str, Any]) -> Item:
-    """ARC as AI2 or Hugging Face has it, or with `query`, `choices` and `gold` as llm-foundry has it."""
+def arc_fields(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    """(question, choices, gold) of ARC as AI2 or Hugging Face has it, or with `query` as llm-foundry has it."""
     if "query" in row:
-        return Item(f"{row['query'].strip()}\nAnswer:", tuple(row["choices"]), int(row["gold"]))
-    question, choices = row["question"], row.get("choices")
-    if isinstance(question, Mapping):
-        question, choices = question["stem"], question["choices"]
-    if isinstance(choices, Mapping):
-        texts, labels = choices["text"], choices["label"]
+        question, texts, gold = row["query"].strip().removeprefix("Question:"), row["choices"], int(row["gold"])
     else:
-        texts, labels = [c["text"] for c in choices or []], [c["label"] for c in choices or []]
-    return Item(f"Question: {_text(question).strip()}\nAnswer:", tuple(texts), list(labels).index(row["answerKey"]))
+        question, choices = row["question"], row.get("choices")
+        if isinstance(question, Mapping):
+            question, choices = question["stem"], question["choices"]
+        if isinstance(choices, Mapping):
+            texts, labels = choices["text"], choices["label"]
+        else:
+            texts, labels = [c["text"] for c in choices or []], [c["label"] for c in choices or []]
+        gold = list(labels).index(row["answerKey"])
+    return text(question).strip(), list(texts), gold
+
+
+def _arc(row: Mapping[str, Any]) -> Item:
+    question, choices, gold = arc_fields(row)
+    return Item(f"Question: {question}\nAnswer:", tuple(choices), gold)
 
 
 def _cleaned(text: str) -> str:
@@ -101,7 +115,8 @@ def _hellaswag(row: Mapping[str, Any]) -> Item:
     return Item(_cleaned(context), tuple(_cleaned(e) for e in row["endings"]), int(row["label"]))
 
 
-def _mmlu_gold(row: Mapping[str, Any]) -> int:
+def mmlu_gold(row: Mapping[str, Any]) -> int:
+    """The index of the right choice, which `answer` tells by number or letter."""
     answer = row["answer"]
     return "ABCD".index(answer) if isinstance(answer, str) else int(answer)
 
@@ -111,25 +126,26 @@ def _mmlu(row: Mapping[str, Any]) -> Item:
     letters = "ABCD"[: len(row["choices"])]
     options = "".join(f"{letter}. {c.strip()}\n" for letter, c in zip(letters, row["choices"], strict=True))
     head = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
-    return Item(f"{head}\n\n{row['question'].strip()}\n{options}Answer:", tuple(letters), _mmlu_gold(row))
+    return Item(f"{head}\n\n{row['question'].strip()}\n{options}Answer:", tuple(letters), mmlu_gold(row))
 
 
 def _mmlu_continuation(row: Mapping[str, Any]) -> Item:
     """The choices are the options themselves."""
     head = f"The following are questions (with answers) about {row['subject'].replace('_', ' ')}."
-    return Item(f"{head}\n\nQuestion: {row['question'].strip()}\nAnswer:", tuple(row["choices"]), _mmlu_gold(row))
+    return Item(f"{head}\n\nQuestion: {row['question'].strip()}\nAnswer:", tuple(row["choices"]), mmlu_gold(row))
 
 
-def _from_hub(name: str, config: str, split: str) -> str:
+def from_hub(name: str, config: str, split: str) -> str:
+    """A source, for messages."""
     return f"{name} on Hugging Face ({config}, {split}), written with its to_json"
 
 
 TASKS: dict[str, Task] = {
-    "arc_easy": Task("arc_easy_test", _from_hub("allenai/ai2_arc", "ARC-Easy", "test"), _arc),
-    "arc_challenge": Task("arc_challenge_test", _from_hub("allenai/ai2_arc", "ARC-Challenge", "test"), _arc),
+    "arc_easy": Task("arc_easy_test", from_hub("allenai/ai2_arc", "ARC-Easy", "test"), _arc),
+    "arc_challenge": Task("arc_challenge_test", from_hub("allenai/ai2_arc", "ARC-Challenge", "test"), _arc),
     "hellaswag": Task("hellaswag_val", "data/hellaswag_val.jsonl of github.com/rowanz/hellaswag", _hellaswag),
-    "mmlu": Task("mmlu_test", _from_hub("cais/mmlu", "all", "test"), _mmlu),
-    "mmlu_continuation": Task("mmlu_test", _from_hub("cais/mmlu", "all", "test"), _mmlu_continuation),
+    "mmlu": Task("mmlu_test", from_hub("cais/mmlu", "all", "test"), _mmlu),
+    "mmlu_continuation": Task("mmlu_test", from_hub("cais/mmlu", "all", "test"), _mmlu_continuation),
 }
 
 
@@ -143,31 +159,60 @@ def read_benchmark(name: str, folder: str | Path) -> Benchmark:
     Raises:
         UserError: no such folder or file, several of them, or a line that is no item; names what would be right.
     """
-    task, folder = TASKS[name], Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data is a folder of benchmark files such as {task.file}.jsonl")
-    paths = sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{task.file}*.jsonl{end}"))
-    if not paths:
-        raise UserError(f"{folder / task.file}.jsonl: is missing, and task {name} reads it; it is {task.source}")
-    if len(paths) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(p.name for p in paths)}, and task {name} reads one of them; "
-                        "leave one there")  # fmt: skip
-    items = [_item(task, where, line) for where, line in input_lines(paths)]
+    task = TASKS[name]
+    path = find_file(folder, task.file, f"task {name}", task.source)
+    items = [_item(task, where, line) for where, line in input_lines([path])]
     if not items:
-        raise UserError(f"{paths[0]}: holds no item; it is {task.source}")
+        raise UserError(f"{path}: holds no item; it is {task.source}")
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps(item).encode() + b"\n")
-    return Benchmark(paths[0], items, digest.hexdigest())
+    return Benchmark(path, items, digest.hexdigest())
+
+
+def find_file(folder: str | Path, file: str, reader: str, source: str) -> Path:
+    """The one file of a folder whose name begins with `file`.
+
+    Args:
+        folder: where the files of all tasks are.
+        file: how the name begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
+        reader: who reads it, for the message.
+        source: where it comes from, for the message.
+
+    Raises:
+        UserError: no such folder or file, or several of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --data is a folder of benchmark files such as {file}.jsonl")
+    paths = sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{file}*.jsonl{end}"))
+    if not paths:
+        raise UserError(f"{folder / file}.jsonl: is missing, and {reader} reads it; it is {source}")
+    if len(paths) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(p.name for p in paths)}, and {reader} reads one of them; "
+                        "leave one there")  # fmt: skip
+    return paths[0]
+
+
+def parse_line(where: str, line: bytes, parse: Callable[[Mapping[str, Any]], Parsed], file: str, source: str) -> Parsed:
+    """What `parse` makes of a line.
+
+    Raises:
+        UserError: the line is no JSON object with the fields that `parse` wants; names it, its file and its source.
+    """
+    try:
+        return parse(json.loads(line))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        reason = f"field {e} is missing" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{where}: is no line of {file} ({reason}); it is {source}") from e
 
 
 def _item(task: Task, where: str, line: bytes) -> Item:
-    try:
-        found = task.parse(json.loads(line))
-        item = Item(found.query, tuple(_text(c).strip() for c in found.choices), found.gold)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        reason = f"field {e} is missing" if isinstance(e, KeyError) else str(e)
-        raise UserError(f"{where}: is no line of {task.file} ({reason}); it is {task.source}") from e
+    def parse(row: Mapping[str, Any]) -> Item:
+        item = task.parse(row)
+        return item._replace(choices=tuple(text(c).strip() for c in item.choices))
+
+    item = parse_line(where, line, parse, task.file, task.source)
     if len(item.choices) < 2 or not all(item.choices) or not 0 <= item.gold < len(item.choices):
         raise UserError(f"{where}: needs two choices or more, none of them empty, and the right one among them")
     return item

@@ -1,0 +1,201 @@
+"""What counts of a generated answer, and whether it is right: UltraEval's rules for its generation tasks.
+
+An extractor (`..._post`) takes an output to the part that is compared; a metric (`..._match`) compares it. Outputs run
+on behind the answer, into questions that the model makes up, for nothing stops them but their length.
+"""
+
+import re
+from collections.abc import Collection
+
+# What a HumanEval completion ends at: the next thing at the margin.
+_HUMANEVAL_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "<|endoftext|>")
+
+_CONCLUSION = re.compile(r"\b(?:final answer|therefore|thus|hence)\b", re.IGNORECASE)
+_MATH_SPAN = re.compile(r"(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
+# Words that say in what an answer is counted, and with `\text` single letters that would be variables without.
+_UNITS = (
+    r"square|sq|cubic|units?|inch(?:es)?|foot|feet|ft|yards?|miles?|mph|mm|cm|km|met(?:er|re)s?|kg|gm|grams?|pounds?|lbs?"
+    r"|dollars?|cents?|percent|hours?|minutes?|seconds?|days?|weeks?|months?|years?|degrees?|points?|digits?|integers?"
+    r"|ways?|multiples?|edges?|students?|teachers?|people|children|tickets?|meals?"
+)
+_UNIT = re.compile(rf"(?<![A-Za-z\\])(?:{_UNITS})(?![A-Za-z])\.?\s*(?:\^\{{?[23]\}}?)?")
+_TEXT_UNIT = re.compile(rf"(?:(?:{_UNITS}|[mgs])[\s.]*)+")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|overline)\s*\{([^{}]*)\}(\^\{?[23]\}?)?")
+_SUBSTITUTIONS = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![A-Za-z])", " "),  # spaces
+        (r"\{,\}", ","),
+        (r"\\?[$%]|\"|\\l?dots(?![A-Za-z])|\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?", ""),
+        (r"\\(?:left|right)(?![A-Za-z])", ""),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"(?<![A-Za-z\\])\f?f?rac(?![A-Za-z])", r"\\frac"),  # the backslash was lost, or read with the f as a feed
+        (r"\\([lgn])eq(?![A-Za-z])", r"\\\1e"),
+        (r"\\mbox", r"\\text"),
+    )
+]
+
+
+def prefix_match(output: str, gold: str) -> bool:
+    """Whether the output begins with gold; white space around either does not count."""
+    return output.strip().startswith(gold.strip())
+
+
+def qa_match(output: str, gold: str, option: str) -> bool:
+    """Whether the first letter named in the output's first line is gold, or the output begins with the right option.
+
+    Args:
+        output: of the model.
+        gold: the letter in parentheses, such as `(C)`.
+        option: the text of the right option.
+    """
+    output, option = output.strip(), option.strip()
+    if option and output.startswith(option):
+        return True
+    for word in output.partition("\n")[0].split():
+        if named := re.fullmatch(r"\(([A-Z])\)|([A-Z])", word.removesuffix(".")):
+            return f"({named[1] or named[2]})" == gold
+    return False
+
+
+def exact_match(output: str, gold: str) -> bool:
+    """Whether both are the same, and not empty, once all white space is gone."""
+    output, gold = "".join(output.split()), "".join(gold.split())
+    return bool(output) and output == gold
+
+
+def in_match(output: str, golds: Collection[str]) -> bool:
+    """Whether the output is one of the right answers; case and white space around them do not count."""
+    return output.strip().lower() in {gold.strip().lower() for gold in golds}
+
+
+def bbh_post(output: str) -> str:
+    """The first paragraph, of this what stands behind the last "answer is", without a final "."."""
+    paragraph = re.split(r"\n\s*\n", output.strip(), maxsplit=1)[0]
+    return paragraph.rpartition("answer is")[2].strip().removesuffix(".").rstrip()
+
+
+def gsm8k_post(output: str) -> str:
+    """The number behind `####`, or what takes its place where a chain of thought ends otherwise.
+
+    Without `####` it is the word behind the last `>>`, else behind the last `=`, else the last word of digits alone;
+    empty where there is none. The first `####` counts: behind it the next question begins. `$`, `,` and a final `.` go.
+    """
+    if marked := re.search(r"#### (-?[0-9.,]+)", output):
+        return _plain_number(marked[1])
+    for mark in (">>", "="):
+        _, found, rest = output.rpartition(mark)
+        if found and rest.split():
+            return _plain_number(rest.split()[0])
+    return next((word for word in reversed(output.split()) if word.isdigit()), "")
+
+
+def _plain_number(word: str) -> str:
+    return word.replace("$", "").replace(",", "").rstrip(".")
+
+
+def math_post(output: str) -> str:
+    """The answer of a solution, normalised: empty for an empty output.
+
+    It is looked for in the last sentence with "final answer", "therefore", "thus" or "hence", else in the first
+    sentence. A sentence ends with its line, or with a "." before white space.
+    """
+    sentences = [s for line in output.split("\n") for s in re.split(r"\.(?=\s|$)", line) if s.strip()]
+    found = next((s for s in reversed(sentences) if _CONCLUSION.search(s)), sentences[0] if sentences else "")
+    return normalise_math(re.split(r"\banswer is\b", found, flags=re.IGNORECASE)[-1])
+
+
+def boxed(solution: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`, braces matched; None without one."""
+    start = solution.rfind("\\boxed{") + len("\\boxed")
+    end = _argument_end(solution, start) if start >= len("\\boxed") else None
+    return None if end is None else solution[start + 1 : end - 1]
+
+
+def normalise_math(answer: str) -> str:
+    r"""One spelling for answers that differ in how they are typeset, in the manner of Minerva's evaluation.
+
+    Taken is what is boxed, else the last `$...$`, else all. Then units, articles, spaces and percent signs go; `\text`
+    and its like leave their words; "and" is a comma; `\frac12`, `1/2`, `\sqrt2` and `.5` get their braces and zero;
+    a short left side of an equation goes, and so do commas between thousands.
+    """
+    inner = boxed(answer)
+    spans = _MATH_SPAN.findall(answer)
+    s = inner if inner is not None else spans[-1] if spans else answer
+    for pattern, new in _SUBSTITUTIONS:
+        s = pattern.sub(new, s)
+    s = _TEXT.sub(_words, s)
+    s = re.sub(r"(?<![A-Za-z\\])and(?![A-Za-z])", ",", s)
+    s = re.sub(r"(?<![A-Za-z0-9\\])(?:an?|the)\s+(?=[A-Za-z]{2})", "", s)
+    s = _UNIT.sub("", s)
+    s = "".join(s.split()).lstrip(":").rstrip(".,")
+    s = re.sub(r"(?<=\d)th$", "", re.sub(r",+", ",", s))
+    s = _with_braces(_with_braces(s, "\\frac", 2), "\\sqrt", 1)
+    if equation := re.fullmatch(r"[^=]{1,2}=([^=]+)", s):
+        s = equation[1]
+    s = re.sub(r"(?<![\d.])\.(?=\d)", "0.", s)
+    s = re.sub(r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", s)
+    return s.replace(",", "") if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", s) else s
+
+
+def _words(match: re.Match[str]) -> str:
+    r"""The words of a `\text{...}`; none where they are units, with the power behind them."""
+    return " " if _TEXT_UNIT.fullmatch(match[1].strip()) else f" {match[1]} {match[2] or ''}"
+
+
+def _argument_end(s: str, start: int) -> int | None:
+    """Where the TeX argument ends that begins at `start`: a group in braces, a command, or one character."""
+    if start >= len(s):
+        return None
+    if s[start] == "\\":
+        command = re.compile(r"\\(?:[A-Za-z]+|.)").match(s, start)
+        return command.end() if command else None
+    if s[start] != "{":
+        return start + 1
+    depth = 0
+    for i in range(start, len(s)):
+        depth += (s[i] == "{") - (s[i] == "}")
+        if not depth:
+            return i + 1
+    return None
+
+
+def _with_braces(s: str, command: str, arguments: int) -> str:
+    """Puts braces around a command's arguments that lack them."""
+    at = s.find(command)
+    while at >= 0:
+        start = at = at + len(command)
+        if command == "\\sqrt" and s[start : start + 1] == "[":
+            start = s.find("]", start) + 1 or len(s)
+        for _ in range(arguments):
+            end = _argument_end(s, start)
+            if end is None:
+                break
+            if s[start] != "{":
+                s = f"{s[:start]}{{{s[start:end]}}}{s[end:]}"
+                end += 2
+            start = end
+        at = s.find(command, at)
+    return s
+
+
+def humaneval_post(output: str) -> str:
+    """The body of the function: all before the next thing that begins at the margin."""
+    ends = [at for mark in _HUMANEVAL_ENDS if (at := output.find(mark)) >= 0]
+    return output[: min(ends, default=len(output))]
+
+
+def new_mbpp_post(output: str) -> str:
+    '''The code before the next problem, which begins with `"""` at the margin.'''
+    return re.split(r'^"""', output, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def program(head: str, completion: str, tests: str) -> str:
+    """A program that ends without an exception if and only if the completion passes the tests.
+
+    Args:
+        head: what the completion goes on from, such as a function's first lines.
+        completion: code, as extracted from an output.
+        tests: what to run behind it.
+    """
+    return f"{head}{completion}\n{tests}\n"
