@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from data_gen.cache import ERROR, Reply, ReplyCache, settle
+from data_gen.cache import ERROR, Question, Reply, ReplyCache, settle
 from data_gen.pipeline import Stopped
-from data_gen.rewriter import Answer, Request, read_answer
+from data_gen.rewriter import Answer
 from duplex_jax.errors import UserError
 
 # Requests in a row that got no answer after all their retries: then the server is taken to be gone.
@@ -67,10 +67,10 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {k: dict(v) if isinstance(v, collections.Counter) else v for k, v in vars(self).items()}
 
-    def lines(self) -> list[str]:
+    def lines(self, who: str = "rewriter") -> list[str]:
         """For a person."""
         found = [
-            f"rewriter: {self.sent:,} requests sent, {self.answered:,} usable answers "
+            f"{who}: {self.sent:,} requests sent, {self.answered:,} usable answers "
             f"({self.cached:,} questions were settled by the cache)"
         ]
         for text, counts in (
@@ -80,10 +80,10 @@ class Report:
             ("never answered", self.unanswered),
         ):
             if counts:
-                found.append(f"rewriter: {text} " + ", ".join(f"{k} x {n:,}" for k, n in counts.most_common()))
+                found.append(f"{who}: {text} " + ", ".join(f"{k} x {n:,}" for k, n in counts.most_common()))
         cost = f", ${self.dollars:.4f}" if self.dollars else ""
         found.append(
-            f"rewriter: {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens are in the "
+            f"{who}: {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens are in the "
             f"cache{cost}"
         )
         return found
@@ -101,6 +101,7 @@ class Client:
         retries: times that a request without a reply is sent again.
         backoff: seconds before the first of them; doubled each time.
         budget: see there.
+        flag: the one that gave the address, for messages.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class Client:
         retries: int = 6,
         backoff: float = 0.5,
         budget: Budget | None = None,
+        flag: str = "--base_url",
     ):
+        self.flag = flag
         self.base_url = base_url or "https://api.openai.com/v1"
         self.cache, self.budget = cache, budget or Budget()
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
@@ -141,11 +144,11 @@ class Client:
         self._ready.set()
         self._loop.run_forever()
 
-    def answer(self, requests: Sequence[Request]) -> "Future[dict[str, Answer] | None]":
+    def answer(self, requests: Sequence[Question]) -> "Future[dict[str, Answer] | None]":
         """Answers by key; None where the server never replied to one of them."""
         return asyncio.run_coroutine_threadsafe(self._answer_all(requests), self._loop)
 
-    async def _answer_all(self, requests: Sequence[Request]) -> dict[str, Answer] | None:
+    async def _answer_all(self, requests: Sequence[Question]) -> dict[str, Answer] | None:
         tasks = []
         for request in requests:
             if request.key not in self._flying:  # the same question of another shard waits for the same answer
@@ -160,13 +163,13 @@ class Client:
         answers = {r.key: a for r, a in zip(requests, results, strict=True) if isinstance(a, Answer)}
         return answers if len(answers) == len(requests) else None
 
-    async def _settle(self, request: Request) -> Answer | None:
+    async def _settle(self, request: Question) -> Answer | None:
         try:
             return await self._ask(request)
         finally:
             del self._flying[request.key]
 
-    async def _ask(self, request: Request) -> Answer | None:
+    async def _ask(self, request: Question) -> Answer | None:
         replies = self.cache.replies(request.key)
         known = len(replies)
         while (answer := settle(request, replies, self.attempts)) is None:
@@ -176,7 +179,7 @@ class Client:
                 return None
             self.cache.put(request.key, len(replies), reply)
             replies.append(reply)
-            _, found = read_answer(request, reply.text, reply.finish_reason)
+            _, found = request.read(reply.text, reply.finish_reason)
             if found and not reply.finish_reason.startswith(ERROR):
                 self.report.rejected[found] += 1
         self.report.cached += len(replies) == known
@@ -186,7 +189,7 @@ class Client:
             self.report.answered += 1
         return answer
 
-    async def _send(self, request: Request, attempt: int) -> Reply | None:
+    async def _send(self, request: Question, attempt: int) -> Reply | None:
         """One reply, after as many retries as it takes; None where there is none to be had."""
         import openai
 
@@ -212,13 +215,13 @@ class Client:
                 if not self._replies and retry == min(3, self.retries):
                     self._stopped = "the server cannot be reached"
                     raise UserError(
-                        f"--base_url={self.base_url}: cannot be reached ({e.__cause__ or e}); start the server there"
+                        f"{self.flag}={self.base_url}: cannot be reached ({e.__cause__ or e}); start the server there"
                     ) from e
             except openai.APIStatusError as e:
                 cause = f"HTTP {e.status_code}"
                 if e.status_code in (401, 403, 404):
                     self._stopped = cause
-                    raise UserError(_refused(self.base_url, request.sampling.model, e.status_code)) from e
+                    raise UserError(_refused(f"{self.flag}={self.base_url}", body["model"], e.status_code)) from e
                 if e.status_code not in (408, 409, 429) and e.status_code < 500:
                     return Reply("", ERROR + cause, 0, 0)
                 wait = max(wait, _retry_after(e.response.headers.get("retry-after")))
@@ -243,7 +246,7 @@ class Client:
         if self._stopped:
             raise Stopped(self._stopped)
 
-    async def _reserve(self, request: Request) -> None:
+    async def _reserve(self, request: Question) -> None:
         """Sets aside what a request may cost at most, so that requests in flight cannot exceed a budget together.
 
         Where that is too much it waits for those in flight, which mostly cost less than was set aside.
@@ -322,17 +325,17 @@ def read_reply(completion: Any, prompt: str) -> Reply:
         tokens = usage.get("prompt_tokens") or len(prompt.encode()) // 4
         return Reply(
             str(text), choice.get("finish_reason") or "", int(tokens),
-            int(usage.get("completion_tokens") or len(str(text).encode()) // 4),
+            int(usage.get("completion_tokens") or len(str(text).encode()) // 4), str(completion.get("model") or ""),
         )  # fmt: skip
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise ValueError(f"no chat completion ({json.dumps(completion, default=str)[:80]})") from e
 
 
-def _refused(base_url: str, model: str, status: int) -> str:
+def _refused(address: str, model: str, status: int) -> str:
     # The server's own message may quote the key, so it stays out.
     if status == 404:
-        return f"--base_url={base_url}: HTTP 404; no such address (most end in /v1), or no model {model!r} there"
-    return f"--base_url={base_url}: HTTP {status}; set OPENAI_API_KEY to a key that may use {model!r}"
+        return f"{address}: HTTP 404; no such address (most end in /v1), or no model {model!r} there"
+    return f"{address}: HTTP {status}; set OPENAI_API_KEY to a key that may use {model!r}"
 
 
 def _retry_after(value: str | None) -> float:

@@ -164,12 +164,17 @@ class Request:
             "seed": self.sampling.seed + attempt,
         }
 
+    def read(self, text: str, finish_reason: str | None) -> tuple[str, str | None]:
+        """The answer as it is used, and why it cannot be; see `read_answer`."""
+        return read_answer(self, text, finish_reason)
+
 
 class Answer(NamedTuple):
-    """What became of a request: its text, or why there is none."""
+    """What became of a request: its text, or why there is none; `model` as the server named itself."""
 
     text: str | None
     reason: str = ""
+    model: str = ""
 
 
 class Pending(Exception):

@@ -1,13 +1,14 @@
 """How every job starts and ends: flags, one clear line for bad input, exit codes."""
 
 import contextlib
+import difflib
 import errno
 import io
 import logging as std_logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import NoReturn
 
@@ -109,6 +110,22 @@ def keep_memory() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = _TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
+    """The value of a flag that takes some of a few names.
+
+    Raises:
+        UserError: none, one twice, or one that is unknown; says which was meant.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"--{flag}: {name!r} is unknown; "
+                            + (f"did you mean {near[0]!r}?" if near else f"some of {', '.join(known)}"))  # fmt: skip
+    if not given or len(set(given)) < len(given):
+        raise UserError(f"--{flag}={','.join(given)}: needs some of {', '.join(known)}, and none of them twice")
+    return given
 
 
 def no_arguments(argv: Sequence[str]) -> None:

@@ -1,12 +1,11 @@
 """`duplex-jax evaluate benchmark`: standard benchmarks by log-likelihood, turn-based and in slices."""
 
 import contextlib
-import difflib
 import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,13 @@ _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"]
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
 
 
-def _names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise UserError(f"--{flag}: {name!r} is unknown; "
-                            + (f"did you mean {near[0]!r}?" if near else f"some of {', '.join(known)}"))  # fmt: skip
-    if not given or len(set(given)) < len(given):
-        raise UserError(f"--{flag}={','.join(given)}: needs some of {', '.join(known)}, and none of them twice")
-    return given
-
-
 def main(argv: list[str]) -> None:
     """Reads the items, asks what was not asked before, scores, writes."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate benchmark needs --model=M, --data=FOLDER and --out=FOLDER")
-    tasks = _names("tasks", _TASKS.value, TASKS)
-    ways = _names("ways", _WAYS.value, WAYS)
+    tasks = app.names("tasks", _TASKS.value, TASKS)
+    ways = app.names("ways", _WAYS.value, WAYS)
     out = Path(_OUT.value)
     benchmarks = {task: read_benchmark(task, _DATA.value) for task in tasks}
     beside = [runs.read_beside(folder, benchmarks) for folder in _BESIDE.value]

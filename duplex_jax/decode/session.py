@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,11 @@ class DuplexSession:
         return list(self._row.ids)
 
     @property
+    def dropped(self) -> int:
+        """How many of the oldest slices were dropped from the context for want of room."""
+        return self._oldest
+
+    @property
     def sampling(self) -> Sampling:
         """How the session draws; may be changed between steps."""
         return self._row.sampling
@@ -149,6 +154,17 @@ class DuplexSession:
             UserError: the slice is empty, or does not fit the cache.
         """
         return step_sessions({self: user})[self]
+
+    def say(self, user: str | None, words: Sequence[int]) -> None:
+        """Books an interval in which the assistant says `words`, token ids, or nothing; the model is not asked.
+
+        Raises:
+            UserError: the user's slice is empty, or does not fit the cache.
+        """
+        part, said = self._part(user), list(words) or [self.template.idle_id]
+        self.engine.append(self._row, [*part, *said])
+        self._take(user, part, said)
+        self._make_room(len(part) + len(said))
 
     def logits(self) -> np.ndarray:
         """float32 `[V]`: the logits behind the context as it stands."""
@@ -446,6 +462,14 @@ class TurnSession:
     def __init__(self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None):
         self.engine = engine
         self._row = engine.open(engine.template.turn_start(system), sampling, seed)
+        self._rounds: list[int] = []  # where each one begins in the context
+        self._feed: Sequence[int] = []  # what the next step appends
+        self._left = 0  # tokens that the answer may still take
+
+    @property
+    def answering(self) -> bool:
+        """Whether a query has been asked whose answer is not over."""
+        return self._left > 0
 
     def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
         """Answers a query; yields the answer's ids as they come, without the end token.
@@ -453,20 +477,61 @@ class TurnSession:
         Raises:
             UserError: the conversation outgrows the capacity.
         """
-        engine, template, row = self.engine, self.engine.template, self._row
-        feed: Sequence[int] = template.user_part(query)
-        produced = 0
-        while produced < max_tokens:
-            said = engine.advance({row: Request(feed, allow_idle=False)})[row]
-            feed = []
-            words = [i for i in said if i != template.end_id][: max_tokens - produced]
-            produced += len(words)
-            engine.truncate(row, len(row.ids) - len(said) + len(words))
-            yield words
-            if said[-1] == template.end_id:
-                break
-        engine.append(row, template.turn_closing())
+        self.ask(query, max_tokens)
+        while self.answering:
+            yield step_turns([self])[self]
+
+    def ask(self, query: str, max_tokens: int) -> None:
+        """Begins a round; its answer of at most `max_tokens` tokens comes by `step_turns`."""
+        self._rounds.append(len(self._row.ids))
+        self._feed, self._left = self.engine.template.user_part(query), max_tokens
+
+    def say(self, query: str, answer: str) -> None:
+        """Puts a whole round into the context; the model is not asked."""
+        template = self.engine.template
+        self._rounds.append(len(self._row.ids))
+        said = [*template.user_part(query), *template.tokenizer.encode(answer), *template.turn_closing()]
+        self.engine.append(self._row, said)
+
+    def room(self, query: str) -> int:
+        """The most tokens that an answer to `query` may take; below 1 where the query itself does not fit."""
+        taken = len(self._row.ids) + len(self.engine.template.user_part(query))
+        return self.engine.capacity - taken - self.engine.max_slice_tokens + 1
+
+    def forget(self) -> bool:
+        """Drops the oldest round from the context; False where there is none."""
+        if not self._rounds:
+            return False
+        ids, (first, *rest) = self._row.ids, self._rounds
+        end = rest[0] if rest else len(ids)
+        self.engine.truncate(self._row, first, ids[end:])
+        self._rounds = [place - (end - first) for place in rest]
+        return True
 
     def close(self) -> None:
         """Gives the row back."""
         self.engine.close(self._row)
+
+    def _take(self, said: Sequence[int]) -> list[int]:
+        """Books what a step sampled; the words of it."""
+        engine, template, row = self.engine, self.engine.template, self._row
+        words = [i for i in said if i != template.end_id][: self._left]
+        engine.truncate(row, len(row.ids) - len(said) + len(words))
+        self._feed, self._left = [], 0 if said[-1] == template.end_id else self._left - len(words)
+        if not self.answering:
+            engine.append(row, template.turn_closing())
+        return words
+
+
+def step_turns(sessions: Iterable[TurnSession]) -> dict[TurnSession, list[int]]:
+    """The next tokens of several answers, of one engine, in one batch; see `TurnSession.ask`.
+
+    Raises:
+        UserError: a conversation outgrows the capacity; no session was changed.
+    """
+    sessions = list(sessions)
+    if not sessions:
+        return {}
+    asked = {s._row: Request(s._feed, allow_idle=False) for s in sessions}
+    answers = sessions[0].engine.advance(asked)
+    return {s: s._take(answers[s._row]) for s in sessions}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from fake_server import FakeServer
 from made_up import make_dialogue
 
 from data_gen.batch import BatchWriter, collect, submit
-from data_gen.cache import ReplyCache
+from data_gen.cache import Reply, ReplyCache
 from data_gen.client import GIVE_UP_AFTER, Budget, Client
 from data_gen.engines import make_engine
 from data_gen.pipeline import Answers, Stopped, Summary, generate, make_recipe, parse_shares
@@ -189,6 +190,22 @@ def test_a_file_that_is_no_cache(tmp_path: Path):
     (tmp_path / "c").write_text("some text that is no database at all" * 50)
     with pytest.raises(UserError, match="cannot be used as a cache"):
         ReplyCache(tmp_path / "c")
+
+
+def test_a_cache_of_before_models_were_kept(tmp_path: Path):
+    old = sqlite3.connect(tmp_path / "c")
+    old.execute(
+        "CREATE TABLE replies (key TEXT, attempt INTEGER, text TEXT, finish_reason TEXT, prompt_tokens INTEGER, "
+        "completion_tokens INTEGER, PRIMARY KEY (key, attempt)) WITHOUT ROWID"
+    )
+    old.execute("INSERT INTO replies VALUES ('k', 0, 'yes', 'stop', 3, 4)")
+    old.commit()
+    old.close()
+    for _ in range(2):
+        cache = ReplyCache(tmp_path / "c")
+        cache.put("k", 1, Reply("no", "stop", 1, 1, "m"))
+        assert cache.replies("k") == [Reply("yes", "stop", 3, 4), Reply("no", "stop", 1, 1, "m")]
+        cache.close()
 
 
 @pytest.fixture

@@ -63,13 +63,18 @@ class Benchmark:
     sha256: str
 
     def chosen(self, limit: int = 0) -> list[int]:
-        """Numbers of the first `limit` items of a shuffle that is always the same; of all for 0.
+        """Numbers of the items to ask; see `chosen`."""
+        return chosen(len(self.items), limit)
 
-        More items begin with those that fewer ones are.
-        """
-        numbers = list(range(len(self.items)))
-        random.Random("items").shuffle(numbers)
-        return numbers[: limit or None]
+
+def chosen(number: int, limit: int = 0) -> list[int]:
+    """The first `limit` of a shuffle of `range(number)` that is always the same; all of it for 0.
+
+    More items begin with those that fewer ones are.
+    """
+    numbers = list(range(number))
+    random.Random("items").shuffle(numbers)
+    return numbers[: limit or None]
 
 
 def text(value: Any) -> str:

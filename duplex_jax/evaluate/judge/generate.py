@@ -1,0 +1,219 @@
+"""Having a model answer the conversations, turn-based or in slices: several at once, each answer kept by question."""
+
+import dataclasses
+import random
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions, step_turns
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.behaviour_run import Records
+from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
+from duplex_jax.evaluate.judge.tasks import Question, Questions, Turn
+from duplex_jax.slicing import slice_words
+from duplex_jax.tokenizer import decode
+
+# A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
+_LEAST_ROOM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How a model is asked; the numbers are the paper's (section 4.3.1) where it has any.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        seed: with task and question it makes a conversation's own seed.
+        max_tokens: most tokens of an answer.
+        quiet: an answer in slices is over after so many silent slices behind it.
+        patience: a model that says nothing from the query's last slice on is waited for so many slices.
+        system: a system prompt.
+    """
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    max_tokens: int = 4096
+    quiet: int = 3
+    patience: int = 10
+    system: str | None = None
+
+
+class Answer(TypedDict):
+    """What became of one turn.
+
+    Attributes:
+        answer: the words, without white space around them.
+        tokens: of all that was said from the query's first slice on.
+        early: how many of them were said before the query's last slice.
+        stopped: `end` (turn-based) or `quiet` where the model ended it, `silent` where it said nothing, `length` where
+            the limit or the context did, `too_long` where the query alone does not fit the context.
+        forgot: whether something of the conversation had been dropped from the context by the answer's end.
+    """
+
+    answer: str
+    tokens: int
+    early: int
+    stopped: str
+    forgot: bool
+
+
+Answers = list[Answer | None]
+"""Of one conversation, by turn; None where the file's own answer stands."""
+Conversation = Generator[Any, Any, Answers]
+
+
+def conversation_seed(seed: int, task: str, question: str) -> int:
+    """Of a conversation's random draws: the same whichever others are asked, in whatever order."""
+    return zlib.crc32(f"{seed}/{task}/{question}".encode())
+
+
+def _in_slices(session: DuplexSession, question: Question, asking: Asking, seed: int) -> Conversation:
+    """Yields the user's slices, is sent the assistant's."""
+    answers: Answers = []
+    for number, turn in enumerate(question.turns):
+        name = f"{seed}/{number}"
+        if turn.answered:
+            _say_in_slices(session, turn, name)
+            answers.append(None)
+            continue
+        texts: list[str] = []
+        tokens = early = silent = 0
+        slices = slice_words(turn.user, random.Random(name))
+        spoken: Iterator[str | None] = iter(slices)
+        fed = 0
+        while True:
+            early = tokens if fed == len(slices) - 1 else early
+            got: Slice = yield next(spoken, None)
+            fed += 1
+            said = sum(i not in session.template.stop_ids for i in got.ids)
+            texts.append(got.text or "")
+            tokens += said
+            silent = 0 if said or fed < len(slices) else silent + 1
+            if fed >= len(slices) and tokens >= asking.max_tokens:
+                stopped = "length"
+                break
+            if silent >= (asking.quiet if tokens > early else asking.patience):
+                stopped = "quiet" if tokens else "silent"
+                break
+        forgot = session.dropped > 0
+        answers.append(
+            Answer(answer="".join(texts).strip(), tokens=tokens, early=early, stopped=stopped, forgot=forgot)
+        )
+    return answers
+
+
+def _say_in_slices(session: DuplexSession, turn: Turn, seed: str) -> None:
+    """The query in slices, the file's answer from the last of them on, and a silence behind it."""
+    pairs = duplex_pairs(session.template, turn.user, turn.given, seed)
+    words = session.template.assistant_ids([pair.assistant for pair in pairs if pair.assistant is not None])
+    silent = len(pairs) - len(words)
+    for pair, said in zip(pairs, [[]] * silent + words, strict=True):
+        session.say(pair.user, said)
+    session.say(None, [])
+
+
+def _by_turns(session: TurnSession, question: Question, asking: Asking, seed: int) -> Conversation:
+    """Yields None for each step, is sent the ids that it gave."""
+    answers: Answers = []
+    template = session.engine.template
+    forgot = False
+    for turn in question.turns:
+        if turn.answered:
+            session.say(turn.user, turn.given)
+            answers.append(None)
+            continue
+        while session.room(turn.user) < min(_LEAST_ROOM, asking.max_tokens) and session.forget():
+            forgot = True
+        room = session.room(turn.user)
+        ids: list[int] = []
+        stopped = "too_long"
+        if room > 0:
+            limit = min(room, asking.max_tokens)
+            session.ask(turn.user, limit)
+            while session.answering:
+                ids += yield None
+            stopped = "length" if len(ids) >= limit else "end" if ids else "silent"
+        text = decode(template.tokenizer, ids).strip() if ids else ""
+        answers.append(Answer(answer=text, tokens=len(ids), early=0, stopped=stopped, forgot=forgot))
+    return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """Opens a session, leads its conversation, and steps several sessions at once."""
+
+    session: Callable[..., Any]
+    conversation: Callable[[Any, Question, Asking, int], Conversation]
+    step: Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
+
+
+WAYS: dict[str, _Way] = {
+    "turn_based": _Way(TurnSession, _by_turns, step_turns),
+    "duplex": _Way(DuplexSession, _in_slices, step_sessions),
+}
+"""Turn-based: the whole query in, the whole answer out. Duplex: the query in slices of 4-6 words, one at a time, then
+silence until the model has fallen silent; the words of all slices joined are the answer."""
+
+
+def ask_questions(
+    engine: Callable[[], Engine], task: str, questions: Questions, numbers: Sequence[int], way: str, asking: Asking,
+    records: Records, done: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Has the conversations answered that `records` lacks, as many at once as the engine has rows.
+
+    Args:
+        engine: gives the engine, where it is needed.
+        task: of the questions.
+        questions: all of them.
+        numbers: which of them to ask.
+        way: in `WAYS`.
+        asking: how.
+        records: gets `id` and `turns`, the answers, of each conversation as it ends.
+        done: called with how many tokens were said.
+    """
+    waiting = [n for n in numbers if n not in records.rows]
+    if not waiting:
+        return
+    model, how = engine(), WAYS[way]
+    # By number: the session, its conversation, and what is to be fed next.
+    live: dict[int, tuple[Any, Conversation, Any]] = {}
+
+    def advance(number: int, session: Any, conversation: Conversation, sent: Any) -> None:
+        try:
+            live[number] = session, conversation, conversation.send(sent)
+        except StopIteration as over:
+            session.close()
+            live.pop(number, None)
+            records.add(number, {"id": questions.items[number].id, "turns": over.value})
+            done(sum(a["tokens"] for a in over.value if a))
+
+    try:
+        while waiting or live:
+            while waiting and len(live) < model.cache.rows:
+                number = waiting.pop(0)
+                question = questions.items[number]
+                seed = conversation_seed(asking.seed, task, question.id)
+                session = how.session(model, system=asking.system, seed=seed, sampling=asking.sampling)
+                advance(number, session, how.conversation(session, question, asking, seed), None)
+            got = how.step({session: fed for session, _, fed in live.values()})
+            for number, (session, conversation, _) in list(live.items()):
+                advance(number, session, conversation, got[session])
+    finally:
+        for session, _, _ in live.values():
+            session.close()
+
+
+def answer_rows(question: Question, records: Records, number: int) -> Answers:
+    """What is recorded of one conversation.
+
+    Raises:
+        UserError: it is none of this question.
+    """
+    row = records.rows[number]
+    turns = row.get("turns")
+    if row.get("id") != question.id or not isinstance(turns, list) or len(turns) != len(question.turns):
+        raise UserError(f"{records.path}: number {number} is no record of question {question.id}; give a new --out")
+    return turns

@@ -1,0 +1,68 @@
+"""Reading a judge's reply: a rating in brackets, a score in JSON, or which of two answers is better."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+LEAST, MOST = 1, 10
+
+_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
+_FALLBACK = re.compile(r"\[(\d+\.?\d*)\]")
+_WINNER = re.compile(r"\[\[([ABC])\]\]")
+_SCORE = re.compile(r'"score"\s*:\s*("?)(\d+)\1\s*(?=[,}\n]|$)', re.IGNORECASE)
+
+
+def rating(text: str) -> float | None:
+    """The first `[[n]]`, or else the first `[n]`, as FastChat reads it; None without one, or outside 1 to 10."""
+    found = _RATING.search(text) or _FALLBACK.search(text)
+    value = float(found[1]) if found else 0.0
+    return value if LEAST <= value <= MOST else None
+
+
+def json_score(text: str) -> float | None:
+    """The whole number from 1 to 10 under "Score" of a JSON object, whatever stands around it.
+
+    Where no object can be read, as when quotation marks in the rationale are not escaped, the last "Score" that looks
+    like a field of its own counts. None without a score, or where several objects differ.
+    """
+    found = {_whole(value) for value in _scores(text)}
+    if not found:
+        matches = _SCORE.findall(text)
+        found = {_whole(matches[-1][1])} if matches else set()
+    return found.pop() if len(found) == 1 else None
+
+
+def _scores(text: str) -> list[Any]:
+    """What stands under "Score" in each JSON object of a text."""
+    decoder = json.JSONDecoder(strict=False)  # judges write line breaks into their strings
+    values, place = [], text.find("{")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            end = place + 1
+        else:
+            values += [v for k, v in value.items() if k.lower() == "score"]
+        place = text.find("{", end)
+    return values
+
+
+def _whole(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number.is_integer() and LEAST <= number <= MOST else None
+
+
+def winner(text: str) -> str | None:
+    """ "A", "B" or "C" (a tie) of `[[A]]` and so on; None without one, or where several differ."""
+    found = set(_WINNER.findall(text))
+    return found.pop() if len(found) == 1 else None
+
+
+READERS: dict[str, Callable[[str], Any]] = {"rating": rating, "json": json_score, "pair": winner}
+"""By kind of question to the judge; None is a reply that cannot be read."""

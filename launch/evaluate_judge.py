@@ -1,0 +1,231 @@
+"""`duplex-jax evaluate judge`: MT-Bench and MT-Eval, turn-based and in slices, judged by a model."""
+
+import contextlib
+import functools
+import importlib.metadata
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from data_gen.cache import ReplyCache
+from data_gen.client import Budget, Client
+from data_gen.pipeline import Stopped
+from data_gen.progress import Progress
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.behaviour_run import Records, check_settings, weights_hash
+from duplex_jax.evaluate.judge import judging
+from duplex_jax.evaluate.judge import report as reports
+from duplex_jax.evaluate.judge.generate import WAYS, Asking, ask_questions
+from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
+from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
+from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
+from duplex_jax.files import check_writable
+from launch import app
+
+EXIT_UNFINISHED = 3
+
+_MODEL = flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name.")
+_TASKS = flags.DEFINE_list("tasks", ["mt_bench", *TABLE_5], f"Some of {', '.join(TASKS)}.")
+_WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"How to ask: some of {', '.join(WAYS)}.")
+_DATA = flags.DEFINE_string("data", None, "Folder of the questions and of the judge's prompts.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "So many questions of each task, the same for every model; 0 for all.", 0)
+_BESIDE = flags.DEFINE_list("beside", [], "Folders of other models' judged answers, to compare with.")
+_PAIRWISE = flags.DEFINE_bool(
+    "pairwise", False, "Show the judge MT-Bench answers beside each other too, in both orders."
+)
+_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Conversations at once.", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Most tokens of an answer.", lower_bound=1)
+_QUIET = flags.DEFINE_integer("quiet", 3, "An answer in slices is over after so many silent ones.", lower_bound=1)
+_PATIENCE = flags.DEFINE_integer("patience", 10, "Slices to wait for a model that says nothing.", lower_bound=1)
+
+_JUDGE = flags.DEFINE_string("judge_model", "", "The judge's name at --judge_url; without it nothing is judged.")
+_URL = flags.DEFINE_string(
+    "judge_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
+)
+_CONCURRENCY = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1)
+_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1)
+_RETRIES = flags.DEFINE_integer("retries", 6, "Times to send a request again that got no reply.", lower_bound=0)
+_ATTEMPTS = flags.DEFINE_integer("attempts", 3, "Replies of the judge that may be unreadable.", lower_bound=1)
+_CACHE = flags.DEFINE_string("cache", None, "File of the judge's replies; OUT/replies.sqlite by default.")
+_BUDGET_TOKENS = flags.DEFINE_integer("budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.")
+_BUDGET_DOLLARS = flags.DEFINE_float("budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.")
+_PRICE_IN = flags.DEFINE_float("price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0)
+_PRICE_OUT = flags.DEFINE_float("price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0)
+
+
+def main(argv: list[str]) -> int:
+    """Reads the questions, has missing ones answered and judged, scores, writes."""
+    app.no_arguments(argv)
+    if not (_MODEL.value and _DATA.value and _OUT.value):
+        raise UserError("evaluate judge needs --model=M, --data=FOLDER and --out=FOLDER")
+    tasks = app.names("tasks", _TASKS.value, TASKS)
+    ways = app.names("ways", _WAYS.value, WAYS)
+    if _PAIRWISE.value and not (_JUDGE.value and "mt_bench" in tasks):
+        raise UserError("--pairwise needs --judge_model=NAME, and mt_bench among --tasks")
+    if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
+        raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    asking = Asking(sampling, _SEED.value, _MAX_TOKENS.value, _QUIET.value, _PATIENCE.value, _SYSTEM.value)
+    out = Path(_OUT.value)
+    questions = {task: read_questions(task, _DATA.value) for task in tasks}
+    prompts = read_prompts(_DATA.value, tasks) if _JUDGE.value else None
+    judges = {task: j for task in tasks if (j := _judge_of(task, prompts)) is not None}
+    beside = [system for folder in _BESIDE.value for system in read_beside(folder, questions, _LIMIT.value, judges)]
+    check_writable(out / "settings.json")
+    settings, own = _answers(_MODEL.value, out, questions, ways, asking)
+    pairs = pairs_of(own, beside)
+    outcomes: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+    client_report: dict[str, Any] | None = None
+    for task in (t for t in tasks if t in RULED):
+        for system in own:
+            system.verdicts[task] = judging.judge_by_rule(questions[task], system.texts[task])
+    if prompts is not None:
+        with contextlib.ExitStack() as stack:
+            client = _client(out, stack)
+            try:
+                _judge(questions, own, prompts, client)
+                if _PAIRWISE.value:
+                    outcomes = _pairwise(questions["mt_bench"], pairs, prompts, client)
+            except (Stopped, judging.NoReply) as e:
+                print("\n".join(client.report.lines("judge")))
+                print(f"unfinished: {e}. Every answer and reply is kept: run again to go on.")
+                return EXIT_UNFINISHED
+        client_report = client.report.as_json()
+        print("\n".join([*client.report.lines("judge"), ""]))
+    for task, judge in judges.items():
+        for system in own:
+            judging.write_verdicts(judging.verdicts_path(out, task, system.way), system.verdicts[task], judge)
+    described = reports.describe(questions, _LIMIT.value, own, beside)
+    versions = sorted({v.version for s in own for found in s.verdicts.values() for v in found if v.version})
+    report: dict[str, Any] = settings | {
+        "command": shlex.join(["duplex-jax", "evaluate", "judge", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
+        "judge": None if prompts is None else {
+            "model": _JUDGE.value, "versions": versions, "url": _URL.value, "temperature": 0,
+            "attempts": _ATTEMPTS.value, "prompts": prompts.sha256, "requests": client_report,
+        },
+        "tasks": described,
+        "averages": reports.averages(own),
+        "comparisons": reports.compare(questions, pairs, outcomes),
+        "not_comparable": reports.not_comparable({t: described[t] for t in judges}, _JUDGE.value, versions),
+    }  # fmt: skip
+    written = reports.write_report(report, out)
+    print("\n".join(reports.table(report)))
+    print(f"\nwrote {', '.join(written)} in {out}")
+    return 0
+
+
+def _judge_of(task: str, prompts: Prompts | None) -> dict[str, str] | None:
+    """Who judges a task; None where nobody does."""
+    if task in RULED:
+        return {"judge": judging.RULES}
+    return {"judge": _JUDGE.value, "prompts": prompts.sha256[task]} if prompts is not None else None
+
+
+def _answers(
+    name: str, out: Path, questions: Mapping[str, Questions], ways: list[str], asking: Asking
+) -> tuple[dict[str, Any], list[System]]:
+    """Has the model answer what is missing; the settings, and its answers by way."""
+    from duplex_jax.checkpoint.registry import load_model
+
+    app.use_compilation_cache()
+    model = load_model(name, dtype="auto", template=_TEMPLATE.value)
+    capacity = _CAPACITY.value or min(4096, model.config.max_position_embeddings)
+    settings = {
+        "what": "judge", "model": name, "weights": weights_hash(model.params),
+        "template": model.template.name, "capacity": capacity, "temperature": asking.sampling.temperature,
+        "top_p": asking.sampling.top_p, "top_k": asking.sampling.top_k, "seed": asking.seed, "system": asking.system,
+        "max_tokens": asking.max_tokens, "quiet": asking.quiet, "patience": asking.patience,
+    }  # fmt: skip
+    check_settings(out, settings)
+    most = max(len(of.chosen(_LIMIT.value)) for of in questions.values())
+
+    @functools.cache
+    def engine() -> Engine:
+        rows = min(_ROWS.value, most)
+        return Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+
+    own = [System(name, out, way) for way in ways]
+    for task, of in questions.items():
+        check_settings(out / task, {"questions": len(of.items), "sha256": of.sha256})
+        numbers = of.chosen(_LIMIT.value)
+        for system in own:
+            records = Records(records_path(out, task, system.way))
+            missing = sum(n not in records.rows for n in numbers)
+            with Progress(f"conversations of {task}, {system.way}", missing) as progress:
+                ask_questions(engine, task, of, numbers, system.way, asking, records, _counting(progress))
+            system.add(task, of, records, numbers)
+    return settings, own
+
+
+def _counting(progress: Progress) -> Callable[[int], None]:
+    tokens = 0
+
+    def done(said: int) -> None:
+        nonlocal tokens
+        tokens += said
+        progress.add(1, f"{tokens:,} tokens")
+
+    return done
+
+
+def _client(out: Path, stack: contextlib.ExitStack) -> Client:
+    cache = ReplyCache(_CACHE.value or out / "replies.sqlite")
+    stack.callback(cache.close)
+    budget = Budget(_BUDGET_TOKENS.value, _BUDGET_DOLLARS.value, _PRICE_IN.value, _PRICE_OUT.value)
+    client = Client(
+        _URL.value, cache, _CONCURRENCY.value, _TIMEOUT.value, _ATTEMPTS.value, _RETRIES.value, budget=budget,
+        flag="--judge_url",
+    )  # fmt: skip
+    # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
+    stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
+    return client
+
+
+def _judge(questions: Mapping[str, Questions], own: list[System], prompts: Prompts, client: Client) -> None:
+    for task in (t for t in questions if t not in RULED):
+        for system in own:
+            with Progress(f"answers of {task}, {system.way}, judged", len(system.rows[task])) as progress:
+                system.verdicts[task] = judging.judge_answers(
+                    task, questions[task], system.texts[task], prompts, _JUDGE.value, client, progress.add
+                )
+
+
+def _pairwise(
+    questions: Questions, pairs: list[tuple[System, System]], prompts: Prompts, client: Client
+) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+    outcomes = {}
+    for a, b in pairs:
+        ours, theirs = a.texts["mt_bench"], b.texts.get("mt_bench", {})
+        both = sum(2 * len(questions.items[n].asked) for n in ours if n in theirs)
+        with Progress(f"verdicts on {a.way} against {b.name}", both) as progress:
+            outcomes[a.name, b.name] = judging.judge_pairs(
+                questions, ours, theirs, prompts, _JUDGE.value, client, progress.add
+            )
+    return outcomes
+
+
+def start() -> None:
+    """Entry point."""
+    app.keep_memory()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,714 @@
+"""MT-Bench and MT-Eval: questions, answers that survive a kill, prompts, verdicts over HTTP, scores."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_gen.cache import ReplyCache
+from data_gen.client import Client
+from duplex_jax.checkpoint.registry import save_model
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import DuplexSession, TurnSession
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.behaviour_run import Records
+from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
+from duplex_jax.evaluate.judge import judging, report, rules, scores
+from duplex_jax.evaluate.judge.generate import WAYS, Asking, ask_questions
+from duplex_jax.evaluate.judge.judging import Verdict
+from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_sentences, read_prompts
+from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside
+from duplex_jax.evaluate.judge.tasks import RULED, TASKS, Questions, read_questions
+from duplex_jax.evaluate.judge.verdicts import json_score, rating, winner
+from duplex_jax.timeline import SlicePair
+from tests.data_gen.fake_server import FakeServer
+from tests.launch.test_evaluate_behaviour import run
+from tests.tiny import FreshForward, tiny_model
+
+ARTICLE = "A cook looks for a berry.\n\nShe finds it."
+SINGLE = "[Question]\n{question}\n\n[Answer]\n{answer}\n"
+MULTI = "1 {question_1}\n{answer_1}\n2 {question_2}\n{answer_2}"
+PAIR = "[Q]\n{question}\n[A]\n{answer_a}\n[B]\n{answer_b}"
+PAIR_MULTI = "{question_1}|{question_2}|{answer_a_1}|{answer_a_2}|{answer_b_1}|{answer_b_2}"
+REFERENCE, REFERENCES = "Right: {ref_answer_1}\n", "Right: {ref_answer_1}, {ref_answer_2}\n"
+EVAL = {
+    "refinement_multi_evaluation": '{content}#{response}#{num_words}#{num_sent}#{constraints}\n{\n  "Score": <n>\n}',
+    "expansion_evaluation": "{content}#{constraints}#{response}",
+    "mt-bench_evaluation": "{conversation}#{num_words}#{num_sent}",
+}
+
+
+def write(path: Path, *rows: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def turn(user: str, sys: str = "", asked: bool = True, **more: str) -> dict[str, Any]:
+    return {"user": user, "sys": sys, "do_inference": asked, "id": "x"} | more
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """All files, made up: six questions of MT-Bench, and a conversation or two of each task of MT-Eval."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    categories = ("writing", "math", "coding", "writing", "stem", "reasoning")
+    write(folder / "mt_bench_questions.jsonl", *(
+        {"question_id": 81 + i, "category": c, "turns": [f"What is {i}? Tell me now, in a few words.", f"Why {i}?"]}
+        for i, c in enumerate(categories)
+    ))  # fmt: skip
+    write(folder / "mt_bench_reference_gpt4.jsonl", *(
+        {"question_id": 81 + i, "choices": [{"index": 0, "turns": [f"It is {i}.", f"Because of {i}."]}]}
+        for i in (1, 2, 5)
+    ))  # fmt: skip
+    prompts = {
+        "single-v1": SINGLE, "single-v1-multi-turn": MULTI, "single-math-v1": REFERENCE + SINGLE,
+        "single-math-v1-multi-turn": REFERENCES + MULTI, "pair-v2": PAIR, "pair-v2-multi-turn": PAIR_MULTI,
+        "pair-math-v1": REFERENCE + PAIR, "pair-math-v1-multi-turn": REFERENCES + PAIR_MULTI,
+    }  # fmt: skip
+    write(folder / "mt_bench_judge_prompts.jsonl", *(
+        {"name": name, "system_prompt": f"You are {name}.", "prompt_template": text} for name, text in prompts.items()
+    ))  # fmt: skip
+    (folder / "mt_eval_judge_prompts.json").write_text(json.dumps({"prompts": EVAL}))
+    about = [
+        turn(f"Content: {ARTICLE}\n\nInstruction: Sum it up.", id="1_sum_1", inst="Sum it up."),
+        turn("Be brief.", id="1_sum_2", inst="Be brief."),
+        turn("List all names.", id="1_ner_1", inst="List all names."),
+    ]
+    write(folder / "mt_eval_refinement_multi.jsonl", {"id": "1_sum_ner", "conv": about})
+    write(folder / "mt_eval_expansion_multi.jsonl", {"id": "1", "conv": about[::2]})
+    fixed = [turn("Draft a mail to my dear boss, please.", "Dear boss, I am well.", asked=False),
+             turn("Say more. ", " I really am. ", asked=False)]  # fmt: skip
+    write(folder / "mt_eval_follow-up_multi.jsonl", *(
+        {"id": str(i), "conv": [*fixed, turn(f"And {i}?", f"So {i}."), turn("Bye?")]} for i in range(2)
+    ))  # fmt: skip
+    write(folder / "mt_eval_recollection_multi_cls.jsonl",
+          {"id": "1", "conv": [turn("Name the kind.", "OK", asked=False), turn("Ball", "sports")]})  # fmt: skip
+    write(folder / "mt_eval_recollection_multi_global-inst.jsonl",
+          {"id": "2", "inst_name": "punctuation:no_comma", "inst_args": {"letter": None},
+           "conv": [turn("No commas.", "ok.", asked=False), turn("Hi?"), turn("Ha?")]})  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: FakeServer, tmp_path: Path) -> Iterator[Client]:
+    cache = ReplyCache(tmp_path / "replies.sqlite")
+    client = Client(server.url, cache, backoff=0.01, timeout=2, flag="--judge_url")
+    yield client
+    client.close()
+    cache.close()
+
+
+# What judges say.
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Good. Rating: [[7]]", 7), ("Rating: [[8.5]]", 8.5), ("[1] is cited. Rating: [[3]]", 3), ("Rating: [6]", 6),
+        ("[[2]] then [[9]]", 2), ("Rating: 7", None), ("", None), ("[[11]]", None), ("[[0]]", None), ("[[x]]", None),
+        ("Rating: [[10]]", 10), ("[[rating]]", None),
+    ],
+)  # fmt: skip
+def test_ratings(text: str, score: float | None):
+    assert rating(text) == score
+
+
+def test_ratings_of_real_verdicts(shared: Path):
+    rows = (shared / "data/benchmarks/mt_bench_gpt4_judgments_sample.jsonl").read_text().splitlines()
+    read = [(rating(row["judgment"]), row["score"]) for row in map(json.loads, rows)]
+    assert len(read) == 200
+    assert all(mine == theirs for mine, theirs in read)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"Rationale": "Fine.", "Score": 7}', 7),
+        ('```json\n{\n  "Rationale": "Fine.",\n  "Score": 10\n}\n```', 10),
+        ('Here it is:\n```\n{"Rationale": "a {b} \\"c\\"", "Score": "3"}\n```\nI hope it helps.', 3),
+        ('{"Rationale": "line\nbreak", "score": 4.0}', 4),
+        ('{"Rationale": "It says "no" to that", "Score": 6}', 6),
+        ('{"Rationale": "I would write \\"Score\\": 2, or so", "Score": 9}', 9),
+        ('{"Rationale": "the text has {"Score": 2} in it, "truly"", "Score": 2}', 2),
+        ('{"Rationale": "x", "Score": 5}\n{"Rationale": "y", "Score": 5}', 5),
+        ('{"Rationale": "x", "Score": 5}\n{"Rationale": "y", "Score": 6}', None),
+        ('{"Rationale": "cut off in the mid', None),
+        ('{"Rationale": "x", "Score": 0}', None),
+        ('{"Rationale": "x", "Score": 11}', None),
+        ('{"Rationale": "x", "Score": 7.5}', None),
+        ('{"Rationale": "x", "Score": true}', None),
+        ('{"Rationale": "x", "Score": null}', None),
+        ('{"Rationale": "x", "Score": <An integer score from 1 to 10.>}', None),
+        ("Score: 7", None),
+        ("[[7]]", None),
+        ("{" * 5000, None),
+    ],
+)
+def test_scores_in_json(text: str, score: float | None):
+    assert json_score(text) == score
+
+
+def test_winners():
+    assert [winner(t) for t in ("So [[A]].", "[[B]]", "[[C]]", "A is better", "[[A]] or [[B]]", "[[D]]")] == [
+        "A", "B", "C", None, None, None
+    ]  # fmt: skip
+
+
+def test_sentences():
+    counts = {
+        "": 0, "One": 1, "One. Two.": 2, "Dr. Who asks J. Smith. He nods!": 2, 'He said "No." Then left?': 2,
+        "It costs 3.50 now. Really?! Yes.": 3, "1. First\n2. Second": 1, "一。二！": 2, "No stop\nhere": 1,
+    }  # fmt: skip
+    assert {text: count_sentences(text) for text in counts} == counts
+
+
+def test_rules():
+    held = {
+        "startend:start_char": ({"letter": "r"}, " Roses", "a rose"),
+        "startend:start_emoji": ({}, "🙂 hi", "hi"),
+        "startend:end_phrase": ({"end_phrase": "Any more?"}, "So. any more?'", "Any more? No"),
+        "format:json_format": ({}, '```json\n{"a": 1}\n```', "a: 1"),
+        "format:bullet_list": ({"num_bullets": 2}, "* a\n - b", "* a\n** b"),
+        "length_constraints:number_sentences": (
+            {"num_sentences": 3, "relation": "less than"},
+            "So it. Is.",
+            "One. Two. Three.",
+        ),
+        "keywords:existence": ({"keywords": ["city", "hat"]}, "City HAT", "city"),
+        "change_case:capital_letter": ({}, "YES, 1", "Yes"),
+        "change_case:lowercase": ({}, "yes, 1", "Yes"),
+        "punctuation:no_comma": ({}, "a b", "a, b"),
+        "combination:two_responses": ({}, "a\n******\nb", "a ****** a"),
+        "content:placeholder": ({"num_placeholder": 2}, "[a] [b]", "[a]"),
+        "format:constrained_response": ({"response_options": ["My answer is no."]}, "My answer is no. So", "no"),
+    }
+    for name, (arguments, right, wrong) in held.items():
+        assert rules.keeps(right, name, arguments) is True, name
+        assert rules.keeps(wrong, name, arguments) is False, name
+    assert rules.keeps("да", "language:response_language", {"lang": "Bulgarian"}) is None
+    assert not rules.keeps("******a******", "combination:two_responses", {})
+    assert not rules.keeps("", "startend:start_emoji", {})
+    with pytest.raises(UserError, match="rule 'x:y' is unknown"):
+        rules.keeps("", "x:y", {})
+    with pytest.raises(UserError, match=r"has arguments \{'n': 1\}"):
+        rules.keeps("", "punctuation:no_comma", {"n": 1})
+    assert rules.names_label("It is 'Sports'.", "sports")
+    assert not rules.names_label("sport", "sports")
+
+
+# What judges are asked.
+
+
+def test_questions(data: Path):
+    bench = read_questions("mt_bench", data)
+    assert [bool(q.references) for q in bench.items] == [False, True, True, False, False, True]
+    assert bench.items[1].references == ("It is 1.", "Because of 1.")
+    assert set(bench.chosen(2)) < set(bench.chosen(4))
+    follow = read_questions("mt_eval_follow_up", data).items[0]
+    assert follow.asked == [2, 3]
+    assert read_questions("mt_eval_refinement", data).items[0].content == ARTICLE
+    assert read_questions("mt_eval_recollection_inst", data).items[0].rule == ("punctuation:no_comma", {})
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("mt_bench", {"question_id": 1, "category": "stem", "turns": ["one"]}, "1 turns; each question has two"),
+        ("mt_bench", {"question_id": 1, "category": "math", "turns": ["a", "b"]}, "has no answer to question 1"),
+        ("mt_bench", [1], "is no line of mt_bench_questions.jsonl"),
+        ("mt_eval_expansion", {"id": "1", "conv": [turn("Content: x", inst="y")]}, "is no line of"),
+        ("mt_eval_expansion", {"id": "1", "conv": [turn("C", id="1_s_1", inst="y")]}, "first turn is not 'Content"),
+        ("mt_eval_follow_up", {"id": "1", "conv": [turn("x", "", asked=False)]}, "'' is no text"),
+        ("mt_eval_follow_up", {"id": "1", "conv": [turn("x", "y", asked=False)]}, "no turn with do_inference"),
+        ("mt_eval_follow_up", {"id": "1"}, "field 'conv' is missing"),
+    ],
+)
+def test_lines_that_are_no_questions(task: str, row: Any, message: str, data: Path):
+    write(data / TASKS[task].file, row)
+    with pytest.raises(UserError, match=message):
+        read_questions(task, data)
+
+
+def test_prompts_made_up(data: Path):
+    """Which prompt, which fields; words in braces in an answer stay what they are."""
+    prompts = read_prompts(data, TASKS)
+    bench = read_questions("mt_bench", data).items
+    said = ["{answer} {question}", "two"]
+    assert ask_about(prompts, "mt_bench", bench[0], said, 0).messages == (
+        ("system", "You are single-v1."),
+        ("user", f"[Question]\n{bench[0].turns[0].user}\n\n[Answer]\n{{answer}} {{question}}\n"),
+    )
+    math = ask_about(prompts, "mt_bench", bench[1], said, 1)
+    assert math.name == "single-math-v1-multi-turn"
+    assert math.messages[1][1] == (
+        f"Right: It is 1., Because of 1.\n1 {bench[1].turns[0].user}\n{{answer}} {{question}}\n2 Why 1?\ntwo"
+    )
+    assert ask_which(prompts, bench[0], ["a", "b"], ["c", "d"], 1).messages[1][1] == (
+        f"{bench[0].turns[0].user}|Why 0?|a|b|c|d"
+    )
+    refined = read_questions("mt_eval_refinement", data).items[0]
+    assert [ask_about(prompts, "mt_eval_refinement", refined, ["It. Is so."] * 3, i).messages for i in (1, 2)] == [
+        (("user", f'{ARTICLE}#It. Is so.#3#2#1. Sum it up.\n2. Be brief.\n{{\n  "Score": <n>\n}}'),),
+        (("user", f'{ARTICLE}#It. Is so.#3#2#1. List all names.\n{{\n  "Score": <n>\n}}'),),
+    ]
+    expanded = read_questions("mt_eval_expansion", data).items[0]
+    assert ask_about(prompts, "mt_eval_expansion", expanded, ["", " x "], 1).messages == (
+        ("user", f"{ARTICLE}#List all names.#x"),
+    )  # fmt: skip
+    follow = read_questions("mt_eval_follow_up", data).items[1]
+    assert [
+        ask_about(prompts, "mt_eval_follow_up", follow, ["", "", "mine", "last one"], i).messages for i in (2, 3)
+    ] == [
+        (("user", "User: Say more.\nAssistant: I really am.\nUser: And 1?\nAssistant: mine#1#1"),),
+        (("user", "User: And 1?\nAssistant: So 1.\nUser: Bye?\nAssistant: last one#2#1"),),
+    ]
+    write(data / "mt_bench_judge_prompts.jsonl", {"name": "single-v1", "system_prompt": "", "prompt_template": "{x}"})
+    with pytest.raises(UserError, match="has the fields x, and here it is answer, question"):
+        ask_about(read_prompts(data, ["mt_bench"]), "mt_bench", bench[0], said, 0)
+    with pytest.raises(UserError, match="have no 'single-math-v1'"):
+        ask_about(read_prompts(data, ["mt_bench"]), "mt_bench", bench[1], said, 0)
+
+
+def test_prompts_of_the_published_files(shared: Path):
+    """Byte for byte what the files make when filled in by hand."""
+    folder = shared / "data" / "benchmarks"
+    prompts = read_prompts(folder, TASKS)
+    rows = map(json.loads, (folder / "mt_bench_judge_prompts.jsonl").read_text().splitlines())
+    bench = {row["name"]: row for row in rows}
+    lines = (folder / "mt_bench_questions.jsonl").read_text().splitlines()
+    references = (folder / "mt_bench_reference_gpt4.jsonl").read_text().splitlines()
+    right = {row["question_id"]: row["choices"][0]["turns"] for row in map(json.loads, references)}
+    items = read_questions("mt_bench", folder).items
+    assert len(items) == len(lines)
+    for item, row in zip(items, map(json.loads, lines), strict=True):
+        one, two = row["turns"]
+        math = "-math" if row["category"] in ("math", "reasoning", "coding") else ""
+        given = {f"ref_answer_{i + 1}": text for i, text in enumerate(right[row["question_id"]])} if math else {}
+        expected = {
+            0: (f"single{math}-v1", {"question": one, "answer": "A {b}\n"}),
+            1: (f"single{math}-v1-multi-turn",
+                {"question_1": one, "question_2": two, "answer_1": "A {b}\n", "answer_2": "é"}),
+        }  # fmt: skip
+        for place, (name, fields) in expected.items():
+            filled = ask_about(prompts, "mt_bench", item, ["A {b}\n", "é"], place)
+            text = bench[name]["prompt_template"].format(**fields, **given)
+            assert filled.messages == (("system", bench[name]["system_prompt"]), ("user", text))
+    published = json.loads((folder / "mt_eval_judge_prompts.json").read_text())["prompts"]
+    row = json.loads((folder / "mt_eval_refinement_multi.jsonl").read_text().splitlines()[0])
+    item = read_questions("mt_eval_refinement", folder).items[0]
+    content = row["conv"][0]["user"].removeprefix("Content: ").split("\n\nInstruction: ")[0]
+    insts = [t["inst"] for t in row["conv"]]
+    filled = ask_about(prompts, "mt_eval_refinement", item, ["One two. Three."] * 12, 8)
+    assert filled.messages[0][1] == (
+        published["refinement_multi_evaluation"].replace("{response}", "One two. Three.").replace("{content}", content)
+        .replace("{num_words}", "3").replace("{num_sent}", "2")
+        .replace("{constraints}", f"1. {insts[6]}\n2. {insts[7]}\n3. {insts[8]}")
+    )  # fmt: skip
+    for task in ("mt_eval_expansion", "mt_eval_follow_up", *RULED):
+        for item in read_questions(task, folder).items:
+            for place in item.asked:
+                answers = ["x, y"] * len(item.turns)
+                if task in RULED:
+                    assert item.rule is None or rules.keeps("x, y", *item.rule) in (True, False, None)
+                else:
+                    text = ask_about(prompts, task, item, answers, place).messages[0][1]
+                    assert "x, y" in text
+                    assert not any(f"{{{name}}}" in text for name in ("content", "conversation", "num_sent"))
+
+
+# Answers.
+
+
+@pytest.fixture(scope="module")
+def model() -> Engine:
+    tiny = tiny_model()
+    return Engine(tiny.config, tiny.params, tiny.template, rows=3, capacity=512)
+
+
+def test_what_was_said_elsewhere_stands_in_the_context(model: Engine):
+    """In slices as training has it, in turns as the chat template has it; old rounds go."""
+    template = model.template
+    pairs = duplex_pairs(template, "Tell me all about the big blue sea", " It is big, and it is blue.", "s")
+    session = DuplexSession(model)
+    for pair in pairs:
+        session.say(pair.user, template.tokenizer.encode(pair.assistant or ""))
+    assert session.ids == template.encode(pairs).ids.tolist()
+    assert session.timeline == pairs
+    assert session.dropped == 0
+    np.testing.assert_allclose(
+        session.logits()[:262], FreshForward(tiny_model())(session.ids)[:262], atol=2e-4, rtol=2e-4
+    )  # fmt: skip
+    session.close()
+
+    turns = TurnSession(model)
+    turns.say("a?", "b")
+    turns.say("c?", "d")
+    messages = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
+    assert turns._row.ids == template.turn_prompt(messages)
+    room = turns.room("e?")
+    turns.ask("e?", room)
+    assert turns.forget()
+    assert turns._row.ids == template.turn_prompt(messages[2:])
+    assert turns.room("e?") > room
+    assert turns.room("x" * 600) < 1
+    assert turns.forget()
+    assert turns.forget()
+    assert not turns.forget()
+    assert turns._row.ids == template.turn_start()
+    turns.close()
+
+
+ASKING = Asking(Sampling(temperature=1.0, top_p=1.0), seed=3, max_tokens=40, quiet=2, patience=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_was_killed_goes_on(way: str, data: Path, tmp_path: Path, model: Engine):
+    """The same answers as in one go, whatever stood beside them; nothing is asked twice."""
+    questions = read_questions("mt_bench", data)
+
+    def ask(folder: str, kill_after: int = 99, numbers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> dict[int, Any]:
+        done: list[int] = []
+
+        def count(tokens: int) -> None:
+            done.append(tokens)
+            if len(done) == kill_after:
+                raise KeyboardInterrupt
+
+        records = Records(tmp_path / folder / "answers.jsonl")
+        before = dict(records.rows)
+        try:
+            ask_questions(lambda: model, "mt_bench", questions, numbers, way, ASKING, records, count)
+        except KeyboardInterrupt:
+            assert not model.rows
+        assert all(records.rows[n] == row for n, row in before.items())
+        lines = (tmp_path / folder / "answers.jsonl").read_text().splitlines()
+        assert len(lines) == len(records.rows) == len(before) + len(done)
+        return records.rows
+
+    whole = ask("whole")
+    assert len(whole) == 6
+    assert len(ask("killed", kill_after=2)) == 2
+    assert ask("killed") == whole
+    assert ask("alone", numbers=(4,)) == {4: whole[4]}
+    assert len({row["turns"][0]["answer"] for row in whole.values()}) > 1
+    for row in whole.values():
+        assert [0 <= t["early"] <= t["tokens"] <= 40 + 9 for t in row["turns"]] == [True, True]
+        assert {t["stopped"] for t in row["turns"]} <= {"end", "quiet", "silent", "length"}
+
+    def never() -> Engine:
+        raise AssertionError("asked again")
+
+    records = Records(tmp_path / "killed" / "answers.jsonl")
+    ask_questions(never, "mt_bench", questions, range(6), way, ASKING, records, lambda n: None)
+
+
+def test_slices_are_fed_one_by_one_and_their_words_joined(
+    data: Path, tmp_path: Path, model: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Given answers stand in the timeline as said; behind each query comes silence until the model falls silent."""
+    sessions: list[DuplexSession] = []
+    close = DuplexSession.close
+    monkeypatch.setattr(DuplexSession, "close", lambda self: (sessions.append(self), close(self))[1])
+    questions = read_questions("mt_eval_follow_up", data)
+    records = Records(tmp_path / "answers.jsonl")
+    ask_questions(lambda: model, "mt_eval_follow_up", questions, [0], "duplex", ASKING, records, lambda n: None)
+    rows = records.rows[0]["turns"]
+    assert rows[:2] == [None, None]
+    pairs = sessions[0].timeline
+    assert [p.user for p in pairs if p.user] == [
+        *(p.user for i, p in enumerate(pairs) if p.user and i < 3), "Say more.", "And 0?", "Bye?"
+    ]  # fmt: skip
+    said = [pairs[: pairs.index(next(p for p in pairs if p.user == "And 0?"))]]
+    assert "".join(p.assistant or "" for p in said[0]) == "Dear boss, I am well. I really am. "
+    assert said[0][-1] == SlicePair(None, None)
+    starts = [i for i, p in enumerate(pairs) if p.user in ("And 0?", "Bye?")]
+    for row, start, end in zip(rows[2:], starts, [starts[1], len(pairs)], strict=True):
+        assert row["answer"] == "".join(p.assistant or "" for p in pairs[start:end]).strip()
+        if row["stopped"] == "quiet":
+            assert all(p.assistant is None for p in pairs[end - ASKING.quiet : end])
+        elif row["stopped"] == "silent":
+            assert end - start == ASKING.patience
+
+
+def test_turns_that_outgrow_the_context(data: Path, tmp_path: Path, model: Engine):
+    """Old rounds are dropped and that is told; a query that never fits is told too."""
+    write(data / "mt_eval_follow-up_multi.jsonl", {"id": "1", "conv": [
+        turn("a" * 150, "b" * 150, asked=False), turn("c" * 60), turn("d" * 600), turn("e")]})  # fmt: skip
+    questions = read_questions("mt_eval_follow_up", data)
+    records = Records(tmp_path / "answers.jsonl")
+    ask_questions(lambda: model, "x", questions, [0], "turn_based", ASKING, records, lambda n: None)
+    first, second, third = records.rows[0]["turns"][1:]
+    assert not first["forgot"]
+    assert (second["stopped"], second["answer"], second["forgot"]) == ("too_long", "", True)
+    assert third["stopped"] in ("end", "length", "silent")
+
+
+# Verdicts.
+
+
+def answered(questions: Questions, text: str = "Well.") -> dict[int, list[str]]:
+    return {
+        n: [text if i in q.asked else t.given for i, t in enumerate(q.turns)] for n, q in enumerate(questions.items)
+    }
+
+
+def test_judged_over_http(data: Path, server: FakeServer, client: Client):
+    """Unreadable replies are asked for again, then counted; the cache answers the second time."""
+    questions, prompts = read_questions("mt_bench", data), read_prompts(data, TASKS)
+
+    def behave(number: int, body: dict[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        if "Why 3?" in text:
+            return "I cannot say."
+        if "Why 4?" in text and "seed" not in body:
+            return "Rating: none"
+        return "Fine. Rating: [[4]]" if "Why" in text else "Fine. Rating: [[9]]"
+
+    server.behave = behave
+    seen: list[int] = []
+    judge = ("mt_bench", questions, answered(questions), prompts, "gpt-4", client)
+    verdicts = judging.judge_answers(*judge, seen.append)
+    assert len(verdicts) == sum(seen) == 12
+    assert [v.score for v in verdicts if v.turn == 1] == [9] * 6
+    assert [v.score for v in verdicts if v.turn == 2] == [4, 4, 4, None, 4, 4]
+    assert [v.reason for v in verdicts if v.score is None] == ["no rating in the reply"]
+    assert {v.version for v in verdicts if v.score} == {"m"}
+    assert len(server.bodies) == 12 + 2 + 1
+    assert {body["temperature"] for body in server.bodies} == {0}
+    assert sum("seed" in body for body in server.bodies) == 3
+    sent = next(b for b in server.bodies if "Why 0?" in b["messages"][-1]["content"])
+    filled = ask_about(prompts, "mt_bench", questions.items[0], ["Well."] * 2, 1)
+    assert sent["messages"] == [{"role": role, "content": text} for role, text in filled.messages]
+    assert judging.judge_answers(*judge, seen.append) == verdicts
+    assert len(server.bodies) == 15
+
+
+def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
+    """A judge that always likes the first one gives nobody a win."""
+    questions, prompts = read_questions("mt_bench", data), read_prompts(data, TASKS)
+    ours, theirs = answered(questions, "Ours."), answered(questions, "Theirs.")
+    said = {0: "A", 1: "B", 2: "C", 4: "?", 5: "mixed"}
+
+    def behave(number: int, body: dict[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        n = next(i for i in range(6) if f"is {i}?" in text)
+        first = text.index("Ours.") < text.index("Theirs.")
+        if said.get(n) == "mixed":
+            return "[[C]]" if first else "[[A]]"
+        if n == 3 or said[n] == "C":
+            return "[[A]]" if n == 3 else "[[C]]"
+        return f"[[{said[n]}]]" if first else f"[[{ {'A': 'B', 'B': 'A'}.get(said[n], '?') }]]"
+
+    server.behave = behave
+    outcomes = judging.judge_pairs(questions, ours, theirs, prompts, "j", client, lambda n: None)
+    assert outcomes == [
+        (n, t, o) for n, o in enumerate(["won", "lost", "tie", "disagree", "unjudged", "disagree"]) for t in (1, 2)
+    ]  # fmt: skip
+    found = scores.wins(outcomes)
+    assert [found[k] for k in ("won", "lost", "tie", "disagree", "unjudged")] == [2, 2, 2, 4, 2]
+    assert found["share"]["value"] == pytest.approx((2 + 6 * 0.5) / 10)
+    mirrored = judging.judge_pairs(questions, theirs, ours, prompts, "j", client, lambda n: None)
+    swap = {"won": "lost", "lost": "won"}
+    assert mirrored == [(n, t, swap.get(o, o)) for n, t, o in outcomes]
+
+
+def test_no_reply_and_no_server(data: Path, server: FakeServer, tmp_path: Path):
+    questions, prompts = read_questions("mt_bench", data), read_prompts(data, TASKS)
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    judge = ("mt_bench", questions, answered(questions), prompts, "gpt-4")
+    flaky = Client(server.url, cache, backoff=0.001, retries=1, timeout=2)
+    server.behave = lambda n, body: 500 if "Why 3?" in body["messages"][-1]["content"] else "[[5]]"
+    with pytest.raises(judging.NoReply, match="1 of 12 questions to the judge got no reply"):
+        judging.judge_answers(*judge, flaky, lambda n: None)
+    flaky.close()
+    gone = Client("http://127.0.0.1:9/v1", cache, backoff=0.001, flag="--judge_url")
+    with pytest.raises(UserError, match=r"--judge_url=http://127\.0\.0\.1:9/v1: cannot be reached"):
+        judging.judge_answers(*judge, gone, lambda n: None)
+    gone.close()
+    cache.close()
+
+
+def test_verdicts_are_kept_and_another_judge_is_refused(data: Path, tmp_path: Path):
+    questions = {"mt_eval_recollection_cls": read_questions("mt_eval_recollection_cls", data)}
+    (of,) = questions.values()
+    verdicts = judging.judge_by_rule(of, answered(of, "Sports!"))
+    assert [v.score for v in verdicts] == [10]
+    assert [v.score for v in judging.judge_by_rule(of, answered(of, "art"))] == [0]
+    path = judging.verdicts_path(tmp_path, "mt_eval_recollection_cls", "duplex")
+    judging.write_verdicts(path, verdicts, {"judge": "rules"})
+    assert judging.read_verdicts(path, {"judge": "rules"}) == verdicts
+    with pytest.raises(UserError, match="judge both alike"):
+        judging.read_verdicts(path, {"judge": "gpt-4"})
+    (tmp_path / "settings.json").write_text('{"model": "m"}')
+    with pytest.raises(UserError, match="holds no answers to mt_eval_recollection_cls"):
+        read_beside(tmp_path, questions, 0, {})
+
+
+# Scores, against values by hand.
+
+
+def verdict(number: int, turn: int, score: float | None, words: int = 10, category: str = "") -> Verdict:
+    return Verdict(number, turn, category, words, score)
+
+
+def test_scores_by_hand():
+    verdicts = [
+        verdict(0, 1, 8, 10, "math"), verdict(0, 2, 4, 30, "math"), verdict(1, 1, 9, 20, "stem"),
+        verdict(1, 2, None, 0, "stem"), verdict(2, 1, 7, 20, "stem"), verdict(2, 2, 5, 40, "stem"),
+    ]  # fmt: skip
+    found = scores.described(verdicts)
+    assert (found["judged"], found["unjudged"]) == (5, {"": 1})
+    assert found["score"]["value"] == pytest.approx(33 / 5)
+    assert {t: row["value"] for t, row in found["by_turn"].items()} == {"1": 8, "2": 4.5}
+    assert {c: row["value"] for c, row in found["by_category"].items()} == {"math": 6, "stem": 7}
+    assert found["words"]["value"] == 20
+    assert found["score"]["low"] < 6.6 < found["score"]["high"]
+    # One question alone has no interval.
+    assert found["by_category"]["math"]["low"] is None
+    tasks = {"a": [verdict(0, 1, 5.87), verdict(1, 1, 5.87)], "b": [verdict(0, 1, 6.31)], "c": [verdict(0, 1, 8.48)]}
+    assert scores.mean_of_tasks(tasks)["value"] == pytest.approx((5.87 + 6.31 + 8.48) / 3)
+    assert scores.mean_score([])["value"] is None
+
+
+def test_differences_are_paired():
+    ours = [verdict(0, 1, 8), verdict(0, 2, 5), verdict(1, 1, 3), verdict(2, 1, None)]
+    theirs = [verdict(0, 1, 6), verdict(0, 2, 5), verdict(1, 1, 4), verdict(2, 1, 9), verdict(3, 1, 1)]
+    found = scores.difference(ours, theirs)
+    assert (found["answers"], found["value"]) == (3, pytest.approx(1 / 3))
+    assert scores.difference(ours, ours)["value"] == scores.difference(ours, ours)["high"] == 0
+
+
+def test_scores_at_equal_length():
+    """A judge that likes nothing but length likes both alike; where lengths are alike, nothing changes."""
+    short, long = [5, 10, 20, 40], [10, 40, 80, 160]
+
+    def judged(lengths: list[int], bonus: float) -> list[Verdict]:
+        return [verdict(i, 1, 2 + 1.5 * math.log1p(n) + bonus, n) for i, n in enumerate(lengths)]
+
+    found = scores.at_equal_length({"a": judged(short, 0), "b": judged(long, 0)})
+    mean = sum(math.log1p(n) for n in short + long) / 8
+    assert found["a"]["value"] == pytest.approx(found["b"]["value"])
+    assert found["a"]["value"] == pytest.approx(2 + 1.5 * mean)
+    found = scores.at_equal_length({"a": judged(short, 1), "b": judged(long, 0)})
+    assert found["a"]["value"] - found["b"]["value"] == pytest.approx(1)
+    same = {"a": [verdict(i, 1, i + 1, 7) for i in range(3)], "b": [verdict(i, 1, 4, 7) for i in range(3)]}
+    assert scores.at_equal_length(same)["a"]["value"] is None
+
+
+def test_only_the_published_judge_on_all_questions_is_comparable():
+    row = {"chosen": 80, "published": 80}
+    assert report.not_comparable({"mt_bench": row}, "gpt-4", ["gpt-4-0613"]) == []
+    assert report.not_comparable({RULED[0]: row}, "llama", []) == []
+    (reason,) = report.not_comparable({"mt_bench": row}, "llama", ["llama-3"])
+    assert reason == "the judge is llama, and that of published scores is gpt-4 or gpt-4-0613"
+    (reason,) = report.not_comparable({"mt_bench": row}, "gpt-4", ["gpt-4-turbo"])
+    assert "says that it runs gpt-4-turbo" in reason
+    (reason,) = report.not_comparable({"mt_bench": row | {"chosen": 64}}, "gpt-4", [])
+    assert reason == "mt_bench has 64 of the published 80 questions"
+
+
+def test_who_is_compared():
+    turns, slices = System("m", Path("a"), "turn_based"), System("m", Path("a"), "duplex")
+    others = [System("o", Path("b"), "turn_based"), System("o", Path("b"), "duplex")]
+    assert [(a.name, b.name) for a, b in pairs_of([turns, slices], others)] == [
+        ("a, duplex", "a, turn_based"), ("a, turn_based", "b, turn_based"), ("a, duplex", "b, turn_based"),
+        ("a, duplex", "b, duplex"),
+    ]  # fmt: skip
+
+
+# The program.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=m"], "needs --model=M, --data=FOLDER and --out=FOLDER"),
+        (
+            ["--model=m", "--data=DATA", "--out=OUT", "--tasks=mt_bech"],
+            "'mt_bech' is unknown; did you mean 'mt_bench'?",
+        ),
+        (["--model=m", "--data=none", "--out=OUT"], "none: no such folder"),
+        (["--model=m", "--data=OUT", "--out=OUT"], "mt_bench_questions.jsonl: is missing, and task mt_bench reads it"),
+        (["--model=none", "--data=DATA", "--out=OUT"], "model 'none': no such file or folder"),
+        (["--model=m", "--data=DATA", "--out=OUT", "--pairwise"], "--pairwise needs --judge_model=NAME"),
+        (["--model=m", "--data=DATA", "--out=OUT", "--beside=DATA"], "no results of judged dialogue there"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, data: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    names = {"DATA": str(data), "OUT": str(tmp_path / "out")}
+    arguments = [f"{f}={names.get(v, v)}" if v else f for f, _, v in (a.partition("=") for a in arguments)]
+    found = run("judge", *arguments)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path, server: FakeServer):
+    """Answers first, then verdicts, then the same again without a question; another run beside it, and pairs."""
+    save_model(tiny_model(), tmp_path / "model")
+    a, b = tmp_path / "a", tmp_path / "b"
+    tasks = [t for t in TASKS if t != "mt_eval_recollection_inst"]
+    flags = ["judge", f"--model={tmp_path / 'model'}", f"--data={data}", f"--tasks={','.join(tasks)}", "--capacity=512",
+             "--max_tokens=20", "--patience=2", "--quiet=1", "--temperature=1"]  # fmt: skip
+    server.behave = lambda n, body: (
+        "[[A]]" if body["messages"][0]["content"].startswith("You are pair")
+        else "Good. [[6]]" if len(body["messages"]) == 2 else '{"Rationale": "Good.", "Score": 7}'
+    )  # fmt: skip
+    found = run(*flags, f"--out={a}", "--seed=1")
+    assert found.returncode == 0, found.stderr
+    assert "answered, and not judged" in found.stdout
+    kept = {p.relative_to(a): p.read_bytes() for p in a.rglob("duplex.jsonl")}
+    assert len(kept) == len(tasks)
+
+    gone = run(
+        *flags, f"--out={a}", "--seed=1", "--judge_model=gpt-4", "--judge_url=http://127.0.0.1:9/v1", "--retries=0"
+    )
+    assert gone.returncode == 2
+    assert "--judge_url=http://127.0.0.1:9/v1: cannot be reached" in gone.stderr
+
+    judge = ["--judge_model=gpt-4", f"--judge_url={server.url}"]
+    found = run(*flags, f"--out={a}", "--seed=1", *judge)
+    assert found.returncode == 0, found.stderr
+    assert {p: (a / p).read_bytes() for p in kept} == kept
+    told = json.loads((a / "judge.json").read_text())
+    assert told["judge"]["model"] == "gpt-4"
+    assert told["judge"]["versions"] == ["m"]
+    assert told["tasks"]["mt_bench"]["ways"]["duplex"]["score"] == {"value": 6, "low": 6, "high": 6}
+    assert set(told["tasks"]["mt_bench"]["ways"]["duplex"]["by_category"]) == {
+        "writing", "math", "coding", "stem", "reasoning"
+    }  # fmt: skip
+    assert told["averages"]["turn_based"]["value"] == 7
+    assert any("the judge's server says that it runs m" in reason for reason in told["not_comparable"])
+    assert "not comparable with published scores" in (a / "judge.txt").read_text()
+    sent = len(server.bodies)
+    again = run(*flags, f"--out={a}", "--seed=1", *judge)
+    assert again.returncode == 0, again.stderr
+    assert len(server.bodies) == sent
+    assert json.loads((a / "judge.json").read_text())["tasks"] == told["tasks"]
+
+    refused = run(*flags, f"--out={a}", "--seed=2", *judge)
+    assert refused.returncode == 2
+    assert "holds results with seed=1, and now it is 2" in refused.stderr
+
+    found = run(*flags, f"--out={b}", *judge, f"--beside={a}", "--pairwise", "--ways=duplex")
+    assert found.returncode == 0, found.stderr
+    rows = json.loads((b / "judge.json").read_text())["comparisons"]
+    assert [(r["way"], r["other_way"]) for r in rows if r["task"] == "mt_bench"] == [
+        ("duplex", "turn_based"), ("duplex", "duplex")
+    ]  # fmt: skip
+    wins = next(r["wins"] for r in rows if "wins" in r)
+    assert (wins["won"], wins["lost"], wins["disagree"]) == (0, 0, 12)
+    assert "the orders disagree 12" in found.stdout
