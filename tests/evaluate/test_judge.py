@@ -426,12 +426,11 @@ def test_slices_are_fed_one_by_one_and_their_words_joined(
     rows = records.rows[0]["turns"]
     assert rows[:2] == [None, None]
     pairs = sessions[0].timeline
-    assert [p.user for p in pairs if p.user] == [
-        *(p.user for i, p in enumerate(pairs) if p.user and i < 3), "Say more.", "And 0?", "Bye?"
-    ]  # fmt: skip
-    said = [pairs[: pairs.index(next(p for p in pairs if p.user == "And 0?"))]]
-    assert "".join(p.assistant or "" for p in said[0]) == "Dear boss, I am well. I really am. "
-    assert said[0][-1] == SlicePair(None, None)
+    users = [p.user for p in pairs if p.user]
+    assert " ".join(users) == "Draft a mail to my dear boss, please. Say more. And 0? Bye?"
+    given = pairs[: [p.user for p in pairs].index("And 0?")]
+    assert "".join(p.assistant or "" for p in given) == "Dear boss, I am well. I really am. "
+    assert given[-1] == SlicePair(None, None)
     starts = [i for i, p in enumerate(pairs) if p.user in ("And 0?", "Bye?")]
     for row, start, end in zip(rows[2:], starts, [starts[1], len(pairs)], strict=True):
         assert row["answer"] == "".join(p.assistant or "" for p in pairs[start:end]).strip()
