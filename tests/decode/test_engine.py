@@ -89,11 +89,11 @@ def test_forks_part_by_their_seeds(engine: Engine):
 def test_no_step_compiles_after_warm_up():
     """200 slices of random length, silences and evictions; every other program is bounded by the table of buckets."""
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, rows=2, capacity=1024)
+    engine = Engine(model.config, model.params, model.template, rows=2, capacity=512)
     engine.warm_up()
     steps = {k: n for k, n in engine.compilations.items() if k.startswith(("feed", "say"))}
-    # slots 256, 512 and all; for one row what is fed and what is said; for two, few and many tokens are fed
-    assert len(steps) == 3 * (2 + 3)
+    # slots 256 and all; for one row what is fed and what is said; for two, few and many tokens are fed
+    assert len(steps) == 2 * (2 + 3)
     assert set(steps.values()) == {1}
     rng = random.Random(0)
     sessions = [DuplexSession(engine, system="Be brief.", seed=i) for i in range(2)]
@@ -104,7 +104,7 @@ def test_no_step_compiles_after_warm_up():
     assert {k: n for k, n in engine.compilations.items() if k.startswith(("feed", "say"))} == steps
     assert set(engine.compilations.values()) == {1}
     rest = [k.split()[0] for k in engine.compilations if k not in steps]
-    assert {kind: rest.count(kind) <= (6 if kind == "extend" else 3) for kind in rest} == dict.fromkeys(rest, True)
+    assert {kind: rest.count(kind) <= (4 if kind == "extend" else 2) for kind in rest} == dict.fromkeys(rest, True)
 
 
 def test_only_what_may_be_said_is_said(engine: Engine):
