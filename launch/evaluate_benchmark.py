@@ -1,19 +1,23 @@
-"""`duplex-jax evaluate benchmark`: standard benchmarks by log-likelihood, turn-based and in slices."""
+"""`duplex-jax evaluate benchmark`: standard benchmarks by log-likelihood or by generation, turn-based and in slices."""
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from data_gen.progress import Progress
+from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import check_settings, weights_hash
+from duplex_jax.evaluate.benchmarks import generation
 from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks import run as runs
 from duplex_jax.evaluate.benchmarks.tasks import TASKS, read_benchmark
@@ -21,11 +25,22 @@ from duplex_jax.evaluate.benchmarks.ways import WAYS
 from duplex_jax.files import check_writable
 from launch import app
 
+if TYPE_CHECKING:
+    from duplex_jax.checkpoint.registry import LoadedModel
+
 _MODEL = flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name.")
-_TASKS = flags.DEFINE_list(
-    "tasks", ["arc_easy", "arc_challenge", "hellaswag", "mmlu"], f"Some of {', '.join(TASKS)}."
+_FORM = flags.DEFINE_enum(
+    "form", "likelihood", ["likelihood", "generation"],
+    "Score the likelihood of given choices, or what the model writes.",
 )  # fmt: skip
-_WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"How to ask: some of {', '.join(WAYS)}.")
+_TASKS = flags.DEFINE_list(
+    "tasks", ["arc_easy", "arc_challenge", "hellaswag", "mmlu"],
+    f"By likelihood some of {', '.join(TASKS)}; by generation some of {', '.join(generation.TASKS)}.",
+)  # fmt: skip
+_WAYS = flags.DEFINE_list(
+    "ways", ["turn_based", "duplex"],
+    f"How to ask: by likelihood some of {', '.join(WAYS)}; by generation some of {', '.join(generation.WAYS)}.",
+)  # fmt: skip
 _DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks' files.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "So many items of each task, the same for every model; 0 for all.", 0)
@@ -34,45 +49,85 @@ _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"]
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
 
 
+_ROWS = flags.DEFINE_integer("rows", 8, "Generation: questions at once.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Generation: of the shots and of the answers.")
+_ALLOW_CODE = flags.DEFINE_bool("allow_code", False, "Generation: run programs that the model wrote, in a sandbox.")
+
+
 def main(argv: list[str]) -> None:
     """Reads the items, asks what was not asked before, scores, writes."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate benchmark needs --model=M, --data=FOLDER and --out=FOLDER")
+    by = _by_likelihood if _FORM.value == "likelihood" else _by_generation
+    by(_MODEL.value, _DATA.value, Path(_OUT.value))
+
+
+def _by_likelihood(name: str, data: str, out: Path) -> None:
     tasks = app.names("tasks", _TASKS.value, TASKS)
     ways = app.names("ways", _WAYS.value, WAYS)
-    out = Path(_OUT.value)
-    benchmarks = {task: read_benchmark(task, _DATA.value) for task in tasks}
+    benchmarks = {task: read_benchmark(task, data) for task in tasks}
     beside = [runs.read_beside(folder, benchmarks) for folder in _BESIDE.value]
-    check_writable(out / "settings.json")
-
-    from duplex_jax.checkpoint.registry import load_model
-
-    app.use_compilation_cache()
-    model = load_model(_MODEL.value, dtype="auto", template=_TEMPLATE.value)
-    capacity = _CAPACITY.value or min(4096, model.config.max_position_embeddings)
-    settings = {
-        "what": "benchmark", "model": _MODEL.value, "weights": weights_hash(model.params),
-        "template": model.template.name, "capacity": capacity,
-    }  # fmt: skip
-    check_settings(out, settings)
+    model, settings = _load(name, out, "benchmark")
     with contextlib.ExitStack() as stack:
 
         def progress(tokens: int) -> Callable[[int], None]:
             return stack.enter_context(Progress("tokens", tokens)).add
 
-        found = runs.ask(model, benchmarks, ways, _LIMIT.value, capacity, out, progress)
-    report: dict[str, Any] = settings | {
+        found = runs.ask(model, benchmarks, ways, _LIMIT.value, settings["capacity"], out, progress)
+    _write(reports, out, settings, {
+        "tasks": reports.describe(benchmarks, found, _LIMIT.value),
+        "beside": [about | {"differences": reports.compare(benchmarks, found, theirs)} for about, theirs in beside],
+    })  # fmt: skip
+
+
+def _by_generation(name: str, data: str, out: Path) -> None:
+    tasks = app.names("tasks", _TASKS.value, generation.TASKS)
+    ways = app.names("ways", _WAYS.value, generation.WAYS)
+    generation.check_code(tasks, _ALLOW_CODE.value)
+    benchmarks = {task: generation.read_benchmark(task, data) for task in tasks}
+    beside = [generation.read_beside(folder, benchmarks) for folder in _BESIDE.value]
+    model, settings = _load(name, out, "generation", seed=_SEED.value)
+
+    @functools.cache
+    def engine() -> Engine:
+        return Engine(model.config, model.params, model.template, rows=_ROWS.value, capacity=settings["capacity"])
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        with Progress(what, total) as shown:
+            yield lambda tokens: shown.add(1)
+
+    found = generation.ask(engine, benchmarks, ways, _LIMIT.value, _SEED.value, out, progress)
+    _write(generation, out, settings, {
+        "tasks": generation.describe(benchmarks, found),
+        "beside": [about | {"differences": generation.compare(benchmarks, found, theirs)} for about, theirs in beside],
+    })  # fmt: skip
+
+
+def _load(name: str, out: Path, what: str, **settings: Any) -> "tuple[LoadedModel, dict[str, Any]]":
+    """The model, and the settings that its results depend on, kept in `out`."""
+    from duplex_jax.checkpoint.registry import load_model
+
+    check_writable(out / "settings.json")
+    app.use_compilation_cache()
+    model = load_model(name, dtype="auto", template=_TEMPLATE.value)
+    settings = {
+        "what": what, "model": name, "weights": weights_hash(model.params), "template": model.template.name,
+        "capacity": _CAPACITY.value or min(4096, model.config.max_position_embeddings),
+    } | settings  # fmt: skip
+    check_settings(out, settings)
+    return model, settings
+
+
+def _write(form: ModuleType, out: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
+    report = settings | {
         "command": shlex.join(["duplex-jax", "evaluate", "benchmark", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
-        "tasks": reports.describe(benchmarks, found, _LIMIT.value),
-        "beside": [
-            settings | {"differences": reports.compare(benchmarks, found, theirs)} for settings, theirs in beside
-        ],
-    }
-    written = reports.write_report(report, out)
-    print("\n".join(reports.table(report)))
+    } | found  # fmt: skip
+    written = form.write_report(report, out)
+    print("\n".join(form.table(report)))
     print(f"\nwrote {', '.join(written)} in {out}")
 
 

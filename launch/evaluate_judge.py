@@ -20,9 +20,9 @@ from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records, check_settings, weights_hash
+from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge import judging
 from duplex_jax.evaluate.judge import report as reports
-from duplex_jax.evaluate.judge.generate import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
@@ -169,7 +169,7 @@ def _answers(
             records = Records(records_path(out, task, system.way))
             missing = sum(n not in records.rows for n in numbers)
             with Progress(f"conversations of {task}, {system.way}", missing) as progress:
-                ask_questions(engine, task, of, numbers, system.way, asking, records, _counting(progress))
+                ask_questions(engine, task, of.items, numbers, system.way, asking, records, _counting(progress))
             system.add(task, of, records, numbers)
     return settings, own
 

@@ -18,8 +18,8 @@ from duplex_jax.decode.session import DuplexSession, TurnSession
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
+from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge import judging, report, rules, scores
-from duplex_jax.evaluate.judge.generate import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge.judging import Verdict
 from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_sentences, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside
@@ -388,7 +388,7 @@ def test_a_run_that_was_killed_goes_on(way: str, data: Path, tmp_path: Path, mod
         records = Records(tmp_path / folder / "answers.jsonl")
         before = dict(records.rows)
         try:
-            ask_questions(lambda: model, "mt_bench", questions, numbers, way, ASKING, records, count)
+            ask_questions(lambda: model, "mt_bench", questions.items, numbers, way, ASKING, records, count)
         except KeyboardInterrupt:
             assert not model.rows
         assert all(records.rows[n] == row for n, row in before.items())
@@ -410,7 +410,7 @@ def test_a_run_that_was_killed_goes_on(way: str, data: Path, tmp_path: Path, mod
         raise AssertionError("asked again")
 
     records = Records(tmp_path / "killed" / "answers.jsonl")
-    ask_questions(never, "mt_bench", questions, range(6), way, ASKING, records, lambda n: None)
+    ask_questions(never, "mt_bench", questions.items, range(6), way, ASKING, records, lambda n: None)
 
 
 def test_slices_are_fed_one_by_one_and_their_words_joined(
@@ -422,7 +422,7 @@ def test_slices_are_fed_one_by_one_and_their_words_joined(
     monkeypatch.setattr(DuplexSession, "close", lambda self: (sessions.append(self), close(self))[1])
     questions = read_questions("mt_eval_follow_up", data)
     records = Records(tmp_path / "answers.jsonl")
-    ask_questions(lambda: model, "mt_eval_follow_up", questions, [0], "duplex", ASKING, records, lambda n: None)
+    ask_questions(lambda: model, "mt_eval_follow_up", questions.items, [0], "duplex", ASKING, records, lambda n: None)
     rows = records.rows[0]["turns"]
     assert rows[:2] == [None, None]
     pairs = sessions[0].timeline
@@ -446,7 +446,7 @@ def test_turns_that_outgrow_the_context(data: Path, tmp_path: Path, model: Engin
         turn("a" * 150, "b" * 150, asked=False), turn("c" * 60), turn("d" * 600), turn("e")]})  # fmt: skip
     questions = read_questions("mt_eval_follow_up", data)
     records = Records(tmp_path / "answers.jsonl")
-    ask_questions(lambda: model, "x", questions, [0], "turn_based", ASKING, records, lambda n: None)
+    ask_questions(lambda: model, "x", questions.items, [0], "turn_based", ASKING, records, lambda n: None)
     first, second, third = records.rows[0]["turns"][1:]
     assert not first["forgot"]
     assert (second["stopped"], second["answer"], second["forgot"]) == ("too_long", "", True)
@@ -655,6 +655,7 @@ def test_bad_input(arguments: list[str], message: str, data: Path, tmp_path: Pat
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path, server: FakeServer):
     """Answers first, then verdicts, then the same again without a question; another run beside it, and pairs."""
     save_model(tiny_model(), tmp_path / "model")

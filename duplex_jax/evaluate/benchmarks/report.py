@@ -56,8 +56,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
     for task, described in report["tasks"].items():
         for way, row in described["ways"].items():
             items = f"{row['scored']} of {described['items']}"
-            rows.append([task, way, items, f"{100 * described['chance']:.1f}", *(_share(row[m]) for m in METRICS)])
-    lines += _columns(rows)
+            rows.append([task, way, items, f"{100 * described['chance']:.1f}", *(share(row[m]) for m in METRICS)])
+    lines += columns(rows)
     for task, described in report["tasks"].items():
         for way, row in described["ways"].items():
             if row["too_long"]:
@@ -68,11 +68,11 @@ def table(report: Mapping[str, Any]) -> list[str]:
         for row in beside["differences"]:
             points = (_points(row[m]) for m in METRICS)
             rows.append([row["task"], row["way"], row["other_way"], str(row["items"]), *points])
-        lines += _columns(rows)
+        lines += columns(rows)
     return lines
 
 
-def _share(row: Mapping[str, float | None]) -> str:
+def share(row: Mapping[str, float | None]) -> str:
     value, low, high = row["value"], row["low"], row["high"]
     if value is None or low is None or high is None:
         return "-"
@@ -83,7 +83,7 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{row['points']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) {row['won']}:{row['lost']}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

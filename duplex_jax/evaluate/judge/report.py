@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from duplex_jax.evaluate.conversations import Answer
 from duplex_jax.evaluate.judge import scores
-from duplex_jax.evaluate.judge.generate import Answer
 from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
-from duplex_jax.evaluate.judge.generate import WAYS, Answer, answer_rows
+from duplex_jax.evaluate.conversations import WAYS, Answer, answer_rows
 from duplex_jax.evaluate.judge.judging import Verdict, read_verdicts, verdicts_path
 from duplex_jax.evaluate.judge.tasks import Questions
 

@@ -1,10 +1,11 @@
 """Having a model answer the conversations, turn-based or in slices: several at once, each answer kept by question."""
 
 import dataclasses
+import functools
 import random
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -12,9 +13,38 @@ from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_se
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
-from duplex_jax.evaluate.judge.tasks import Question, Questions, Turn
 from duplex_jax.slicing import slice_words
 from duplex_jax.tokenizer import decode
+
+
+class Turn(Protocol):
+    """One query of a conversation.
+
+    Attributes:
+        user: what is asked.
+        given: an answer that stands already; empty where there is none.
+        answered: whether `given` stands in the context as said, and nobody is asked.
+    """
+
+    @property
+    def user(self) -> str: ...
+
+    @property
+    def given(self) -> str: ...
+
+    @property
+    def answered(self) -> bool: ...
+
+
+class Question(Protocol):
+    """A conversation: its name among others, and its turns in order."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def turns(self) -> Sequence[Turn]: ...
+
 
 # A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
 _LEAST_ROOM = 256
@@ -70,8 +100,10 @@ def conversation_seed(seed: int, task: str, question: str) -> int:
     return zlib.crc32(f"{seed}/{task}/{question}".encode())
 
 
-def _in_slices(session: DuplexSession, question: Question, asking: Asking, seed: int) -> Conversation:
-    """Yields the user's slices, is sent the assistant's."""
+def _in_slices(
+    session: DuplexSession, question: Question, asking: Asking, seed: int, whole: bool = False
+) -> Conversation:
+    """Yields the user's slices, is sent the assistant's; `whole` puts each query into one slice."""
     answers: Answers = []
     for number, turn in enumerate(question.turns):
         name = f"{seed}/{number}"
@@ -81,7 +113,7 @@ def _in_slices(session: DuplexSession, question: Question, asking: Asking, seed:
             continue
         texts: list[str] = []
         tokens = early = silent = 0
-        slices = slice_words(turn.user, random.Random(name))
+        slices = [turn.user] if whole else slice_words(turn.user, random.Random(name))
         spoken: Iterator[str | None] = iter(slices)
         fed = 0
         while True:
@@ -153,14 +185,16 @@ class _Way:
 WAYS: dict[str, _Way] = {
     "turn_based": _Way(TurnSession, _by_turns, step_turns),
     "duplex": _Way(DuplexSession, _in_slices, step_sessions),
+    "duplex_whole": _Way(DuplexSession, functools.partial(_in_slices, whole=True), step_sessions),
 }
 """Turn-based: the whole query in, the whole answer out. Duplex: the query in slices of 4-6 words, one at a time, then
-silence until the model has fallen silent; the words of all slices joined are the answer."""
+silence until the model has fallen silent; the words of all slices joined are the answer. Duplex, whole: the same with
+the whole query in one slice."""
 
 
 def ask_questions(
-    engine: Callable[[], Engine], task: str, questions: Questions, numbers: Sequence[int], way: str, asking: Asking,
-    records: Records, done: Callable[[int], None],
+    engine: Callable[[], Engine], task: str, questions: Sequence[Question], numbers: Sequence[int], way: str,
+    asking: Asking, records: Records, done: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Has the conversations answered that `records` lacks, as many at once as the engine has rows.
 
@@ -187,14 +221,14 @@ def ask_questions(
         except StopIteration as over:
             session.close()
             live.pop(number, None)
-            records.add(number, {"id": questions.items[number].id, "turns": over.value})
+            records.add(number, {"id": questions[number].id, "turns": over.value})
             done(sum(a["tokens"] for a in over.value if a))
 
     try:
         while waiting or live:
             while waiting and len(live) < model.cache.rows:
                 number = waiting.pop(0)
-                question = questions.items[number]
+                question = questions[number]
                 seed = conversation_seed(asking.seed, task, question.id)
                 session = how.session(model, system=asking.system, seed=seed, sampling=asking.sampling)
                 advance(number, session, how.conversation(session, question, asking, seed), None)
