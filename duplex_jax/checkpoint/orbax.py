@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -23,35 +24,32 @@ CONFIG_FILE = "model_config.json"
 PARAMS_FOLDER = "params"
 
 
-@contextlib.contextmanager
-def quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Keeps Orbax out of a job's own log: its forty lines a call up to `level`, and reports that nobody can use.
+@functools.cache
+def _drop_late_reports() -> None:
+    """Keeps Python from printing a traceback for each read or write that ends after a failed one, whenever that is.
 
-    When one of its reads or writes fails, Orbax raises that and closes its event loop. TensorStore's others end later,
-    find the loop closed, and Python prints a traceback for each.
+    Orbax raises the first failure and closes its event loop; TensorStore's other operations find that closed later,
+    when no caller is left to tell.
     """
-    before = logging.get_verbosity()
     hook = sys.unraisablehook
-    reported = time.monotonic()
 
     def drop(report: Any) -> None:
-        nonlocal reported
-        if isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed":
-            reported = time.monotonic()
-        else:
+        late = isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"
+        if not (late and report.object is None):
             hook(report)
 
-    logging.set_verbosity(min(before, level))
     sys.unraisablehook = drop
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Keeps Orbax out of a job's own log: its forty lines a call up to `level`, and reports that nobody can use."""
+    _drop_late_reports()
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, level))
     try:
         yield
-    except Exception:
-        reported = failed = time.monotonic()
-        while time.monotonic() < min(reported + 0.3, failed + 10):
-            time.sleep(0.05)
-        raise
     finally:
-        sys.unraisablehook = hook
         logging.set_verbosity(before)
 
 
