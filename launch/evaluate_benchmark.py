@@ -16,6 +16,7 @@ from absl import flags
 from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
+from duplex_jax.evaluate import conversations
 from duplex_jax.evaluate.behaviour_run import check_settings, weights_hash
 from duplex_jax.evaluate.benchmarks import generation
 from duplex_jax.evaluate.benchmarks import report as reports
@@ -39,7 +40,7 @@ _TASKS = flags.DEFINE_list(
 )  # fmt: skip
 _WAYS = flags.DEFINE_list(
     "ways", ["turn_based", "duplex"],
-    f"How to ask: by likelihood some of {', '.join(WAYS)}; by generation some of {', '.join(generation.WAYS)}.",
+    f"How to ask: by likelihood some of {', '.join(WAYS)}; by generation some of {', '.join(conversations.WAYS)}.",
 )  # fmt: skip
 _DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks' files.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
@@ -83,7 +84,7 @@ def _by_likelihood(name: str, data: str, out: Path) -> None:
 
 def _by_generation(name: str, data: str, out: Path) -> None:
     tasks = app.names("tasks", _TASKS.value, generation.TASKS)
-    ways = app.names("ways", _WAYS.value, generation.WAYS)
+    ways = app.names("ways", _WAYS.value, conversations.WAYS)
     generation.check_code(tasks, _ALLOW_CODE.value)
     benchmarks = {task: generation.read_benchmark(task, data) for task in tasks}
     beside = [generation.read_beside(folder, benchmarks) for folder in _BESIDE.value]

@@ -21,6 +21,7 @@ from duplex_jax.evaluate.behaviour import (
     summarise,
 )
 from duplex_jax.evaluate.behaviour_run import HeldOut
+from duplex_jax.evaluate.reports import write
 from duplex_jax.evaluate.statistics import value_of
 from duplex_jax.files import atomic_write
 
@@ -161,11 +162,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the place cannot be written.
     """
-    with atomic_write(folder / "behaviour.json") as f:
-        json.dump(report, f, indent=1, allow_nan=False)
-    with atomic_write(folder / "behaviour.txt") as f:
-        f.write("\n".join(table(report)) + "\n")
-    written = ["behaviour.json", "behaviour.txt"]
+    written = write(report, table(report), folder, "behaviour")
     if importlib.util.find_spec("matplotlib") is not None:
         _plot_behaviour(report, folder / "behaviour.png")
         written.append("behaviour.png")

@@ -5,6 +5,7 @@ draw where two tokens tie at the edge of the nucleus, or where the random number
 about six slices in 100,000 with this model, whose nucleus holds 70 tokens.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 
@@ -66,6 +67,11 @@ def _take_instead(session: DuplexSession, user: str | None, answer: str | None) 
     return True
 
 
+@functools.cache
+def _fresh() -> FreshForward:
+    return FreshForward(tiny_model())
+
+
 def _within_rounding(
     session: DuplexSession, context: list[int], step: int, said: list[int], answer: str | None
 ) -> list[int] | None:
@@ -74,7 +80,7 @@ def _within_rounding(
     if said and (said[-1] in template.stop_ids or len(said) == session.engine.max_slice_tokens):
         return said if (session._text(session._carry, session._words(said))[0] or None) == answer else None
     model = tiny_model()
-    logits = np.where(never_sampled(model.config, template), -np.inf, FRESH(context + said)).astype(np.float64)
+    logits = np.where(never_sampled(model.config, template), -np.inf, _fresh()(context + said)).astype(np.float64)
     if said:
         logits[template.idle_id] = -np.inf
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(np.uint32(row.seed)), np.uint32(step)), len(said))
@@ -97,6 +103,3 @@ def _draw(logits: np.ndarray, at: float, sampling: Sampling) -> int:
     weights[order[before >= sampling.top_p * weights.sum()]] = 0
     sums = np.cumsum(weights)
     return int(np.argmax(sums > at * sums[-1]))
-
-
-FRESH = FreshForward(tiny_model())

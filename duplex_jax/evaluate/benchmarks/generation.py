@@ -19,11 +19,10 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate import sandbox
 from duplex_jax.evaluate.behaviour_run import Records, check_settings
 from duplex_jax.evaluate.benchmarks import ultraeval
-from duplex_jax.evaluate.benchmarks.report import columns, share
 from duplex_jax.evaluate.benchmarks.tasks import chosen
-from duplex_jax.evaluate.conversations import WAYS, Answer, Asking, answer_rows, ask_questions
+from duplex_jax.evaluate.conversations import Answer, Asking, answer_rows, ask_questions
+from duplex_jax.evaluate.reports import columns, share, write
 from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
-from duplex_jax.files import atomic_write
 
 TASKS = ultraeval.TASKS
 # Generated programs are run so many at a time, and what came of them is kept.
@@ -206,6 +205,10 @@ def _counts(benchmark: Benchmark, right: Mapping[int, bool], prefix: str = "") -
     return [{f"{prefix}{s}/y": float(r), f"{prefix}{s}/n": 1.0} for s, r in zip(names, right.values(), strict=True)]
 
 
+def _total(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(count.get(name, 0) for count in counts) for name in {n for count in counts for n in count}}
+
+
 def _mean_of_subtasks(counts: Sequence[Mapping[str, float]], prefix: str = "") -> Callable[[Sums], Any]:
     names = {name.removesuffix("/n") for count in counts for name in count if name.endswith("/n")}
     names = {name for name in names if name.startswith(prefix)}
@@ -217,10 +220,7 @@ def score(benchmark: Benchmark, right: Mapping[int, bool]) -> dict[str, float | 
     counts = _counts(benchmark, right)
     mean = _mean_of_subtasks(counts)
     low, high = Bootstrap(counts).interval(mean) or (None, None)
-    sums: collections.Counter[str] = collections.Counter()
-    for count in counts:
-        sums.update(count)
-    return {"value": value_of(mean, sums), "low": low, "high": high}
+    return {"value": value_of(mean, _total(counts)), "low": low, "high": high}
 
 
 def difference(benchmark: Benchmark, ours: Mapping[int, bool], theirs: Mapping[int, bool]) -> dict[str, Any]:
@@ -238,12 +238,13 @@ def difference(benchmark: Benchmark, ours: Mapping[int, bool], theirs: Mapping[i
         one | other for one, other in zip(_counts(benchmark, a, "a/"), _counts(benchmark, b, "b/"), strict=True)
     ]  # fmt: skip
     means = [_mean_of_subtasks(counts, prefix) for prefix in ("a/", "b/")]
-    sums: collections.Counter[str] = collections.Counter()
-    for count in counts:
-        sums.update(count)
-    low, high = Bootstrap(counts).interval(lambda s: 100 * (means[0](s) - means[1](s))) or (None, None)
+
+    def points(sums: Sums) -> Any:
+        return 100 * (means[0](sums) - means[1](sums))
+
+    low, high = Bootstrap(counts).interval(points) or (None, None)
     return {
-        "items": len(both), "points": value_of(lambda s: 100 * (means[0](s) - means[1](s)), sums), "low": low,
+        "items": len(both), "points": value_of(points, _total(counts)), "low": low,
         "high": high, "won": sum(a[n] and not b[n] for n in both), "lost": sum(b[n] and not a[n] for n in both),
     }  # fmt: skip
 
@@ -309,12 +310,4 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the place cannot be written.
     """
-    with atomic_write(folder / "generation.json") as f:
-        json.dump(report, f, indent=1, allow_nan=False)
-    with atomic_write(folder / "generation.txt") as f:
-        f.write("\n".join(table(report)) + "\n")
-    return ["generation.json", "generation.txt"]
-
-
-__all__ = ["TASKS", "WAYS", "ask", "check_code", "compare", "describe", "read_benchmark", "read_beside", "table",
-           "write_report"]  # fmt: skip
+    return write(report, table(report), folder, "generation")

@@ -1,14 +1,13 @@
 """What is made of the answers: one JSON object, and a table for a terminal."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from duplex_jax.evaluate.benchmarks.run import Answers
 from duplex_jax.evaluate.benchmarks.scoring import METRICS, accuracies, chance, differences, is_right
 from duplex_jax.evaluate.benchmarks.tasks import Benchmark
-from duplex_jax.files import atomic_write
+from duplex_jax.evaluate.reports import columns, share, write
 
 Found = Mapping[tuple[str, str], Answers]
 
@@ -72,20 +71,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def share(row: Mapping[str, float | None]) -> str:
-    value, low, high = row["value"], row["low"], row["high"]
-    if value is None or low is None or high is None:
-        return "-"
-    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def _points(row: Mapping[str, Any]) -> str:
     return f"{row['points']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) {row['won']}:{row['lost']}"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
@@ -94,8 +81,4 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the place cannot be written.
     """
-    with atomic_write(folder / "benchmark.json") as f:
-        json.dump(report, f, indent=1, allow_nan=False)
-    with atomic_write(folder / "benchmark.txt") as f:
-        f.write("\n".join(table(report)) + "\n")
-    return ["benchmark.json", "benchmark.txt"]
+    return write(report, table(report), folder, "benchmark")

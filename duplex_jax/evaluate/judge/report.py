@@ -1,7 +1,6 @@
 """What is made of the verdicts: one JSON object, and a table for a terminal."""
 
 import collections
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions
-from duplex_jax.files import atomic_write
+from duplex_jax.evaluate.reports import columns, write
 
 Outcomes = Mapping[tuple[str, str], Sequence[tuple[int, int, str]]]
 """By names of two systems, what `judge_pairs` found of their answers to MT-Bench."""
@@ -108,7 +107,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
         ])  # fmt: skip
     for way, mean in report["averages"].items():
         rows.append(["mt_eval, mean of tasks", way, "", "", _interval(mean), "", ""])
-    lines += _columns(rows)
+    lines += columns(rows)
     for kind in ("turn", "category"):
         parts = [
             f"{task}, {way}, by {kind}: "
@@ -124,7 +123,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
         found = row["score"]
         rows.append([row["task"], row["way"], row["model"], row["other_way"], str(found["answers"]),
                      _interval(found, sign="+")])  # fmt: skip
-    lines += ["", *_columns(rows)] if len(rows) > 1 else []
+    lines += ["", *columns(rows)] if len(rows) > 1 else []
     for row in (r for r in report["comparisons"] if "wins" in r):
         found = row["wins"]
         lines += ["", f"{row['task']}, {row['way']} against {row['model']} ({row['folder']}, {row['other_way']}), in "
@@ -165,19 +164,10 @@ def _interval(row: Mapping[str, float | None] | None, digits: int = 2, sign: str
     return f"{value} ({_number(row['low'], digits, sign)} to {_number(row['high'], digits, sign)})"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     """Writes `judge.json` and `judge.txt`; gives what was written.
 
     Raises:
         UserError: the place cannot be written.
     """
-    with atomic_write(folder / "judge.json") as f:
-        json.dump(report, f, indent=1, allow_nan=False)
-    with atomic_write(folder / "judge.txt") as f:
-        f.write("\n".join(table(report)) + "\n")
-    return ["judge.json", "judge.txt"]
+    return write(report, table(report), folder, "judge")
