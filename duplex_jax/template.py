@@ -46,6 +46,8 @@ class Template(abc.ABC):
         idle_id: the token that an idle assistant samples.
         end_id: the token that ends an assistant's slice.
         tells_typed_markers: whether a marker that somebody types differs from a real one.
+        idle_bias: the model's own, found after its training: added to the logit of idle wherever a slice begins, beside
+            what a session asks for.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Template(abc.ABC):
     tokens: ClassVar[dict[str, tuple[str, ...]]]
     idle_id: int
     end_id: int
+    idle_bias: float = 0.0
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -390,13 +393,15 @@ class CompactTemplate(Template):
 TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, ChatMLTemplate, CompactTemplate)}
 
 
-def make_template(name: str, tokenizer: Tokenizer) -> Template:
-    """The template of that name over a tokenizer.
+def make_template(name: str, tokenizer: Tokenizer, idle_bias: float = 0.0) -> Template:
+    """The template of that name over a tokenizer, for a model with that bias on idle.
 
     Raises:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
     """
-    return _template(name)(tokenizer)
+    template = _template(name)(tokenizer)
+    template.idle_bias = idle_bias
+    return template
 
 
 def refuse_typed_markers(template: Template) -> None:

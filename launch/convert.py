@@ -1,5 +1,6 @@
 """`duplex-jax convert`: reads any supported checkpoint and writes it for transformers, Orbax or llama.cpp."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from absl import flags, logging
 
 from duplex_jax.checkpoint import adapter, gguf
 from duplex_jax.checkpoint.registry import FORMATS, load_model, save_model
+from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import check_folder, check_new_file
 from launch import app
@@ -26,6 +28,10 @@ _TEMPLATE = flags.DEFINE_string("template", None, "How slices become tokens; tok
 _HF_TYPE = flags.DEFINE_enum(
     "hf_type", "auto", ("auto", "minicpm"),
     "auto: Llama, or Granite where there are scales. minicpm: the released MiniCPM's keys, for llama.cpp's converter.",
+)  # fmt: skip
+_IDLE_BIAS = flags.DEFINE_float(
+    "idle_bias", None, "The model's own bias on idle from now on; by default what it had. `evaluate behaviour` draws "
+    "the curve that it is chosen from.",
 )  # fmt: skip
 _OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace --out where it is there and not empty; an adapter's README.md stays."
@@ -52,6 +58,8 @@ def main(argv: list[str]) -> None:
         return
     is_gguf = _FORMAT.value == "gguf"
     model = load_model(_MODEL.value, dtype=None if is_gguf else _DTYPE.value, template=_TEMPLATE.value)
+    if _IDLE_BIAS.value is not None:
+        model.template.idle_bias = Sampling(idle_bias=_IDLE_BIAS.value).idle_bias
     loaded = time.perf_counter()
     save_model(
         model, _OUT.value, format=_FORMAT.value, dtype=_DTYPE.value if is_gguf else None, hf_type=_HF_TYPE.value,
@@ -71,6 +79,8 @@ def _write_adapter(model: str, out: str) -> None:
     if _TEMPLATE.value:
         raise UserError(f"--template={_TEMPLATE.value}: an adapter keeps the template that it was trained with")
     what, trained = read_adapter(model)
+    if _IDLE_BIAS.value is not None:
+        what = dataclasses.replace(what, idle_bias=Sampling(idle_bias=_IDLE_BIAS.value).idle_bias)
     dtype = _DTYPE.value or "float32"
     adapter.save(out, what, trained, dtype, _OVERWRITE.value)
     weights = sum(int(x.size) for x in jax.tree.leaves(trained))

@@ -29,8 +29,9 @@ _OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was s
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Replay everything once for each of these seeds.")
 _IDLE_BIAS = flags.DEFINE_list(
-    "idle_bias", ["0"], "For the trade-off curve; the table is of 0, or of the first. The others take one seed each."
-)
+    "idle_bias", ["0"], "Beside the model's own. For the trade-off curve: the table is of 0, or the first; the others "
+    "take one seed each.",
+)  # fmt: skip
 _LIMIT = flags.DEFINE_integer("limit", 0, "So many conversations, in turn from each category; 0 for all.", 0)
 _ROWS = flags.DEFINE_integer("rows", 8, "Conversations at once.", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
@@ -134,7 +135,7 @@ def _ask(
         "model": name, "weights": weights, "template": model.template.name, "data": data.sha256,
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
         "system": _SYSTEM.value, "keep_idle": _KEEP_IDLE.value, "dormant": _DORMANT.value,
-        "capacity": _CAPACITY.value,
+        "capacity": _CAPACITY.value, "model_idle_bias": model.template.idle_bias or None,
     })  # fmt: skip
 
     @functools.cache

@@ -29,6 +29,7 @@ class Adapter:
         template: by name.
         rank, alpha: updates are scaled by `alpha / rank`.
         row_ids: tokens whose embedding (and head) rows it replaces.
+        idle_bias: see `Template.idle_bias`.
         training: what is needed to make it again, as far as it is known: the step, the resolved config, and facts about
             the data; see `train.export.history`.
     """
@@ -38,6 +39,7 @@ class Adapter:
     rank: int
     alpha: float
     row_ids: tuple[int, ...]
+    idle_bias: float = 0.0
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

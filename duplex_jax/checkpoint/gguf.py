@@ -23,6 +23,8 @@ WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0
 
 TEMPLATE_FIELD = "duplex.template"
 """Names the template of slices in the metadata, as `duplex.template` does in a `config.json`."""
+IDLE_BIAS_FIELD = "duplex.idle_bias"
+"""The model's own bias on idle, likewise."""
 
 # Arithmetic that this model does not have, where set.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.key_length_mla", "attention.kv_lora_rank")

@@ -1,6 +1,7 @@
 """`--model` to a model in memory: whatever the source, one frozen result."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def load_model(
     generation: dict[str, Any] = {}
     if path.suffix == ".gguf" and path.is_file():
         config, params = gguf.load(path, kind, vocab_multiple)
-        row = {"duplex": {"template": read_gguf_header(path).fields.get(gguf.TEMPLATE_FIELD)}}
+        fields = read_gguf_header(path).fields
+        row = {"duplex": {"template": fields.get(gguf.TEMPLATE_FIELD), "idle_bias": fields.get(gguf.IDLE_BIAS_FIELD)}}
     elif orbax.is_store(path):
         config, params = orbax.load(path, kind, vocab_multiple)
         row, generation = _side_files(path)
@@ -84,7 +86,8 @@ def load_model(
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows; "
                         "they do not belong together")  # fmt: skip
-    return LoadedModel(str(name_or_path), config, params, tokenizer, make_template(name, tokenizer), generation)
+    made = make_template(name, tokenizer, _idle_bias_of(row, path))
+    return LoadedModel(str(name_or_path), config, params, tokenizer, made, generation)
 
 
 def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab_multiple: int) -> LoadedModel:
@@ -95,7 +98,8 @@ def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab
     except UserError as e:
         raise UserError(f"model {name!r} needs its base: {e}") from e
     params = adapter.merge(path, what, base.config, base.params, trained)
-    return dataclasses.replace(base, name=name, params=params)
+    made = make_template(base.template.name, base.tokenizer, what.idle_bias)
+    return dataclasses.replace(base, name=name, params=params, template=made)
 
 
 def _side_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,10 +119,19 @@ def _template_of(row: dict[str, Any], path: Path) -> str | None:
     return name
 
 
+def _idle_bias_of(row: dict[str, Any], path: Path) -> float:
+    duplex = row.get("duplex") or {}
+    bias = (duplex.get("idle_bias") if isinstance(duplex, dict) else None) or 0.0
+    if not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise UserError(f"{path}: duplex.idle_bias is {bias!r}; must be a number")
+    return float(bias)
+
+
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
-    """What `config.json` says about slices, under `duplex`: the template, and the ids that end a slice."""
+    """What `config.json` says under `duplex`: the template, the ids that end a slice, the bias on idle."""
     template = model.template
-    return {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
+    row = {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
+    return row | ({"idle_bias": template.idle_bias} if template.idle_bias else {})
 
 
 def save_model(

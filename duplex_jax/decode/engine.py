@@ -268,7 +268,7 @@ class Engine:
                 inputs.tokens[i, : len(feed)] = feed
             inputs.counts[i] = len(feed)
             inputs.allow_idle[i] = requests[row].allow_idle
-            inputs.idle_bias[i] = row.sampling.idle_bias
+            inputs.idle_bias[i] = row.sampling.idle_bias + self.template.idle_bias
         if self._few_rows:
             slots = self._slots(max(row.cached for row in feeds))
             program = self._program("feed", slots, self.cache, R, int(np.prod(shape)))

@@ -17,7 +17,8 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: keep the most probable tokens up to this mass; 1 keeps all.
         top_k: keep this many; 0 keeps all.
-        idle_bias: added to the logit of idle at the first token of a slice: above 0 patient, below 0 eager.
+        idle_bias: added to the logit of idle at the first token of a slice, beside the model's own
+            (`Template.idle_bias`): above 0 more patient, below 0 more eager.
     """
 
     temperature: float = 0.8

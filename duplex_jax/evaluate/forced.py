@@ -1,5 +1,6 @@
 """Teacher-forced decisions: how likely a model is to be silent at each pair of a reference, by plain forward passes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -129,6 +130,7 @@ def forced_decisions(
         done, in an order of their own. None for a pair that is longer than the context.
     """
     config, template = engine.config, engine.template
+    samplings = [dataclasses.replace(s, idle_bias=s.idle_bias + template.idle_bias) for s in samplings]
     suppress = jnp.asarray(never_sampled(config, template))
 
     results: dict[int, list[list[float | None]]] = {}

@@ -189,7 +189,7 @@ def test_written_model_comes_back(tmp_path: Path, scaled: bool, dtype: str, erro
                                  bos_token_id=256, eos_token_id=257, **scales)  # fmt: skip
     params = jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(1)))
     tokenizer = merging_tokenizer()
-    model = LoadedModel("m", config, params, tokenizer, make_template("compact", tokenizer))
+    model = LoadedModel("m", config, params, tokenizer, make_template("compact", tokenizer, -0.3))
     save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype)
     again = load_model(tmp_path / "m.gguf")
     assert again.config == dataclasses.replace(config, vocab_multiple=1)
@@ -197,6 +197,7 @@ def test_written_model_comes_back(tmp_path: Path, scaled: bool, dtype: str, erro
         a, b = (disassemble(m.config, m.params, part, np.dtype(np.float32)) for m in (again, model))
         np.testing.assert_allclose(a, b, atol=0 if a.ndim == 1 else error, rtol=0, err_msg=part.name)
     assert again.template.name == "compact"
+    assert again.template.idle_bias == np.float32(-0.3)
     assert again.tokenizer.special == tokenizer.special
     text = "hey the <idle> é"
     assert again.tokenizer.encode(text) == tokenizer.encode(text)

@@ -108,10 +108,11 @@ def test_compact_template_adds_its_markers():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(tmp_path: Path, format: str, dtype: str):
     model = tiny()
+    model.template.idle_bias = -0.3
     save_model(model, tmp_path / "out", format=format, dtype=dtype)
     again = load_model(tmp_path / "out")
     assert same_bits(again.params, jax.tree.map(lambda x: x.astype(as_dtype(dtype)), model.params))
-    assert again.template.name == "chatml"
+    assert (again.template.name, again.template.idle_bias) == ("chatml", -0.3)
     assert again.tokenizer.special == model.tokenizer.special
     assert again.generation == {"temperature": 0.8}
     assert again.config.vocab_size == model.config.vocab_size

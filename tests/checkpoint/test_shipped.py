@@ -38,7 +38,7 @@ def test_what_is_shipped():
     assert sum(p.stat().st_size for p in folder.iterdir()) <= MOST_BYTES
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", adapter.CONFIG_FILE, adapter.WEIGHTS_FILE]
     what, trained = adapter.read(folder)
-    assert (what.base, what.template, what.rank) == ("smollm2-135m-instruct", "compact", 16)
+    assert (what.base, what.template, what.rank, what.idle_bias) == ("smollm2-135m-instruct", "compact", 16, -0.5)
     assert set(trained["layers"]) == {"q", "k", "v", "o", "gate", "up", "down"}
     assert trained["rows"]["embed"].shape == (len(what.row_ids), 576)
     assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in jax.tree.leaves(trained))
@@ -53,6 +53,7 @@ def test_updates_are_merged_into_the_base(duplex: LoadedModel, smollm2: LoadedMo
     assert duplex.name == NAME
     assert duplex.config == smollm2.config
     assert duplex.template.name == load_template(NAME).name == "compact"
+    assert duplex.template.idle_bias == what.idle_bias
     changed = np.flatnonzero((duplex.params["embed"] != smollm2.params["embed"]).any(axis=1))
     assert tuple(changed) == what.row_ids
     assert all((duplex.params["layers"][n] != smollm2.params["layers"][n]).any() for n in ("q", "o", "down"))

@@ -159,6 +159,17 @@ def test_idle_bias_moves_the_first_token_only(engine: Engine):
     assert len(first.ids) > 1
 
 
+def test_the_models_own_bias_adds_to_the_sessions(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """Half from the model and half from the session is the whole from the session."""
+    said: list[list[list[int]]] = []
+    for own, asked in ((0.0, 3.0), (1.5, 1.5), (0.0, 0.0)):
+        monkeypatch.setattr(engine.template, "idle_bias", own)
+        session = DuplexSession(engine, seed=5, sampling=Sampling(idle_bias=asked))
+        said.append([session.step(words).ids for words in script(3, 12)])
+        session.close()
+    assert said[0] == said[1] != said[2]
+
+
 def test_rows_end_and_refuse(engine: Engine):
     rows = [engine.open([1, 2, 3]) for _ in range(8)]
     with pytest.raises(EngineFull, match="all 8 rows are taken; close a session first"):

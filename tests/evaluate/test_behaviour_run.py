@@ -77,7 +77,10 @@ def silence_by_hand(logits: np.ndarray, sampling: Sampling) -> float:
     return float(sum(p[i] for i in kept if i in template.stop_ids) / p[kept].sum())
 
 
-def test_forced_decisions_are_those_of_plain_logits(engine: Engine):
+@pytest.mark.parametrize("own", [0.0, -0.5])
+def test_forced_decisions_are_those_of_plain_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch, own: float):
+    """Of a model with a bias on idle of its own, too."""
+    monkeypatch.setattr(engine.template, "idle_bias", own)
     samplings = [Sampling(), Sampling(idle_bias=3.0), Sampling(1.0, 1.0), GREEDY]
     conversations = [made(i, 1 + i).pairs for i in range(3)]
     fresh = FreshForward(MODEL)
@@ -87,7 +90,7 @@ def test_forced_decisions_are_those_of_plain_logits(engine: Engine):
         encoded = MODEL.template.encode(pairs)
         for place, decision in enumerate(encoded.decisions):
             logits = fresh(encoded.ids[:decision].tolist())
-            expected = [silence_by_hand(logits, sampling) for sampling in samplings]
+            expected = [silence_by_hand(logits, dataclasses.replace(s, idle_bias=s.idle_bias + own)) for s in samplings]
             assert [row[place] for row in found[number]] == pytest.approx(expected, abs=1e-4)
 
 

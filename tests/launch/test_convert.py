@@ -133,6 +133,9 @@ def test_converts(smollm2, tmp_path: Path):
     model = load_model(tmp_path / "out")
     assert model.template.name == "compact"
     assert model.params["embed"].dtype.name == "bfloat16"
+    adapted = convert("--model=smollm2-135m-duplex", f"--out={tmp_path}/a", "--format=adapter", "--idle_bias=1.5")
+    assert adapted.returncode == 0, adapted.stderr
+    assert load_model(tmp_path / "a").template.idle_bias == 1.5
     again = convert("--model=x", f"--out={tmp_path}/out")
     assert again.returncode == 2
     assert "is there already and not empty; give a new folder, or --overwrite" in again.stderr
