@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
     if _MODEL.value in DEGENERATE:
         described = {_MODEL.value: reports.describe(data, _degenerate(data, _MODEL.value), _SLICE_SECONDS.value)}
         curve: list[dict[str, Any]] = []
-        weights = None
+        about = {"weights": None}
     else:
-        described, curve, weights = _ask(_MODEL.value, data, out, sampling, seeds, biases, main_bias)
+        described, curve, about = _ask(_MODEL.value, data, out, sampling, seeds, biases, main_bias)
     for name, row in beside:
         described.setdefault(name if name != _MODEL.value else f"{name} (beside)", row)
     named = [name for name in described if name != _MODEL.value]
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     report: dict[str, Any] = {
         "what": "behaviour",
         "model": _MODEL.value,
-        "weights": weights,
+        "weights": about["weights"],
         "command": shlex.join(["duplex-jax", "evaluate", "behaviour", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
             "seeds": seeds, "idle_bias": main_bias, "temperature": sampling.temperature, "top_p": sampling.top_p,
             "top_k": sampling.top_k, "slice_seconds": _SLICE_SECONDS.value, "system": _SYSTEM.value,
             "keep_idle": _KEEP_IDLE.value, "dormant": _DORMANT.value, "template": _TEMPLATE.value,
+            "model_idle_bias": about.get("model_idle_bias"),
         },
         "data": {
             "path": _DATA.value, "sha256": data.sha256, "conversations": len(data.timelines), "scored": len(chosen),
@@ -124,18 +125,18 @@ def _ask(
     seeds: list[int],
     biases: list[float],
     main_bias: float,
-) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Asks the model what is missing; its description, the curve, and a hash of its weights."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Asks the model what is missing; its description, the curve, and its own settings."""
     from duplex_jax.checkpoint.registry import load_model
 
     app.use_compilation_cache()
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
-    weights = runs.weights_hash(model.params)
-    runs.check_settings(out, {
-        "model": name, "weights": weights, "template": model.template.name, "data": data.sha256,
+    settings = runs.model_settings(name, model)
+    runs.check_settings(out, settings | {
+        "data": data.sha256,
         "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
         "system": _SYSTEM.value, "keep_idle": _KEEP_IDLE.value, "dormant": _DORMANT.value,
-        "capacity": _CAPACITY.value, "model_idle_bias": model.template.idle_bias or None,
+        "capacity": _CAPACITY.value,
     })  # fmt: skip
 
     @functools.cache
@@ -169,7 +170,7 @@ def _ask(
         for bias, found in replays.items()
     }
     curve = [reports.curve_point(bias, len(replays[bias]), described[bias]) for bias in sorted(biases)]
-    return {name: described[main_bias]}, curve, weights
+    return {name: described[main_bias]}, curve, settings
 
 
 def start() -> None:

@@ -17,7 +17,7 @@ from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import conversations
-from duplex_jax.evaluate.behaviour_run import check_settings, weights_hash
+from duplex_jax.evaluate.behaviour_run import check_settings, model_settings
 from duplex_jax.evaluate.benchmarks import generation
 from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks import run as runs
@@ -114,9 +114,8 @@ def _load(name: str, out: Path, what: str, **settings: Any) -> "tuple[LoadedMode
     app.use_compilation_cache()
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     settings = {
-        "what": what, "model": name, "weights": weights_hash(model.params), "template": model.template.name,
-        "capacity": _CAPACITY.value or min(4096, model.config.max_position_embeddings),
-    } | settings  # fmt: skip
+        "what": what, "capacity": _CAPACITY.value or min(4096, model.config.max_position_embeddings),
+    } | model_settings(name, model) | settings  # fmt: skip
     check_settings(out, settings)
     return model, settings
 

@@ -19,7 +19,7 @@ from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.behaviour_run import Records, check_settings, weights_hash
+from duplex_jax.evaluate.behaviour_run import Records, check_settings, model_settings
 from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge import judging
 from duplex_jax.evaluate.judge import report as reports
@@ -148,11 +148,10 @@ def _answers(
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     capacity = _CAPACITY.value or min(4096, model.config.max_position_embeddings)
     settings = {
-        "what": "judge", "model": name, "weights": weights_hash(model.params),
-        "template": model.template.name, "capacity": capacity, "temperature": asking.sampling.temperature,
+        "what": "judge", "capacity": capacity, "temperature": asking.sampling.temperature,
         "top_p": asking.sampling.top_p, "top_k": asking.sampling.top_k, "seed": asking.seed, "system": asking.system,
         "max_tokens": asking.max_tokens, "quiet": asking.quiet, "patience": asking.patience,
-    }  # fmt: skip
+    } | model_settings(name, model)  # fmt: skip
     check_settings(out, settings)
     most = max(len(of.chosen(_LIMIT.value)) for of in questions.values())
 

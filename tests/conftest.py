@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
+from launch.app import use_compilation_cache
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs that tests start share what they compile, those of other workers too."""
+    """Tests, and programs that they start, share what they compile, with those of other workers too."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     os.environ["DUPLEX_JAX_CACHE"] = str(folder / "compiled")
+    use_compilation_cache()
 
 
 @pytest.fixture(scope="session")

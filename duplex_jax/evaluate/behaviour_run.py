@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from duplex_jax.checkpoint.registry import LoadedModel
 from duplex_jax.data.encode import input_files, input_lines
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.replay import Replay, Replayed, replay
@@ -101,6 +102,15 @@ def weights_hash(params: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}".encode())
         digest.update(np.ascontiguousarray(flat[::step]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def model_settings(name: str, model: LoadedModel) -> dict[str, Any]:
+    """What results depend on in a model, for `check_settings`."""
+    template = model.template
+    return {
+        "model": name, "weights": weights_hash(model.params), "template": template.name,
+        "model_idle_bias": template.idle_bias or None,
+    }  # fmt: skip
 
 
 class Records:
