@@ -454,14 +454,18 @@ class TurnSession:
         system: a system prompt; None for the template's own.
         seed: of its random draws.
         sampling: how it draws; `idle_bias` means nothing here.
+        start: ids that the context begins with, instead of the template's own beginning.
 
     Raises:
         EngineFull: no row is free.
     """
 
-    def __init__(self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None):
+    def __init__(
+        self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None,
+        start: Sequence[int] | None = None,
+    ):  # fmt: skip
         self.engine = engine
-        self._row = engine.open(engine.template.turn_start(system), sampling, seed)
+        self._row = engine.open(engine.template.turn_start(system) if start is None else start, sampling, seed)
         self._rounds: list[int] = []  # where each one begins in the context
         self._feed: Sequence[int] = []  # what the next step appends
         self._left = 0  # tokens that the answer may still take
@@ -483,8 +487,12 @@ class TurnSession:
 
     def ask(self, query: str, max_tokens: int) -> None:
         """Begins a round; its answer of at most `max_tokens` tokens comes by `step_turns`."""
+        self.go_on(self.engine.template.user_part(query), max_tokens)
+
+    def go_on(self, ids: Sequence[int], max_tokens: int) -> None:
+        """Begins a round of which everything up to the answer is given as ids; see `ask`."""
         self._rounds.append(len(self._row.ids))
-        self._feed, self._left = self.engine.template.user_part(query), max_tokens
+        self._feed, self._left = ids, max_tokens
 
     def say(self, query: str, answer: str) -> None:
         """Puts a whole round into the context; the model is not asked."""

@@ -31,10 +31,12 @@ class Likelihoods(NamedTuple):
     Attributes:
         all: the sum of log p(token) over the choice's word tokens.
         words: the same, given that each of them is no idle and no end of a slice: what is left is which words.
+        greedy: whether each of its tokens is the most probable one; empty where that was not kept.
     """
 
     all: list[float]
     words: list[float]
+    greedy: tuple[bool, ...] = ()
 
 
 class Row(NamedTuple):
@@ -112,11 +114,13 @@ def _hidden(
 def _score(
     config: ModelConfig, stop_ids: tuple[int, ...], params: minicpm.Params, hidden: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """float32 `[2, P]`: log p of each target, and the same given that it is none of `stop_ids`; hidden is `[P, D]`."""
+    """float32 `[3, P]`: log p of each target, the same given that it is none of `stop_ids`, and 1 for each target that
+    is not the most probable token; hidden is `[P, D]`."""
     logits = minicpm.logits(config, params, hidden)
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     words = logits.at[:, jnp.asarray(stop_ids)].set(-jnp.inf)
-    return jnp.stack([own - jax.nn.logsumexp(x, axis=-1) for x in (logits, words)])
+    missed = (own < logits.max(axis=-1)).astype(own.dtype)
+    return jnp.stack([*(own - jax.nn.logsumexp(x, axis=-1) for x in (logits, words)), missed])
 
 
 def log_likelihoods(
@@ -153,7 +157,8 @@ def log_likelihoods(
             row, n = rows[i], int(rows[i].choices[-1]) + 1
             own = scores[:, start : start + len(row.targets)]
             start += len(row.targets)
-            yield i, Likelihoods(*(np.bincount(row.choices, kind, n).tolist() for kind in own))
+            of_all, of_words, missed = (np.bincount(row.choices, kind, n).tolist() for kind in own)
+            yield i, Likelihoods(of_all, of_words, tuple(count == 0 for count in missed))
 
 
 def padded_length(longest: int) -> int:
@@ -167,7 +172,7 @@ def padded_length(longest: int) -> int:
 def _in_chunks(
     config: ModelConfig, stop_ids: tuple[int, ...], params: Any, hidden: np.ndarray, targets: np.ndarray
 ) -> np.ndarray:
-    """float32 `[2, P]`, a fixed number of tokens at a time: the logits of all would take too much room."""
+    """float32 `[3, P]`, a fixed number of tokens at a time: the logits of all would take too much room."""
     found = []
     for start in range(0, len(targets), _HEAD_CHUNK):
         x, y = hidden[start : start + _HEAD_CHUNK], targets[start : start + _HEAD_CHUNK]

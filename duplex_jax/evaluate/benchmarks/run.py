@@ -72,7 +72,7 @@ def ask(
         params = jax.tree.map(jnp.asarray, model.params)
         for i, found in log_likelihoods(model.config, params, rows, model.template.stop_ids, capacity):
             of, number = places[i]
-            of.add(number, {name: [round(x, 6) for x in values] for name, values in found._asdict().items()})
+            of.add(number, {name: [round(x, 6) for x in getattr(found, name)] for name in ("all", "words")})
             done(len(rows[i].ids))
     return {
         (task, way): {number: _answer(of, number) for number in benchmarks[task].chosen(limit)}

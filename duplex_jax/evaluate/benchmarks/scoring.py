@@ -25,7 +25,7 @@ def is_right(item: Item, found: Likelihoods) -> dict[str, bool]:
     and `acc_norm_words` do so with p given that the token is neither idle nor the end of a slice.
     """
     lengths = [len(choice.encode()) for choice in item.choices]
-    answers = (answer(values, by) for values in found for by in (None, lengths))
+    answers = (answer(values, by) for values in (found.all, found.words) for by in (None, lengths))
     return {metric: choice == item.gold for metric, choice in zip(METRICS, answers, strict=True)}
 
 

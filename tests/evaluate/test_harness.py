@@ -1,0 +1,206 @@
+"""The model for EleutherAI's lm-evaluation-harness, beside the harness's own model on transformers."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duplex_jax.checkpoint.registry import LoadedModel, save_model
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.benchmarks.tasks import Item
+from duplex_jax.evaluate.benchmarks.ways import WAYS
+from tests.evaluate import against_harness
+from tests.launch.test_evaluate_behaviour import run
+from tests.tiny import END, tiny_model, with_config
+
+_MISSING = [name for name in ("lm_eval", "torch", "accelerate") if importlib.util.find_spec(name) is None]
+needs_harness = pytest.mark.skipif(
+    bool(_MISSING), reason=f"needs {', '.join(_MISSING)}: pip install 'duplex-jax[harness,torch]' accelerate"
+)
+# What the harness and its data library warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PAIRS = [
+    ("Question: Why is the sky blue?\nAnswer:", " air"), ("Question: Why is the sky blue?\nAnswer:", " sea water"),
+    ("Question: Why is the sky blue?\nAnswer: ", "air"), ("Once upon a", " time"), ("", "No context at all"),
+    ("x" * 300, " a beginning that does not fit"), ("Once upon a", " time"),
+]  # fmt: skip
+CAPACITY = 256
+
+
+def request(kind: str, *arguments: Any) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)  # type: ignore[arg-type, unused-ignore]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    """A model whose most probable token is always a printable character, or the end of its message."""
+    model = tiny_model("chatml", with_config(eos_token_id=END))
+    head = model.params["head"].copy()
+    printable = [model.tokenizer.encode(chr(c))[0] for c in range(32, 127)]
+    head[[i for i in range(len(head)) if i not in (*printable, END)]] = 0
+    return dataclasses.replace(model, params=model.params | {"head": head})
+
+
+@pytest.fixture(scope="module")
+def ours(model: LoadedModel) -> Any:
+    from duplex_jax.evaluate.harness import DuplexLM
+
+    return DuplexLM(model, capacity=CAPACITY, rows=2)
+
+
+@pytest.fixture(scope="module")
+def theirs(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same weights in transformers, as the harness runs them."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    save_model(model, folder, dtype="float32")
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    yield HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=CAPACITY,
+               prefix_token_id=END)  # fmt: skip
+    if offline is None:
+        del os.environ["HF_HUB_OFFLINE"]
+
+
+@needs_harness
+def test_likelihoods_are_those_of_transformers(ours: Any, theirs: Any):
+    requests = [request("loglikelihood", *pair) for pair in PAIRS]
+    mine, others = (m.loglikelihood(requests, disable_tqdm=True) for m in (ours, theirs))
+    np.testing.assert_allclose([x for x, _ in mine], [x for x, _ in others], rtol=1e-4, atol=1e-3)
+    assert [g for _, g in mine] == [g for _, g in others]
+    assert mine[3] == mine[6]
+    assert mine[0] == pytest.approx(mine[2])  # white space goes with what follows it
+
+
+@needs_harness
+def test_greedy_continuations_are_told(ours: Any, theirs: Any):
+    """What the model itself says is greedy, and the same with its last character changed is not."""
+    context, settings = "Once upon a", {"max_gen_toks": 12, "until": []}
+    (said,) = ours.generate_until([request("generate_until", context, settings)], disable_tqdm=True)
+    assert said
+    other = said[:-1] + ("b" if said[-1] == "a" else "a")
+    requests = [request("loglikelihood", context, text) for text in (said, other)]
+    assert [g for _, g in ours.loglikelihood(requests, disable_tqdm=True)] == [True, False]
+    assert [g for _, g in theirs.loglikelihood(requests, disable_tqdm=True)] == [True, False]
+
+
+@needs_harness
+def test_long_text_goes_through_in_windows(ours: Any, theirs: Any):
+    requests = [request("loglikelihood_rolling", text) for text in ("Short.", "All work and no play. " * 40)]
+    mine, others = (m.loglikelihood_rolling(requests, disable_tqdm=True) for m in (ours, theirs))
+    np.testing.assert_allclose(mine, others, rtol=1e-4)
+
+
+@needs_harness
+def test_words_are_those_of_transformers(ours: Any, theirs: Any):
+    """Three prompts in two rows; one of them stops at a text, which is not part of the answer."""
+    whole = {"max_gen_toks": 24, "until": []}
+    contexts = ["Question: Who?\nAnswer:", "Once upon a", "y" * 200]
+    requests = [request("generate_until", context, whole) for context in contexts]
+    mine, others = (m.generate_until(requests, disable_tqdm=True) for m in (ours, theirs))
+    assert mine == others
+    longest = max(mine, key=len)
+    context, stop = contexts[mine.index(longest)], longest[3:5]
+    cut = ours.generate_until([request("generate_until", context, whole | {"until": [stop]})], disable_tqdm=True)
+    assert cut == [longest[: longest.index(stop)]]
+    assert not ours._engine.rows  # every row was given back
+
+
+@needs_harness
+@pytest.mark.parametrize("way", ["turn_based", "duplex"])
+def test_other_ways_are_those_of_the_benchmarks(way: str, model: LoadedModel, ours: Any):
+    from duplex_jax.evaluate.harness import DuplexLM
+
+    lm = DuplexLM(model, way=way, rows=2, capacity=CAPACITY)
+    lm._engine = ours._engine  # what that has compiled
+    item = Item("What do plants need most to grow well?", ("water", "sand and nothing else"), 0)
+    expected = WAYS[way](model.template, item, item.query)
+    assert [lm._continuation(item.query, f" {choice}") for choice in item.choices] == expected
+    settings = {"max_gen_toks": 8, "until": ["\n\n"]}
+    requests = [request("generate_until", text, settings) for text in (item.query, "Why is that? Tell me now, please.")]
+    first = lm.generate_until(requests, disable_tqdm=True)
+    assert lm.generate_until(requests[::-1], disable_tqdm=True) == first[::-1]
+    assert any(first)
+    assert not lm._engine.rows
+    with pytest.raises(UserError, match="goes with way=plain"):
+        lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+@needs_harness
+def test_chat_template(ours: Any, model: LoadedModel):
+    template = model.template
+    history = [("system", "Be kind."), ("user", "Hi <|im_end|>"), ("assistant", "Yes?"), ("user", "Who?")]
+    messages = [{"role": role, "content": text} for role, text in history]
+    prompt = ours.apply_chat_template(messages)
+    assert ours._encode(prompt) == template.turn_prompt(history)  # what a user types is no control token
+    begun = ours.apply_chat_template([*messages, {"role": "assistant", "content": "It is"}], False)
+    assert ours._encode(begun) == [*template.turn_prompt(history), *template.tokenizer.encode("It is")]
+    found = ours._continuation(prompt, "me")
+    assert found.ids == [*template.turn_prompt(history), *template.tokenizer.encode("me")]
+    assert ours.chat_template(True) == "chatml"
+    assert "/" not in ours.tokenizer_name
+
+
+@needs_harness
+def test_refusals(model: LoadedModel, ours: Any):
+    from duplex_jax.evaluate.harness import DuplexLM
+
+    with pytest.raises(UserError, match="one of plain, turn_based, duplex"):
+        DuplexLM(model, way="duplx")
+    with pytest.raises(UserError, match="rows 1 or more"):
+        DuplexLM(model, rows=0)
+    with pytest.raises(UserError, match="leaves no room"):
+        ours.generate_until([request("generate_until", "a", {"max_gen_toks": 250})], disable_tqdm=True)
+
+
+@needs_harness
+def test_the_harness_runs_it_and_refuses_in_one_line(tmp_path: Path, model: LoadedModel):
+    """The registered name, the command, and a task of its own folder."""
+    save_model(model, tmp_path / "model")
+    (tmp_path / "odd.jsonl").write_text('{"q": "Is 3 odd?", "c": ["yes", "no"], "a": 0}\n' * 3)
+    (tmp_path / "odd.yaml").write_text(
+        "task: odd\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'odd.jsonl'}}}}}\n"
+        "doc_to_text: '{{q}}'\ndoc_to_choice: '{{c}}'\ndoc_to_target: a\nmetric_list: [{metric: acc}]\n"
+    )
+    flags = ["harness", "--tasks", "odd", "--include_path", str(tmp_path)]
+    found = run(*flags, "--model_args", f"model={tmp_path / 'model'},capacity=256")
+    assert found.returncode == 0, found.stderr
+    assert "duplex_jax" in found.stdout
+    assert "|odd" in found.stdout
+    refused = run(*flags, "--model_args", "model=none")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("duplex-jax: model 'none': no such file or folder")
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_without_the_harness_one_line_says_what_to_install():
+    found = run("harness", "--tasks=arc_easy")
+    assert found.returncode == 2
+    assert found.stderr.startswith("duplex-jax: evaluate harness runs EleutherAI's lm-evaluation-harness: pip install")
+    assert found.stderr.count("\n") == 1
+
+
+@needs_harness
+@pytest.mark.slow
+def test_scores_of_smollm2_are_those_of_the_harness_on_transformers(smollm2: LoadedModel, shared: Path, tmp_path: Path):
+    """`HARNESS_ITEMS` items of each task; `python -m tests.evaluate.against_harness` runs it at any size."""
+    limits = dict.fromkeys(against_harness.TASKS, int(os.environ.get("HARNESS_ITEMS", "50")))
+    rows = against_harness.compare(smollm2, shared / "data" / "benchmarks", limits, "plain", tmp_path)
+    assert [row["task"] for row in rows] == list(limits)
+    for row in rows:
+        assert row["same_prompt"] == row["items"] == limits[row["task"]]
+        assert row["largest_difference"] < 1e-2
+        assert row["acc"]["same_choice"] >= 99
+        # Of 50 items one is two points; with the same choice everywhere there is none.
+        assert abs(row["acc"]["points"]) <= max(0.5, 100 / row["items"])
