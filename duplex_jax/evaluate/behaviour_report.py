@@ -21,9 +21,8 @@ from duplex_jax.evaluate.behaviour import (
     summarise,
 )
 from duplex_jax.evaluate.behaviour_run import HeldOut
-from duplex_jax.evaluate.reports import write
+from duplex_jax.evaluate.reports import pyplot, save_figure, write
 from duplex_jax.evaluate.statistics import value_of
-from duplex_jax.files import atomic_write
 
 BY_CATEGORY = (
     "free_macro_f1", "early_rate", "response_within_1", "yield_within_1", "goes_on_rate", "quiet_3_rate",
@@ -178,21 +177,6 @@ _BARS = (
 )  # fmt: skip
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, format="png", dpi=120)
-    _pyplot().close(figure)
-
-
 def _errors(rows: Sequence[Mapping[str, Any]], scale: float = 1.0) -> list[list[float]]:
     """How far the interval reaches below and above each value."""
     return [
@@ -203,7 +187,7 @@ def _errors(rows: Sequence[Mapping[str, Any]], scale: float = 1.0) -> list[list[
 
 def _plot_behaviour(report: Mapping[str, Any], path: Path) -> None:
     """Rates of all assistants side by side; the model's latencies, and its rates by round."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplot_mosaic([["rates", "rates"], ["slices", "rounds"]], figsize=(11, 8), layout="constrained")
     shown = dict(report["assistants"])
     height = 0.8 / len(shown)
@@ -244,12 +228,12 @@ def _plot_behaviour(report: Mapping[str, Any], path: Path) -> None:
     if described["by_round"]:
         axes["rounds"].legend(fontsize="small")
     figure.suptitle(f"{report['model']}: {report['data']['scored']} conversations")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_curve(report: Mapping[str, Any], path: Path) -> None:
     """Eager against patient: each idle_bias is a point."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     points = sorted(report["curve"], key=lambda p: p["idle_bias"])
     drawn = [p for p in points if p["early_rate"]["value"] is not None and p["response_within_1"]["value"] is not None]
@@ -276,4 +260,4 @@ def _plot_curve(report: Mapping[str, Any], path: Path) -> None:
     axes[1].set(xlabel="idle_bias", ylabel="%", ylim=(-3, 103))
     axes[1].legend(fontsize="small")
     figure.suptitle(f"{report['model']}: eager to patient")
-    _save(figure, path)
+    save_figure(figure, path)

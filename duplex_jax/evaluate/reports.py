@@ -33,3 +33,24 @@ def write(report: Mapping[str, Any], lines: Sequence[str], folder: Path, name: s
     with atomic_write(folder / f"{name}.txt") as f:
         f.write("\n".join(lines) + "\n")
     return [f"{name}.json", f"{name}.txt"]
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a display; it is there where somebody installed it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, and forgets it.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, format="png", dpi=120)
+    pyplot().close(figure)

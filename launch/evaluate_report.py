@@ -1,0 +1,43 @@
+"""`duplex-jax evaluate report DIR... --out=OUT`: one page of what was measured of two or more models.
+
+Each DIR is the --out of an evaluation, or a folder of such folders. `report.html` is one file that needs no other;
+`report.md` has the same with its pictures beside it. Models stand in the order of the folders.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.summary.pages import write_page
+from duplex_jax.evaluate.summary.sections import make_page
+from duplex_jax.evaluate.summary.sources import read_sources
+from duplex_jax.files import check_writable
+from launch import app
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the page.")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the reports, joins them, writes."""
+    if not argv or not _OUT.value:
+        raise UserError("evaluate report needs the folders of evaluations and --out=FOLDER")
+    out = Path(_OUT.value)
+    sources = read_sources(argv)
+    page = make_page(sources)
+    check_writable(out / "report.html")
+    written = write_page(page, out)
+    for warning in dict.fromkeys(w for section in page.sections for table in section.tables for w in table.warnings):
+        print(warning)
+    print(f"{len(sources)} reports; wrote {', '.join(written)} in {out}")
+    if not any(name.endswith(".png") for name in written):
+        print("plots need matplotlib: pip install 'duplex-jax[plot]', then run again")
+
+
+def start() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
