@@ -18,6 +18,7 @@ from launch import app
 
 MEASUREMENTS = {
     "decode": "duplex_jax.decode.bench:bench_decode",
+    "evaluate": "duplex_jax.evaluate.bench:bench_evaluate",
     "generate": "data_gen.bench:bench_generate",
     "train": "duplex_jax.train.bench:bench_train",
     "data": "duplex_jax.data.bench:bench_data",
@@ -27,7 +28,7 @@ MEASUREMENTS = {
 
 _JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")
 _ARGUMENTS = [
-    flags.DEFINE_string("model", None, "decode: a folder, a file, hf:owner/name, or a known name."),
+    flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name."),
     flags.DEFINE_string("histories", None, "decode: tokens said before the measured slice, as in 256,4096."),
     flags.DEFINE_integer("repeats", None, "decode: measurements of each fast way.", lower_bound=1),
     flags.DEFINE_integer("slow_repeats", None, "decode: measurements of each way that encodes the history anew.", 1),

@@ -14,7 +14,7 @@ JOBS = {
     "convert": "read any supported checkpoint and write it for transformers, Orbax or llama.cpp",
     "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",
     "serve": "the real-time server",
-    "bench": "measure decode, train, data, generate, serve",
+    "bench": "measure decode, evaluate, train, data, generate, serve",
 }
 
 

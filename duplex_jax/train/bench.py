@@ -57,7 +57,7 @@ def bench_train(
         if torch:
             wanted[f"torch {name}"] = _torch, model, rows, r
     with contextlib.ExitStack() as stack:
-        runners = {name: stack.enter_context(_process()) for name in wanted}
+        runners = {name: stack.enter_context(process()) for name in wanted}
         peak = next(iter(runners.values())).submit(matmul_peak).result() if runners else float("nan")
         for name, runner in runners.items():
             runner.submit(_prepare, *wanted[name]).result()
@@ -79,7 +79,7 @@ def bench_train(
     return result
 
 
-def _process() -> concurrent.futures.ProcessPoolExecutor:
+def process() -> concurrent.futures.ProcessPoolExecutor:
     """A process for one runner; on an accelerator it takes no more memory than it needs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

@@ -138,7 +138,7 @@ def log_likelihoods(
     Yields:
         (index of the question, its log-likelihoods), in an order of their own.
     """
-    budget = _TOKENS_CPU if jax.default_backend() == "cpu" else _TOKENS
+    budget = token_budget()
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     while waiting:
         # The longest first: what does not fit into memory is known at once.
@@ -159,6 +159,11 @@ def log_likelihoods(
             start += len(row.targets)
             of_all, of_words, missed = (np.bincount(row.choices, kind, n).tolist() for kind in own)
             yield i, Likelihoods(of_all, of_words, tuple(count == 0 for count in missed))
+
+
+def token_budget() -> int:
+    """Tokens of a forward pass, padding included."""
+    return _TOKENS_CPU if jax.default_backend() == "cpu" else _TOKENS
 
 
 def padded_length(longest: int) -> int:

@@ -20,7 +20,8 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margi
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: .4rem; min-width: 16rem; }
 th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-         overflow-wrap: anywhere; min-width: 4rem; max-width: 24rem; }
+         min-width: 4rem; max-width: 24rem; }
+td { overflow-wrap: anywhere; min-width: 6rem; }
 thead th { border-bottom-width: 2px; } tbody th { font-weight: normal; }
 .best { font-weight: bold; } .warning { color: var(--warn); overflow-wrap: anywhere; }
 .note, figcaption { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere; }
