@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of, wilson
+from duplex_jax.evaluate.statistics import Bootstrap, Defaulted, Sums, value_of, wilson
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.timeline import (
     BACKCHANNEL,
@@ -750,6 +750,36 @@ def summarise(
             row["seconds"] = (value + metric.seconds) * slice_seconds
         result[metric.name] = row
     return result
+
+
+def differences(
+    ours: Mapping[int, Sequence[Counts]], theirs: Mapping[int, Sequence[Counts]], resamples: int = 1000
+) -> dict[str, dict[str, float | None]]:
+    """By metric ours less theirs on the conversations of both, with its 95% interval: conversations are drawn with what
+    both made of them.
+
+    Args:
+        ours: by number of the conversation, its counts, one for each seed.
+        theirs: the other's; seeds may be other ones.
+        resamples: of the bootstrap.
+    """
+    sides = {"a/": ours, "b/": theirs}
+    items = [
+        {f"{side}{name}": number for side, of in sides.items() for name, number in complete(add(of[n])).items()}
+        for n in ours if n in theirs
+    ]  # fmt: skip
+    total, bootstrap = add(items), Bootstrap(items, resamples)
+    found: dict[str, dict[str, float | None]] = {}
+    for metric in METRICS:
+
+        def less(sums: Sums, of: Callable[[Sums], Any] = metric.of) -> Any:
+            a, b = (Defaulted({k[2:]: v for k, v in sums.items() if k.startswith(side)}) for side in sides)
+            return of(a) - of(b)
+
+        value = value_of(less, total)
+        low, high = (bootstrap.interval(less) if value is not None else None) or (None, None)
+        found[metric.name] = {"value": value, "low": low, "high": high}
+    return found
 
 
 def rounds(total: Mapping[str, float], seeds: int = 1) -> list[dict[str, Any]]:

@@ -330,6 +330,29 @@ def test_what_cannot_be_compared_is_flagged(tmp_path: Path, items: Path, held_ou
     assert not any("always_idle" in table[0] for table in found.tables)  # whose data would they be on?
 
 
+def test_behaviour_is_paired_by_conversation(tmp_path: Path, held_out: Path):
+    """Assistants that need no weights: always talking is early in each query, the oracle in none."""
+    folders = [behaved(tmp_path / name, name, held_out, name) for name in ("always_talking", "oracle")]
+    _, _, found = page_of(*folders)
+    (differences,) = (t for t in found.tables if t[0][-1] == "won:lost")
+    rows = {row[0]: row[1:] for row in differences[1:]}
+    early = {name: json.loads((tmp_path / name / "behaviour.json").read_text())["assistants"][name]["all"]["early_rate"]
+             for name in ("always_talking", "oracle")}  # fmt: skip
+    assert early["oracle"]["value"] == 0 < early["always_talking"]["value"]
+    points = -100 * early["always_talking"]["value"]
+    assert rows["early_rate"] == [
+        "oracle",
+        "always_talking",
+        "2",
+        f"{points:+.1f} ({points:+.1f} to {points:+.1f})",
+        "-",
+    ]
+    held_out.write_text(held_out.read_text().replace("say", "tell"))
+    html_text, _, found = page_of(*folders)
+    assert not any("won:lost" in table[0] for table in found.tables)
+    assert "holds other conversations by now" in html_text
+
+
 def test_items_that_are_gone_are_missed(tmp_path: Path, items: Path):
     folders = [likelihood(tmp_path / n, n, items, {i}) for i, n in enumerate(("base", "duplex"))]
     assert "won:lost" in page_of(*folders)[0]

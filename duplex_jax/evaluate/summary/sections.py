@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.behaviour import BY_NAME, DEGENERATE
+from duplex_jax.evaluate import behaviour_run
+from duplex_jax.evaluate.behaviour import BY_NAME, DEGENERATE, Counts
+from duplex_jax.evaluate.behaviour import differences as behaviour_differences
 from duplex_jax.evaluate.benchmarks import run as runs
 from duplex_jax.evaluate.benchmarks.scoring import METRICS, differences, is_right
 from duplex_jax.evaluate.benchmarks.tasks import read_benchmark
@@ -446,7 +448,55 @@ def _behaviour(sources: Sequence[Source]) -> list[Section]:
     section.figures = _draw("behaviour", "Rates, 95% intervals", section.tables[0] if section.tables else None, grid,
                             shown, 100, "%", (0, 100))  # fmt: skip
     section.figures += _own_pictures(sources)
+    if section.tables:
+        section.tables += _behaviour_differences(sources, section.tables[0])
     return [section]
+
+
+def _behaviour_differences(sources: Sequence[Source], table: Table) -> list[Table]:
+    """Of each other report less the first, where both replayed the same conversations."""
+    first, *others = sources
+    made: list[Row] = []
+    for other in others:
+        if other.model == first.model or other.hashes != first.hashes:
+            continue
+        try:
+            ours, theirs = _counts(other), _counts(first)
+        except UserError as e:
+            table.notes.append(f"No paired differences of behaviour: {e}.")
+            continue
+        both = len(ours.keys() & theirs.keys())
+        for name, row in behaviour_differences(ours, theirs).items() if both else ():
+            share = BY_NAME[name].unit in ("share", "per round")
+            cell = number(row, 100 if share else 1, 1 if share else 2, "+")
+            made.append(Row(name, [Cell(other.model), Cell(first.model), Cell(str(both), both), cell, DASH]))
+    return _difference_table(
+        "of behaviour on the conversations that both were asked, shares in points; 95% intervals by drawing "
+        "conversations", made, table,
+    )  # fmt: skip
+
+
+def _counts(source: Source) -> dict[int, list[Counts]]:
+    """By conversation, what the replays and the forced decisions come to.
+
+    Raises:
+        UserError: the data, or what was kept of the replays, are no longer there.
+    """
+    with _fields_of(source):
+        about, settings = source.report["data"], source.report["settings"]
+        bias, seconds = settings["idle_bias"], settings["slice_seconds"]
+        data = behaviour_run.read_held_out(about["path"], about["scored"])
+        if data.sha256 != about["sha256"]:
+            raise UserError(f"{about['path']} holds other conversations by now")
+        if source.model in DEGENERATE:
+            return behaviour_run.degenerate_counts(data, source.model, seconds)
+        paths = [source.folder / "replays" / f"idle_bias{bias:+g}_seed{seed}.jsonl" for seed in settings["seeds"]]
+        missing = [path for path in (source.folder / "forced.jsonl", *paths) if not path.is_file()]
+        if missing:
+            raise UserError(f"{missing[0]} is not there")
+        replays = [behaviour_run.Records(path) for path in paths]
+        forced = behaviour_run.Records(source.folder / "forced.jsonl")
+        return behaviour_run.recorded_counts(data, replays, forced, bias, seconds)
 
 
 def _behaviour_cell(key: Any, figure: Mapping[str, Any]) -> Cell:
