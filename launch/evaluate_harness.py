@@ -32,6 +32,10 @@ def start() -> None:
         cli_evaluate()
     except UserError as e:
         app.fail(e)
+    except ValueError as e:
+        if not str(e).startswith("Tasks not found"):  # so it says that a name is unknown
+            raise
+        app.fail(f"{e}; duplex-jax evaluate harness ls tasks lists all")
     except KeyboardInterrupt:
         app.fail("interrupted", app.EXIT_INTERRUPTED)
 

@@ -78,10 +78,14 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(
-        self, model: str | LoadedModel, way: str = "plain", rows: int = 8, dtype: str = "auto", capacity: int = 0,
+        self, model: str | LoadedModel = "", way: str = "plain", rows: int = 8, dtype: str = "auto", capacity: int = 0,
         template: str | None = None, batch_size: Any = None, max_batch_size: Any = None, device: Any = None,
+        **unknown: Any,
     ):  # fmt: skip
         super().__init__()
+        if unknown or not model:
+            raise UserError(f"--model_args={','.join(unknown)}: must be model=M, and any of way, rows, dtype, capacity "
+                            "and template, with commas between them")  # fmt: skip
         if way not in WAYS:
             raise UserError(f"way={way}: is unknown; one of {', '.join(WAYS)}")
         if not isinstance(rows, int) or not isinstance(capacity, int) or rows < 1 or capacity < 0:

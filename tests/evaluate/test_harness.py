@@ -158,12 +158,17 @@ def test_refusals(model: LoadedModel, ours: Any):
         DuplexLM(model, way="duplx")
     with pytest.raises(UserError, match="rows 1 or more"):
         DuplexLM(model, rows=0)
+    with pytest.raises(UserError, match="--model_args=row: must be model=M"):
+        DuplexLM(model, row=2)
+    with pytest.raises(UserError, match="must be model=M"):
+        DuplexLM()
     with pytest.raises(UserError, match="leaves no room"):
         ours.generate_until([request("generate_until", "a", {"max_gen_toks": 250})], disable_tqdm=True)
 
 
 @needs_harness
-def test_the_harness_runs_it_and_refuses_in_one_line(tmp_path: Path, model: LoadedModel):
+@pytest.mark.slow
+def test_the_harness_runs_it(tmp_path: Path, model: LoadedModel):
     """The registered name, the command, and a task of its own folder."""
     save_model(model, tmp_path / "model")
     (tmp_path / "odd.jsonl").write_text('{"q": "Is 3 odd?", "c": ["yes", "no"], "a": 0}\n' * 3)
@@ -177,9 +182,16 @@ def test_the_harness_runs_it_and_refuses_in_one_line(tmp_path: Path, model: Load
     assert found.returncode == 0, found.stderr
     assert "duplex_jax" in found.stdout
     assert "|odd" in found.stdout
-    refused = run(*flags, "--model_args", "model=none")
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("task", "message"), [("arc_easy", "model 'none': no such file or folder"), ("nosuch", "Tasks not found: nosuch;")]
+)
+def test_bad_input_is_one_line(task: str, message: str):
+    refused = run("harness", "--tasks", task, "--model_args", "model=none")
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("duplex-jax: model 'none': no such file or folder")
+    assert refused.stderr.splitlines()[-1].startswith(f"duplex-jax: {message}")
     assert "Traceback" not in refused.stderr
 
 
