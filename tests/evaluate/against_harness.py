@@ -92,7 +92,9 @@ def by_harness(model: str, arguments: dict[str, Any], tasks: Sequence[str], fold
 
 def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str, folder: Path) -> list[dict[str, Any]]:
     """A row for each task: accuracies, their difference in points, how often both take the same choice, and how far
-    log-likelihoods are apart at most."""
+    log-likelihoods are apart at most: `apart` where both were asked the very same text, `apart_other` elsewhere. Ours
+    has no white space around options and endings; the harness leaves what the files or its own clearing have there.
+    """
     benchmarks = {task: read_benchmark(task, data) for task in limits}
     save_model(model, folder / "model", dtype="float32")
     write_tasks(benchmarks, limits, folder)
@@ -102,20 +104,24 @@ def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str,
     rows = []
     for task, benchmark in benchmarks.items():
         ours = runs.ask(model, {task: benchmark}, [way], limits[task], 4096, folder / "out", lambda n: lambda k: None)
-        row: dict[str, Any] = {"task": task, "way": way, "items": 0, "same_prompt": 0, "largest_difference": 0.0}
+        row: dict[str, Any] = {"task": task, "way": way, "items": 0, "same_text": 0, "apart": 0.0, "apart_other": 0.0}
         for metric in ("acc", "acc_norm"):
             row[metric] = {"ours": 0, "theirs": 0, "same_choice": 0}
         for (number, found), sample in zip(ours[task, way].items(), theirs[task]["samples"], strict=True):
             item = benchmark.items[number]
-            asked = [(prompt, choice.strip()) for prompt, choice in sample["arguments"]]
             said = [float(resp[0][0]) for resp in sample["resps"]]
             assert found is not None
-            row["items"] += 1
-            row["same_prompt"] += all(item.query in prompt for prompt, _ in asked) and (
-                [choice for _, choice in asked] == list(item.choices)
+            # Bare text goes on behind a space, in the chat template the assistant begins at once.
+            expected = [f" {choice}" if way == "plain" else choice for choice in item.choices]
+            prompts, choices = zip(*sample["arguments"], strict=True)
+            same = list(choices) == expected and all(
+                p == item.query if way == "plain" else item.query in p for p in prompts
             )  # fmt: skip
+            row["items"] += 1
+            row["same_text"] += same
             apart = float(np.abs(np.subtract(found.all, said)).max())
-            row["largest_difference"] = max(row["largest_difference"], apart)
+            where = "apart" if same else "apart_other"
+            row[where] = max(row[where], apart)
             # Ours divides by bytes and the harness by characters.
             by = {"acc": (None, None), "acc_norm": ([len(c.encode()) for c in item.choices],
                                                     [len(c) for c in item.choices])}  # fmt: skip
@@ -136,15 +142,15 @@ def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str,
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The rows as lines of text."""
-    cells = [["task", "way", "items", "same prompt", "figure", "ours %", "theirs %", "points", "same choice %",
-              "log-likelihoods apart"]]  # fmt: skip
+    cells = [["task", "way", "items", "same text", "figure", "ours %", "theirs %", "points", "same choice %",
+              "log p apart", "on other text"]]  # fmt: skip
     for row in rows:
         for metric in ("acc", "acc_norm"):
             of = row[metric]
             cells.append([
-                row["task"], row["way"], str(row["items"]), str(row["same_prompt"]), metric, f"{of['ours']:.2f}",
+                row["task"], row["way"], str(row["items"]), str(row["same_text"]), metric, f"{of['ours']:.2f}",
                 f"{of['theirs']:.2f}", f"{of['points']:+.2f}", f"{of['same_choice']:.2f}",
-                f"{row['largest_difference']:.1e}",
+                f"{row['apart']:.1e}", f"{row['apart_other']:.1e}" if row["same_text"] < row["items"] else "-",
             ])  # fmt: skip
     return columns(cells)
 
