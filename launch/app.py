@@ -4,9 +4,11 @@ import contextlib
 import difflib
 import errno
 import io
+import ipaddress
 import logging as std_logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
@@ -132,3 +134,22 @@ def no_arguments(argv: Sequence[str]) -> None:
     """Refuses positional arguments of a job that takes none."""
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}; this job takes flags only (--help lists them)")
+
+
+def check_address(host: str, port: int, api_key_file: str | None) -> None:
+    """Refuses, before a model is loaded, an address that cannot be listened on, or that others reach without a key.
+
+    Raises:
+        UserError: says which of them.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not api_key_file:
+        raise UserError(f"--host={host}: others could reach it without a key; give --api_key_file, or localhost")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as e:
+        raise UserError(f"--host={host} --port={port}: cannot listen there ({e.strerror or e})") from e

@@ -1,6 +1,5 @@
 """`duplex-jax serve`: the real-time server, its page, and the protocols that clients speak."""
 
-import ipaddress
 import socket
 
 from absl import flags
@@ -31,25 +30,10 @@ _REPLICAS = flags.DEFINE_integer(
 _VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'duplex-jax[voice]'; by default if it is.")
 
 
-def _check() -> None:
-    """Refuses what cannot be, before a model is loaded."""
-    try:
-        local = _HOST.value == "localhost" or ipaddress.ip_address(_HOST.value).is_loopback
-    except ValueError:
-        local = False
-    if not local and not _KEYS.value:
-        raise UserError(f"--host={_HOST.value}: others could reach it without a key; give --api_key_file, or localhost")
-    try:
-        with socket.create_server((_HOST.value, _PORT.value)):
-            pass
-    except OSError as e:
-        raise UserError(f"--host={_HOST.value} --port={_PORT.value}: cannot listen there ({e.strerror or e})") from e
-
-
 def main(argv: list[str]) -> None:
     """Loads the model, compiles, and serves until it is stopped."""
     app.no_arguments(argv)
-    _check()
+    app.check_address(_HOST.value, _PORT.value, _KEYS.value)
     from aiohttp import web
 
     from duplex_jax.serve.build import Options, build_server

@@ -75,6 +75,22 @@ def read_keys(path: str | Path) -> tuple[str, ...]:
     return keys
 
 
+def page_file(folder: str, name: str) -> web.Response:
+    """A file of a page in the browser, out of a folder of the package's assets.
+
+    Raises:
+        HTTPNotFound: there is none of this name.
+    """
+    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+    file = resources.files("duplex_jax") / "assets" / folder / name
+    kind = kinds.get(name.rpartition(".")[2])
+    if kind is None or "/" in name or not file.is_file():
+        raise web.HTTPNotFound(text="no such page")
+    policy = "default-src 'self'; connect-src *; media-src 'self' blob:; worker-src 'self' blob:"
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    return web.Response(body=file.read_bytes(), content_type=kind, charset="utf-8", headers=headers)
+
+
 class Server:
     """Everything behind one port.
 
@@ -144,15 +160,7 @@ class Server:
             return problem(413, "invalid_request_error", f"the body is over {self.wire.message_bytes} bytes")
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info.get("name", "index.html")
-        kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-        file = resources.files("duplex_jax") / "assets" / "page" / name
-        kind = kinds.get(name.rpartition(".")[2])
-        if kind is None or "/" in name or not file.is_file():
-            raise web.HTTPNotFound(text="no such page")
-        policy = "default-src 'self'; connect-src *; media-src 'self' blob:; worker-src 'self' blob:"
-        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
-        return web.Response(body=file.read_bytes(), content_type=kind, charset="utf-8", headers=headers)
+        return page_file("page", request.match_info.get("name", "index.html"))
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         state = {"status": "draining" if self._draining else "ok", "model": self.model}

@@ -4,12 +4,17 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from duplex_jax.errors import UserError
 from duplex_jax.serve.app import Access, Server, read_keys
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.protocol import VoiceFactory
 from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
+
+if TYPE_CHECKING:
+    from duplex_jax.checkpoint.registry import LoadedModel
+    from duplex_jax.decode.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,23 +64,39 @@ def build_server(options: Options, tell: Callable[[str], None], prefix: str = ""
     Raises:
         UserError: an option that cannot be.
     """
-    from duplex_jax.checkpoint.registry import load_model
-    from duplex_jax.decode.engine import Engine
-    from duplex_jax.template import refuse_typed_markers
-
     access = Access(read_keys(options.api_key_file) if options.api_key_file else (), options.allowed_origins)
     key = snapshot_key(options.snapshot_key_file)
-    tell(f"loading {options.model}")
-    model = load_model(options.model, dtype="auto", template=options.template)
-    refuse_typed_markers(model.template)
-    engine = Engine(model.config, model.params, model.template, rows=options.sessions, capacity=options.capacity)
-    tell("compiling; later starts are faster")
-    engine.warm_up(everything=True)
+    engine = build_engine(load(options.model, options.template, tell), options.sessions, options.capacity, tell)
     sessions = Sessions(Hub(engine, waiting=options.waiting), options.limits, key, prefix)
     return Server(
         sessions, options.name, access=access, slice_seconds=options.slice_seconds,
         make_voice=_load_voice(options.voice, tell),
     )  # fmt: skip
+
+
+def load(name: str, template: str | None, tell: Callable[[str], None]) -> "LoadedModel":
+    """A model that may be served: nothing that a user types becomes a control token.
+
+    Raises:
+        UserError: it cannot be loaded, or its template has no such promise.
+    """
+    from duplex_jax.checkpoint.registry import load_model
+    from duplex_jax.template import refuse_typed_markers
+
+    tell(f"loading {name}")
+    model = load_model(name, dtype="auto", template=template)
+    refuse_typed_markers(model.template)
+    return model
+
+
+def build_engine(model: "LoadedModel", rows: int, capacity: int, tell: Callable[[str], None]) -> "Engine":
+    """Its engine, with all compiled that a session needs."""
+    from duplex_jax.decode.engine import Engine
+
+    engine = Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+    tell("compiling; later starts are faster")
+    engine.warm_up(everything=True)
+    return engine
 
 
 def _load_voice(wanted: bool | None, tell: Callable[[str], None]) -> VoiceFactory | None:

@@ -281,6 +281,8 @@ class LiveSession:
         if waiting + len(text) > MOST_WAITING:
             raise UserError(f"{waiting} characters wait for the clock already and {len(text)} come; "
                             f"at most {MOST_WAITING} may")  # fmt: skip
+        if self._words and words and not words[0][0].isspace():
+            words[0] = f" {words[0]}"  # a message begins a word of its own, though another one waits for the same tick
         self._words += words
 
     def slice(self, user: str | None) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def speech(path: Path) -> float:
 
 
 class Server:
-    """`duplex-jax serve` as a process of its own."""
+    """`duplex-jax serve`, or another job with a page, as a process of its own."""
 
-    def __init__(self, *flags: str):
-        command = [sys.executable, "-m", "launch.serve", "--port=0", "--sessions=2", *flags]
+    def __init__(self, *flags: str, job: Sequence[str] = ("launch.serve", "--sessions=2")):
+        command = [sys.executable, "-m", *job, "--port=0", *flags]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -90,8 +91,8 @@ class Server:
         assert self.process.stdout is not None
         self.lines += self.process.stdout
 
-    def close(self) -> None:
-        self.process.terminate()
+    def close(self, kill: bool = False) -> None:
+        (self.process.kill if kill else self.process.terminate)()
         self.process.wait(timeout=20)
         self._reader.join()
         assert self.process.stdout is not None

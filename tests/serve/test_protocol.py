@@ -58,6 +58,20 @@ def test_the_server_s_clock_takes_words_as_they_come():
     run(test)
 
 
+def test_words_that_come_one_at_a_time_stay_apart():
+    async def test() -> None:
+        async with serving() as (_, place), Client.connect(place) as client:
+            await client.start(clock="server", slice_seconds=0.5)
+            for word in ("one", "two", "three"):
+                await client.send(type="text", text=word)
+            said: list[str] = []
+            while "three" not in " ".join(said):
+                said += filter(None, [(await client.next("slice"))["user"]])
+            assert " ".join(said) == "one two three"
+
+    run(test)
+
+
 def test_heard_takes_unheard_words_out():
     async def test() -> None:
         user = script(3, 16)

@@ -1,5 +1,7 @@
 // The page of the server: one websocket, a microphone, a loudspeaker, and a line for every slice.
 
+import { finishedWords, openSocket } from "/page/talk.js";
+
 const $ = (id) => document.getElementById(id);
 const LISTENING_RATE = 16000;
 
@@ -229,17 +231,10 @@ const handlers = {
   error: (m) => say(m.message, true),
 };
 
-function url() {
-  const secure = location.protocol === "https:" ? "wss" : "ws";
-  return `${secure}://${location.host}/v1/duplex`;
-}
-
 async function connect() {
   await speakers();
-  const protocols = ["duplex-jax"];
-  if ($("key").value) protocols.push(`duplex-jax-key.${$("key").value}`);
   say("Connecting.");
-  socket = new WebSocket(url(), protocols);
+  socket = openSocket("/v1/duplex", $("key").value);
   socket.binaryType = "arraybuffer";
   let open = false;
   socket.onopen = async () => {
@@ -276,15 +271,13 @@ $("volume").oninput = () => audio && (audio.gain.gain.value = Number($("volume")
 
 // Finished words go out as they are typed; what is left goes out with Enter.
 function sendWords(all) {
-  const text = $("text").value;
-  const cut = all ? text.length : text.lastIndexOf(" ");
-  const words = text.slice(0, cut).trim();
-  if (!words || !started) return;
+  if (!started) return;
+  const words = finishedWords($("text"), all);
+  if (!words) return;
   if (player?.playing) interrupt();
   send({ type: "text", text: words });
-  $("text").value = text.slice(cut).trimStart();
 }
-$("text").oninput = () => /\S\s$/.test($("text").value) && sendWords(false);
+$("text").oninput = () => sendWords(false);
 $("say").onsubmit = (e) => {
   e.preventDefault();
   sendWords(true);

@@ -1,0 +1,284 @@
+"""The study's server: one page, and what it asks for; two systems behind it, and nobody is told which is which."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.study.plan import ASPECTS, HIGH, LOW, MOST_COMMENT, SCALE, Texts, check_scores, plan_of
+from duplex_jax.evaluate.study.store import OutOfOrder, Scores, Store, UnknownCode
+from duplex_jax.evaluate.study.talk import Talk
+from duplex_jax.serve.app import Access, Handler, page_file
+from duplex_jax.serve.connection import Connection, WireLimits, as_object, field
+from duplex_jax.serve.live import Settings
+from duplex_jax.serve.sessions import Sessions
+from duplex_jax.timeline import whole_characters
+
+CODE = "Study-Code"
+"""The header that brings a participant's code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One of the two that are compared: its sessions, and how they are held."""
+
+    sessions: Sessions
+    settings: Settings
+
+
+class StudyServer:
+    """A study behind one port.
+
+    Args:
+        store: keeps everything.
+        systems: by name, `a` and `b`.
+        texts: what participants read; as many sessions with each system as there are openings.
+        access: who may come in.
+        grace: seconds that a conversation goes on without its page; then it is broken off, and begins anew.
+    """
+
+    def __init__(
+        self, store: Store, systems: Mapping[str, System], texts: Texts, *, access: Access | None = None,
+        grace: float = 60.0,
+    ):  # fmt: skip
+        self.store, self.systems, self.texts = store, systems, texts
+        self.access, self.grace = access or Access(), grace
+        self.wire = WireLimits()
+        self._talks: dict[int, Talk] = {}
+
+    def app(self) -> web.Application:
+        """The application, to be run by aiohttp."""
+        app = web.Application(middlewares=[self._guard], client_max_size=self.wire.message_bytes)
+        app.on_startup.append(self._begin)
+        app.on_cleanup.append(self._end)
+        app.add_routes(
+            [
+                web.get("/", self._page),
+                web.get("/{folder:page|study}/{name}", self._page),
+                web.get("/api/about", self._about),
+                web.post("/api/begin", self._admit),
+                web.get("/api/state", self._state),
+                web.post("/api/scores", self._score),
+                web.post("/api/confirm", self._confirm),
+                web.post("/api/withdraw", self._withdraw),
+                web.get("/api/talk", self._talk),
+            ]
+        )
+        return app
+
+    async def _begin(self, app: web.Application) -> None:
+        for system in self.systems.values():
+            system.sessions.start()
+
+    async def _end(self, app: web.Application) -> None:
+        for talk in list(self._talks.values()):
+            await self._stop(talk, finished=False)
+        for system in self.systems.values():
+            await system.sessions.close()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        status, reason = 400, ""
+        try:
+            if request.path.startswith("/api/"):
+                refusal = self.access.refusal(request)
+                if refusal is not None:
+                    return _problem(*refusal)
+            return await handler(request)
+        except web.HTTPRequestEntityTooLarge:
+            status, reason = 413, f"the body is over {self.wire.message_bytes} bytes"
+        except UnknownCode as e:
+            status, reason = 404, str(e)
+        except OutOfOrder as e:
+            status, reason = 409, str(e)
+        except UserError as e:
+            reason = str(e)
+        return _problem(status, reason)
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        return page_file(request.match_info.get("folder", "study"), request.match_info.get("name", "index.html"))
+
+    # The participant.
+
+    async def _about(self, request: web.Request) -> web.StreamResponse:
+        """What the page says to everybody."""
+        return web.json_response(
+            {"consent": self.texts.consent, "note": self.texts.note, "sessions": len(self.texts.openings),
+             "aspects": ASPECTS, "low": LOW, "high": HIGH, "scale": SCALE, "most_comment": MOST_COMMENT}
+        )  # fmt: skip
+
+    async def _admit(self, request: web.Request) -> web.StreamResponse:
+        if field(as_object(await _text(request)), "consent", bool, False) is not True:
+            raise OutOfOrder("nobody takes part, and nothing is stored, without consent")
+        number, code = self.store.admit()
+        return web.json_response({"code": code} | self._state_of(number))
+
+    def _number(self, request: web.Request) -> int:
+        return self.store.number(request.headers.get(CODE, ""))
+
+    def _state_of(self, number: int) -> dict[str, Any]:
+        """Where a participant is; labels only, and never a system."""
+        plan, step = plan_of(number), self.store.step(number, len(self.texts.openings))
+        scores = {
+            plan.labels[system]: {"scores": dict(s.of), "comment": s.comment}
+            for system, s in self.store.scores(number).items()
+        }
+        return {
+            "step": step.kind, "model": step.system and plan.labels[step.system], "session": step.session,
+            "opening": step.session and self.texts.openings[step.session - 1], "live": number in self._talks,
+            "order": [plan.labels[system] for system in plan.order], "scores": scores,
+        }  # fmt: skip
+
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._state_of(self._number(request)))
+
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        number = self._number(request)
+        message = as_object(await _text(request))
+        plan, label = plan_of(number), field(message, "model", str)
+        if label not in plan.labels.values():
+            raise UserError(f"model: {label[:40]!r} is neither of {', '.join(sorted(plan.labels.values()))}")
+        comment = field(message, "comment", str, "").strip()
+        if len(comment) > MOST_COMMENT or not whole_characters(comment):
+            raise UserError(f"comment: at most {MOST_COMMENT} whole characters")
+        scores = Scores(check_scores(field(message, "scores", dict)), comment)
+        self.store.score(number, len(self.texts.openings), plan.system(label), scores)
+        return web.json_response(self._state_of(number))
+
+    async def _confirm(self, request: web.Request) -> web.StreamResponse:
+        number = self._number(request)
+        self.store.confirm(number, len(self.texts.openings))
+        return web.json_response(self._state_of(number))
+
+    async def _withdraw(self, request: web.Request) -> web.StreamResponse:
+        number = self._number(request)
+        self.store.withdraw(number)
+        if talk := self._talks.get(number):
+            await self._stop(talk, finished=False)
+        return web.json_response({"withdrawn": True})
+
+    # Conversations.
+
+    async def _talk(self, request: web.Request) -> web.StreamResponse:
+        connection = await Connection.accept(request, self.wire, ("duplex-jax",))
+        talk: Talk | None = None
+        try:
+            async for data in connection.messages():
+                try:
+                    message = as_object(data)
+                    kind = field(message, "type", str)
+                    if kind == "start":
+                        if talk is not None:
+                            raise OutOfOrder("start: the conversation has begun")
+                        talk = await self._join(self.store.number(field(message, "code", str)), connection)
+                    elif talk is None or talk.connection is not connection:
+                        raise OutOfOrder(f"{kind}: comes before the conversation, or behind its end")
+                    elif kind == "text":
+                        if talk.over:
+                            raise OutOfOrder("this conversation is over; end it and go on")
+                        talk.say(field(message, "text", str))
+                    elif kind == "end":
+                        if not (talk.answered or talk.over):
+                            raise OutOfOrder("say something of your own before you end the conversation")
+                        await self._stop(talk, finished=True)
+                        connection.send({"type": "ended"})
+                    else:
+                        raise UserError(f"type: {kind[:40]!r} is none of start, text and end")
+                except UserError as e:
+                    connection.send({"type": "error", "message": str(e)})
+        finally:
+            if talk is not None and talk.connection is connection:
+                talk.connection = None
+                talk.leaving = asyncio.create_task(self._leave(talk), name="leave")
+            await connection.close()
+        return connection.response
+
+    async def _join(self, number: int, connection: Connection) -> Talk:
+        """The participant's conversation: the one that is under way, else the next one."""
+        talk = self._talks.get(number)
+        if talk is not None and talk.stopping:
+            raise OutOfOrder("the last conversation is just ending; try again")
+        if talk is not None:
+            if talk.leaving is not None:
+                talk.leaving.cancel()
+                talk.leaving = None
+            before, talk.connection = talk.connection, connection
+            if before is not None:
+                before.send({"type": "moved"})
+                before.hang_up()
+            if talk.entry is not None:
+                self._started(talk)
+            return talk
+        step = self.store.step(number, len(self.texts.openings))
+        if step.kind != "talk":
+            raise OutOfOrder("there is no conversation to begin now; something else comes next")
+        assert step.system is not None
+        assert step.session is not None
+        system = self.systems[step.system]
+        settings = dataclasses.replace(system.settings, seed=number * len(self.texts.openings) + step.session)
+        talk = Talk(number, step, self.texts.openings[step.session - 1], settings.slice_seconds, connection=connection)
+        self._talks[number] = talk
+        try:
+            entry = await system.sessions.begin(
+                f"participant {number}", settings, talk.take,
+                on_wait=lambda place: talk.tell({"type": "waiting", "place": place}),
+            )  # fmt: skip
+        except BaseException:
+            self._talks.pop(number, None)
+            raise
+        if talk.stopping:  # withdrew while it waited for a row
+            await system.sessions.end(entry)
+            raise OutOfOrder("the conversation has ended")
+        talk.begin(entry)
+        self._started(talk)
+        return talk
+
+    def _started(self, talk: Talk) -> None:
+        assert talk.step.system is not None
+        label = plan_of(talk.number).labels[talk.step.system]
+        talk.tell({"type": "started", "model": label, "session": talk.step.session, "log": talk.log})
+        if talk.over:
+            talk.tell({"type": "over"})
+
+    async def _leave(self, talk: Talk) -> None:
+        await asyncio.sleep(self.grace)
+        talk.leaving = None
+        await self._stop(talk, finished=False)
+
+    async def _stop(self, talk: Talk, finished: bool) -> None:
+        """Ends a conversation and keeps it; what is not finished begins anew later."""
+        if talk.stopping:
+            return
+        talk.stopping = True
+        connection, talk.connection = talk.connection, None
+        if talk.leaving is not None:
+            talk.leaving.cancel()
+        try:
+            if talk.entry is not None:
+                assert talk.step.system is not None
+                await self.systems[talk.step.system].sessions.end(talk.entry)
+                kept = talk.kept(finished)
+                if kept is not None:
+                    with contextlib.suppress(UnknownCode):  # has withdrawn
+                        self.store.add(talk.number, len(self.texts.openings), kept)
+        finally:
+            del self._talks[talk.number]
+            if connection is not None and not finished:
+                connection.hang_up()
+
+
+async def _text(request: web.Request) -> str:
+    if request.content_type != "application/json":
+        raise UserError(f"{hdrs.CONTENT_TYPE}: must be application/json")
+    try:
+        return await request.text()
+    except (UnicodeDecodeError, LookupError) as e:
+        raise UserError(f"the body is no text ({e}); send JSON in UTF-8") from e
+
+
+def _problem(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status)

@@ -1,0 +1,163 @@
+"""`duplex-jax evaluate study serve|report`: two anonymous models in the browser, a questionnaire, its statistics."""
+
+import importlib.metadata
+import platform
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.study import store as stores
+from duplex_jax.evaluate.study.plan import SYSTEMS, Texts, read_texts
+from duplex_jax.files import check_writable
+from launch import app
+
+PARTS = ("serve", "report")
+MODES = ("duplex", "turn_based")
+
+_DB = flags.DEFINE_string("db", None, "The study's file; `serve` makes it where there is none.")
+_OUT = flags.DEFINE_string("out", None, "report: folder of the results.")
+_CSV = flags.DEFINE_bool("csv", False, "report: scores.csv too, a line for each questionnaire.")
+_TIMELINES = flags.DEFINE_bool("timelines", False, "report: conversations.jsonl too, with everybody's words.")
+
+_MODEL = {
+    "a": flags.DEFINE_string("model_a", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name."),
+    "b": flags.DEFINE_string("model_b", "smollm2-135m-instruct", "What it is compared with."),
+}
+_MODE = {
+    "a": flags.DEFINE_enum("mode_a", "duplex", MODES, "How it talks."),
+    "b": flags.DEFINE_enum("mode_b", "turn_based", MODES, "How it talks."),
+}
+_TEMPLATE = {
+    "a": flags.DEFINE_enum("template_a", None, ["minicpm", "chatml", "compact"], "How slices become tokens."),
+    "b": flags.DEFINE_enum("template_b", None, ["minicpm", "chatml", "compact"], "How slices become tokens."),
+}
+_SESSIONS = flags.DEFINE_integer("sessions", 5, "Conversations with each model; the paper has at least 5.", 1)
+_OPENINGS = flags.DEFINE_string("openings", None, "Their first sentences, one a line; the package's own by default.")
+_NOTE = flags.DEFINE_string("note", None, "Sample instructions, one a line; the package's own by default.")
+_CONSENT = flags.DEFINE_string("consent", None, "What participants agree to; the package's own by default.")
+_AT_ONCE = flags.DEFINE_integer("at_once", 4, "Conversations at once with each model; others wait.", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a conversation's context.", lower_bound=1)
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Most tokens of a turn-based answer.", lower_bound=1)
+_MINUTES = flags.DEFINE_float("conversation_minutes", 30.0, "The longest conversation.", lower_bound=0.1)
+_GRACE = flags.DEFINE_float(
+    "resume_seconds", 60.0, "How long a conversation goes on without its page.", lower_bound=0.0
+)
+_HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
+_PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
+_KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the study, or describes what is in its file."""
+    if not argv or argv[0] not in PARTS:
+        raise UserError(f"evaluate study needs one of {', '.join(PARTS)} behind it, as in: evaluate study serve --db=F")
+    app.no_arguments(argv[1:])
+    if not _DB.value:
+        raise UserError(f"evaluate study {argv[0]} needs --db=FILE")
+    {"serve": _serve, "report": _report}[argv[0]](_DB.value)
+
+
+def _serve(db: str) -> None:
+    """Refuses what cannot be, then runs the study on its file."""
+    app.check_address(_HOST.value, _PORT.value, _KEYS.value)
+    texts = read_texts(_SESSIONS.value, _CONSENT.value, _NOTE.value, _OPENINGS.value)
+    store = stores.Store(db)
+    try:
+        store.agree({
+            "openings": texts.openings, "note": texts.note, "consent": texts.consent, "capacity": _CAPACITY.value,
+            "slice_seconds": _SLICE_SECONDS.value, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value,
+            "top_k": _TOP_K.value, "max_tokens": _MAX_TOKENS.value,
+            **{f"model_{s}": _MODEL[s].value for s in SYSTEMS}, **{f"mode_{s}": _MODE[s].value for s in SYSTEMS},
+        })  # fmt: skip
+        _run(store, texts)
+    finally:
+        store.close()
+
+
+def _run(store: stores.Store, texts: Texts) -> None:
+    """Loads both models, and serves until it is stopped."""
+    from aiohttp import web
+
+    from duplex_jax.decode.sampling import Sampling
+    from duplex_jax.evaluate.behaviour_run import model_settings
+    from duplex_jax.evaluate.study.server import StudyServer, System
+    from duplex_jax.serve import build
+    from duplex_jax.serve.app import Access, read_keys
+    from duplex_jax.serve.hub import Hub
+    from duplex_jax.serve.live import Settings
+    from duplex_jax.serve.sessions import Limits, Sessions
+
+    access = Access(read_keys(_KEYS.value) if _KEYS.value else ())
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    app.use_compilation_cache()
+    limits = Limits(per_client=1, session_seconds=60 * _MINUTES.value)
+    systems = {}
+    for s in SYSTEMS:
+        model = build.load(_MODEL[s].value, _TEMPLATE[s].value, _tell)
+        store.agree({f"{k}_{s}": v for k, v in model_settings(_MODEL[s].value, model).items()})
+        engine = build.build_engine(model, _AT_ONCE.value, _CAPACITY.value, _tell)
+        mode: Any = _MODE[s].value
+        settings = Settings(mode=mode, slice_seconds=_SLICE_SECONDS.value, sampling=sampling,
+                            max_tokens=_MAX_TOKENS.value)  # fmt: skip
+        systems[s] = System(Sessions(Hub(engine), limits), settings)
+    server = StudyServer(store, systems, texts, access=access, grace=_GRACE.value)
+    listener = socket.create_server((_HOST.value, _PORT.value))
+    port = listener.getsockname()[1]
+    told: list[object] = []
+
+    def tell(*words: object) -> None:
+        """aiohttp prints where it listens; one line of ours says what is there."""
+        if not told:
+            told.append(words)
+            _tell(f"the study listens; Ctrl-C stops it\n  page     http://{_HOST.value}:{port}/")
+
+    web.run_app(server.app(), sock=listener, print=tell, access_log=None, shutdown_timeout=2.0)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _report(db: str) -> None:
+    if not _OUT.value:
+        raise UserError("evaluate study report needs --out=FOLDER")
+    from duplex_jax.evaluate.study import report as reports
+
+    out = Path(_OUT.value)
+    kept = stores.read(db)
+    check_writable(out / "study.json")
+    report: dict[str, Any] = {
+        "what": "study",
+        "command": shlex.join(["duplex-jax", "evaluate", "study", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "numpy", "scipy")},
+        "data": {"path": db},
+    } | reports.describe(kept)
+    written = reports.write_report(report, out)
+    if _CSV.value:
+        written.append(reports.write_csv(kept, out))
+    if _TIMELINES.value:
+        written.append(reports.write_conversations(kept, out))
+    print("\n".join(reports.table(report)))
+    print(f"\nwrote {', '.join(written)} in {out}")
+    if "scores.png" not in written and report["participants"]["complete"]:
+        print("figures need matplotlib: pip install 'duplex-jax[plot]', then run again")
+
+
+def start() -> None:
+    """Entry point."""
+    app.keep_memory()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
