@@ -113,7 +113,7 @@ def browse(port: int, sound: Path, out: Path | None = None) -> Seen:
         page.on("pageerror", lambda e: problems.append(str(e)))
         page.goto(f"http://localhost:{port}/")
         page.click("#connect")
-        page.wait_for_function("document.querySelector('#status').textContent.startsWith('Connected')", timeout=60_000)
+        page.wait_for_selector("#status:has-text('Connected')", timeout=60_000)
         page.click("#microphone")
 
         def shot(name: str) -> None:
