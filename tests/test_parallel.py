@@ -35,9 +35,18 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_eight_devices_are_one(rank: int):
-    layouts = [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "data": 2, "fsdp": 2}]
+LAYOUTS = [{"fsdp": 4, "tensor": 2}, {"slice": 2, "data": 2, "fsdp": 2}, {"fsdp": 8}, {"data": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize(
+    ("rank", "layouts"),
+    [
+        (0, LAYOUTS[:2]),
+        pytest.param(0, LAYOUTS[2:], marks=pytest.mark.slow),
+        pytest.param(4, LAYOUTS, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_are_one(rank: int, layouts: list[dict[str, int]]):
     result = subprocess.run(
         [sys.executable, "-c", EIGHT, str(rank), json.dumps(layouts)], cwd=REPOSITORY, capture_output=True, text=True,
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, timeout=500, check=False,

@@ -282,7 +282,7 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(
-    max_examples=20, stateful_step_count=25, deadline=None, derandomize=True, print_blob=False,
+    max_examples=12, stateful_step_count=25, deadline=None, derandomize=True, print_blob=False,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 
