@@ -5,7 +5,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -44,6 +44,24 @@ class Question(Protocol):
 
     @property
     def turns(self) -> Sequence[Turn]: ...
+
+
+class _Query(NamedTuple):
+    user: str
+    given: str = ""
+    answered: bool = False
+
+
+class SingleTurn(NamedTuple):
+    """A question without a conversation around it."""
+
+    id: str
+    turns: tuple[_Query]
+
+    @classmethod
+    def of(cls, name: str, query: str) -> "SingleTurn":
+        """The question `name` that asks `query`."""
+        return cls(name, (_Query(query),))
 
 
 # A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.

@@ -28,23 +28,12 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row
 from duplex_jax.evaluate.benchmarks.tasks import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation
-from duplex_jax.evaluate.conversations import Asking, answer_rows, ask_questions
+from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions
 from duplex_jax.tokenizer import decode
 
 # Stands around a control token's name in a prompt that the chat template made: no text of a task holds it.
 _MARK = "\0"
 _MAX_TOKENS = 256
-
-
-class _Turn(NamedTuple):
-    user: str
-    given: str = ""
-    answered: bool = False
-
-
-class _Question(NamedTuple):
-    id: str
-    turns: tuple[_Turn, ...]
 
 
 class _Wanted(NamedTuple):
@@ -289,7 +278,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
         alike = collections.defaultdict(list)
         for number, w in enumerate(wanted):
             alike[w.sampling, w.max_tokens].append(number)
-        questions = [_Question(str(n), (_Turn(w.context),)) for n, w in enumerate(wanted)]
+        questions = [SingleTurn.of(str(n), w.context) for n, w in enumerate(wanted)]
         with tempfile.TemporaryDirectory() as folder:
             for (sampling, max_tokens), numbers in alike.items():
                 records = Records(Path(folder) / f"{numbers[0]}.jsonl")

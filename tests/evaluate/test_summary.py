@@ -160,7 +160,8 @@ def behaved(folder: Path, model: str, held_out: Path, as_: str, **data: Any) -> 
         )
         for name in names
     }
-    report = about("behaviour", model, settings={"seeds": [0, 1], "idle_bias": 0.0, "slice_seconds": 2.0},
+    report = about("behaviour", model, settings={"seeds": [0, 1], "idle_bias": 0.0, "slice_seconds": 2.0,
+                                                      "model_idle_bias": -0.5 if model == "duplex" else None},
                    data={"path": str(held_out), "sha256": of.sha256, "conversations": 2, "scored": 2} | data,
                    beside=[], assistants=described, curve=[])  # fmt: skip
     behaviour_report.write_report(report, folder)

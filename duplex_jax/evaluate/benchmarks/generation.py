@@ -20,7 +20,7 @@ from duplex_jax.evaluate import sandbox
 from duplex_jax.evaluate.behaviour_run import Records, check_settings
 from duplex_jax.evaluate.benchmarks import ultraeval
 from duplex_jax.evaluate.benchmarks.tasks import chosen
-from duplex_jax.evaluate.conversations import Answer, Asking, answer_rows, ask_questions
+from duplex_jax.evaluate.conversations import Answer, Asking, SingleTurn, answer_rows, ask_questions
 from duplex_jax.evaluate.reports import columns, share, write
 from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
 
@@ -69,18 +69,7 @@ Found = Mapping[tuple[str, str], Mapping[int, Given]]
 """By task and way, what was answered, by number of the question."""
 
 
-class _Turn(NamedTuple):
-    user: str
-    given: str = ""
-    answered: bool = False
-
-
-class _Prompt(NamedTuple):
-    id: str
-    turns: tuple[_Turn, ...]
-
-
-class _Prompts(Sequence[_Prompt]):
+class _Prompts(Sequence[SingleTurn]):
     """Every question as a conversation of one turn; made when it is asked for."""
 
     def __init__(self, benchmark: Benchmark, seed: int):
@@ -91,7 +80,7 @@ class _Prompts(Sequence[_Prompt]):
 
     def __getitem__(self, number: Any) -> Any:
         of = self._benchmark
-        return _Prompt(str(number), (_Turn(ultraeval.prompt(of.task, of.questions, number, self._seed)),))
+        return SingleTurn.of(str(number), ultraeval.prompt(of.task, of.questions, number, self._seed))
 
 
 def read_benchmark(name: str, folder: str | Path) -> Benchmark:
@@ -152,7 +141,7 @@ def ask(
     return found
 
 
-def _answer(prompt: _Prompt, records: Records, number: int) -> Answer:
+def _answer(prompt: SingleTurn, records: Records, number: int) -> Answer:
     answer = answer_rows(prompt, records, number)[0]
     if answer is None:
         raise UserError(f"{records.path}: number {number} was not answered; give a new --out")

@@ -39,7 +39,7 @@ _BARS = ("free_macro_f1", "forced_macro_f1", "early_rate", "response_within_1", 
          "reply_per_interruption", "goes_on_rate", "quiet_3_rate", "resume_rate")  # fmt: skip
 # What two runs of one table must share; a model's own template and bias are no such thing.
 _SETTINGS = ("capacity", "seed", "temperature", "top_p", "top_k", "system", "max_tokens", "quiet", "patience")
-_OWN = ("template",)
+_OWN = ("template", "model_idle_bias")
 
 
 class _Found(NamedTuple):
