@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from duplex_jax.errors import UserError
 
 BACKENDS = ("xla", "splash", "cudnn")
-_QUERY_CHUNK = 256
 
 Partition = Callable[[Sequence[str | None]], Any]
 """From an array's logical axes to the mesh axes that carry them: `parallel.partition`."""
@@ -48,33 +47,148 @@ def attend(
     raise UserError(f"attention backend {backend!r} is unknown; one of {', '.join(BACKENDS)}")
 
 
+@jax.custom_vjp
 def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    # Heads in front, once: the products then leave scores in the order in which softmax and the next product read them.
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    positions = jnp.arange(T)
+    return _attend_xla_forward(q, k, v, segment_ids)[0]
 
-    # A chunk of queries at a time, its scores made again on the way back: [T, T] never exists as a whole.
-    @functools.partial(jax.checkpoint, static_argnums=1)
-    def chunk(operands: tuple[jax.Array, ...], start: int) -> jax.Array:
-        q, k, v, segments = operands
-        length = q.shape[3]
-        stop = start + length
-        mask = positions[start:stop, None] >= positions[None, :stop]  # [t, s]
-        mask = mask[None, None, None]
-        if segments is not None:
-            mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
-        q = q.reshape(B, K, -1, H)
-        scores = jnp.einsum("bkth,bksh->bkts", q, k[:, :, :stop], preferred_element_type=jnp.float32)
-        scores = scores.reshape(B, K, N // K, length, stop)
-        probs = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkts,bksh->bkth", probs.reshape(B, K, -1, stop), v[:, :, :stop])
-        return out.reshape(B, K, N // K, length, H)
 
-    chunks = [chunk((q[:, :, :, i : i + _QUERY_CHUNK], k, v, segment_ids), i) for i in range(0, T, _QUERY_CHUNK)]
-    return jnp.concatenate(chunks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+# FlashAttention in blocks of queries and keys (Dao et al. 2022, algorithms 1 and 4): no [T, T] is ever written, and the
+# way back needs one number a query beside its operands. Blocks of keys are not visited where all their documents end
+# before the block of queries.
+_BLOCK = 128
+_MASKED = -1e30
+
+
+def _attend_xla_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    H = q.shape[-1]
+    blocks = _Blocks(q.shape, k.shape, segment_ids)
+    keys, values = blocks.of_keys(k), blocks.of_keys(v)
+
+    def queries(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        i, q = block
+
+        def visit(j: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, top, total = so_far
+            scores = blocks.scores(q, keys[j], i, j)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            kept = jnp.exp(top - new_top)  # 0 where nothing before could be seen, which forgets it
+            probs = jnp.exp(scores - new_top[..., None])
+            values_seen = _product("bkts,bksh->bkth", probs.astype(v.dtype), values[j])
+            return out * kept[..., None] + values_seen, new_top, total * kept + jnp.sum(probs, axis=-1)
+
+        start = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], _MASKED), jnp.zeros(q.shape[:-1]))
+        out, top, total = jax.lax.fori_loop(blocks.first[i], i + 1, visit, start)
+        return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
+
+    _, (out, log_total) = jax.lax.scan(queries, None, (jnp.arange(blocks.number), blocks.of_queries(q * H**-0.5)))
+    out = blocks.to_queries(out)
+    return out, (q, k, v, segment_ids, out, log_total)
+
+
+def _attend_xla_backward(residuals: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, segment_ids, out, log_total = residuals
+    H = q.shape[-1]
+    blocks = _Blocks(q.shape, k.shape, segment_ids)
+    keys, values = blocks.of_keys(k), blocks.of_keys(v)
+    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+
+    def queries(so_far: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        i, q, d_out, along, log_total = block
+
+        def visit(j: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            dq, dk, dv = so_far
+            probs = jnp.exp(blocks.scores(q, keys[j], i, j) - log_total[..., None])
+            d_probs = _product("bkth,bksh->bkts", d_out, values[j])
+            d_scores = (probs * (d_probs - along)).astype(q.dtype)
+            dv = dv.at[j].add(_product("bkts,bkth->bksh", probs.astype(q.dtype), d_out))
+            dk = dk.at[j].add(_product("bkts,bkth->bksh", d_scores, q))
+            return dq + _product("bkts,bksh->bkth", d_scores, keys[j]), dk, dv
+
+        dq, dk, dv = jax.lax.fori_loop(blocks.first[i], i + 1, visit, (jnp.zeros(q.shape, jnp.float32), *so_far))
+        return (dk, dv), (dq * H**-0.5).astype(q.dtype)
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(
+        queries, (zeros, zeros),
+        (jnp.arange(blocks.number), blocks.of_queries(q * H**-0.5), blocks.of_queries(d_out),
+         blocks.of_queries(along), log_total),
+    )  # fmt: skip
+    return blocks.to_queries(dq), blocks.to_keys(dk).astype(k.dtype), blocks.to_keys(dv).astype(v.dtype), None
+
+
+_attend_xla.defvjp(_attend_xla_forward, _attend_xla_backward)
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+class _Blocks:
+    """How rows are cut for `_attend_xla`: the last block is padded, with tokens that nobody sees.
+
+    Attributes:
+        number: of blocks, n.
+        first: int32 `[n]`, the first block of keys that each block of queries has to visit.
+    """
+
+    def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...], segment_ids: jax.Array | None):
+        self._B, self._T, N, _ = queries
+        self._K = keys[2]
+        self._G = N // self._K
+        self._size = min(_BLOCK, self._T)
+        self.number = -(-self._T // self._size)
+        self._segments = None
+        self.first = jnp.zeros(self.number, jnp.int32)
+        if segment_ids is not None:
+            self._segments = self._cut(segment_ids)
+            # Padding stands behind everything. Blocks whose ranges of ids do not meet have no segment in common.
+            ids = jnp.where(self._segments == 0, jnp.iinfo(jnp.int32).max, self._segments)
+            low, high = jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
+            meet = (low[:, None] <= high[None]) & (low[None] <= high[:, None])
+            self.first = jnp.argmax(jnp.any(meet, axis=-1), axis=-1).astype(jnp.int32)
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        """`[n, B, size, ...]` of `[B, T, ...]`."""
+        padding = [(0, 0), (0, self.number * self._size - self._T)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(self._B, self.number, self._size, *x.shape[2:]), 1, 0)
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """`[B, T, heads, H]` of `[n, B, size, heads, H]`."""
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(self._B, self.number * self._size, *x.shape[3:])[:, : self._T]
+
+    def of_queries(self, x: jax.Array) -> jax.Array:
+        """`[n, B, K, G * size, H]` of `[B, T, N, H]`."""
+        x = self._cut(x)
+        x = x.reshape(*x.shape[:3], self._K, self._G, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+    def to_queries(self, x: jax.Array) -> jax.Array:
+        """The way back."""
+        x = x.reshape(*x.shape[:3], self._G, self._size, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
+        return self._join(x.reshape(*x.shape[:3], -1, x.shape[-1]))
+
+    def of_keys(self, x: jax.Array) -> jax.Array:
+        """`[n, B, K, size, H]` of `[B, T, K, H]`."""
+        return jnp.swapaxes(self._cut(x), 2, 3)
+
+    def to_keys(self, x: jax.Array) -> jax.Array:
+        """The way back."""
+        return self._join(jnp.swapaxes(x, 2, 3))
+
+    def scores(self, q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """float32 `[B, K, G * size, size]` of one block of queries with one of keys, masked."""
+        place = jnp.arange(self._size)
+        mask = (i * self._size + place[:, None] >= j * self._size + place)[None]
+        if self._segments is not None:
+            mask = mask & (self._segments[i][:, :, None] == self._segments[j][:, None, :])
+        scores = _product("bkth,bksh->bkts", q, k)
+        shape = scores.shape
+        scores = scores.reshape(*shape[:2], self._G, self._size, self._size)
+        return jnp.where(mask[:, None, None], scores, _MASKED).reshape(shape)
 
 
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

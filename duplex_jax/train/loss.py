@@ -146,13 +146,15 @@ def _local(vocab, chunk, grads, frozen, parts, axis, hidden, head, rows, targets
         top = jnp.max(logits, axis=-1)
         top = lax.pmax(top, axis) if parts > 1 else top
         total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-        hit = columns == target[:, None]
-        said = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        own = target - first
+        said = jnp.take_along_axis(logits, jnp.clip(own, 0, width - 1)[:, None], axis=-1)[:, 0]
+        said = jnp.where((own >= 0) & (own < width), said, 0.0)
         if parts > 1:
             total, said = lax.psum((total, said), axis)
         normaliser = top + jnp.log(total)
         loss = loss + jnp.sum(weight * (normaliser - said))
         if grads:
+            hit = columns == target[:, None]
             error = (jnp.exp(logits - normaliser[:, None]) - hit) * weight[:, None]
             error = error.astype(dtype)
             back = error @ head

@@ -51,8 +51,8 @@ def test_gradients_are_those_of_xla(backend: str):
 
 
 @pytest.mark.parametrize("length", [1, 511, 700, 1024])
-def test_chunks_of_queries(length: int):
-    """Longer than a chunk or not, a row's attention is that of its documents on their own."""
+def test_blocks_of_queries(length: int):
+    """Longer than a block or not, a row's attention is that of its documents on their own."""
     keys = jax.random.split(jax.random.key(2), 3)
     q, k, v = (jax.random.normal(key, (1, length, 2, 8)) for key in keys)
     cut = length // 3
@@ -64,6 +64,34 @@ def test_chunks_of_queries(length: int):
         if cut or s.stop is None
     ]
     np.testing.assert_allclose(whole, jnp.concatenate(parts, axis=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded", "in any order", "none"])
+def test_gradients_over_many_blocks(kind: str):
+    """Blocks that are left out, and blocks that are not: as attention over the whole square, differentiated by JAX."""
+    B, T, N, K, H = 2, 419, 4, 2, 8
+    keys = jax.random.split(jax.random.key(3), 5)
+    q, k, v, d_out = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K, N), strict=False))
+    segments = {
+        "packed": jnp.stack([jnp.arange(T) // 150 + 1, jnp.arange(T) // 20 + 1]),
+        "padded": jnp.stack([jnp.where(jnp.arange(T) < n, jnp.arange(T) // 90 + 1, 0) for n in (200, 400)]),
+        "in any order": jax.random.randint(keys[4], (B, T), 0, 4),
+        "none": None,
+    }[kind]
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = jnp.tril(jnp.ones((T, T), bool))[None]
+        if segments is not None:
+            mask = mask & (segments[:, :, None] == segments[:, None])
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), v)
+
+    got, got_back = jax.vjp(lambda *x: attention.attend(*x, segments), q, k, v)
+    wanted, wanted_back = jax.vjp(whole, q, k, v)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got_back(d_out), wanted_back(d_out), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_backend_cannot_do():
