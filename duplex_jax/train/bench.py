@@ -63,7 +63,7 @@ def bench_train(
             wanted[f"torch {kind}"] = _torch, model, rows, r
         with contextlib.ExitStack() as stack:
             runners = {name: stack.enter_context(process()) for name in wanted}
-            peak = max(peak, next(iter(runners.values())).submit(matmul_peak).result())
+            peak = max(peak, next(iter(runners.values())).submit(flops.measured_peak).result())
             for name, runner in runners.items():
                 runner.submit(_prepare, *wanted[name]).result()
             for _ in range(rounds):
@@ -99,19 +99,6 @@ def _prepare(make: Callable[..., Runner], *arguments: Any) -> None:
 
 def _run() -> float:
     return _runner()
-
-
-def matmul_peak(n: int = 2048, tries: int = 4) -> float:
-    """FLOP/s of the fastest of a few float32 products `[n, n] @ [n, n]` on this machine's device."""
-    x = jax.numpy.ones((n, n), jax.numpy.float32)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
-    best = float("inf")
-    for _ in range(tries):
-        began = time.perf_counter()
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * n**3 / best
 
 
 def _rows(model: ModelConfig, batch: int, length: int) -> dict[str, np.ndarray]:

@@ -1,5 +1,10 @@
 """FLOPs of a step by formula: what MFU and predicted step times are made from."""
 
+import time
+
+import jax
+
+from duplex_jax import parallel
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.train.config import Config
 
@@ -34,3 +39,23 @@ def step_flops(config: Config, model: ModelConfig) -> float:
 def mfu(tokens_per_second: float, model: ModelConfig, length: int, lora: bool, peak: float) -> float:
     """Model FLOPs utilisation: tokens/s x FLOPs a token / peak FLOP/s of all devices (PaLM, section 4.1)."""
     return tokens_per_second * train_flops(model, length, lora) / peak
+
+
+def peak(spec: parallel.MeshSpec) -> float:
+    """FLOP/s of all devices of a mesh: their makers' figures, or what each process's CPU reaches in float32 now."""
+    if spec.chip is parallel.CPU:
+        return measured_peak() * jax.process_count()
+    return spec.chip.flops * spec.size
+
+
+def measured_peak(n: int = 2048, tries: int = 4) -> float:
+    """FLOP/s of the fastest of a few float32 products `[n, n] @ [n, n]` on this machine's device."""
+    x = jax.numpy.ones((n, n), jax.numpy.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best

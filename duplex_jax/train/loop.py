@@ -112,7 +112,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
 
     metrics = Metrics(workdir, config, first)
     run_step, evaluate = steps.jitted_step(plan), make_evaluation(plan, held_out)
-    peak = spec.chip.flops * spec.size
+    peak = flops.peak(spec)
     bad_in_a_row, code = 0, 0
     window = Window()
     with jax.set_mesh(mesh), Stopper() as stopper, contextlib.closing(store), contextlib.closing(metrics):
