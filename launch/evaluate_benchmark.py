@@ -92,7 +92,7 @@ def _by_generation(name: str, data: str, out: Path) -> None:
 
     @functools.cache
     def engine() -> Engine:
-        return Engine(model.config, model.params, model.template, rows=_ROWS.value, capacity=settings["capacity"])
+        return conversations.make_engine(model, _ROWS.value, settings["capacity"])
 
     @contextlib.contextmanager
     def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:

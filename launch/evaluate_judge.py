@@ -13,14 +13,14 @@ from typing import Any
 from absl import flags
 
 from data_gen.cache import ReplyCache
-from data_gen.client import Budget, Client
+from data_gen.client import Client
 from data_gen.pipeline import Stopped
 from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records, check_settings, model_settings
-from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
+from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions, make_engine
 from duplex_jax.evaluate.judge import judging
 from duplex_jax.evaluate.judge import report as reports
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
@@ -28,6 +28,7 @@ from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, rec
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
 from duplex_jax.files import check_writable
 from launch import app
+from launch.requests import RequestFlags
 
 EXIT_UNFINISHED = 3
 
@@ -54,18 +55,7 @@ _QUIET = flags.DEFINE_integer("quiet", 3, "An answer in slices is over after so 
 _PATIENCE = flags.DEFINE_integer("patience", 10, "Slices to wait for a model that says nothing.", lower_bound=1)
 
 _JUDGE = flags.DEFINE_string("judge_model", "", "The judge's name at --judge_url; without it nothing is judged.")
-_URL = flags.DEFINE_string(
-    "judge_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
-)
-_CONCURRENCY = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1)
-_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1)
-_RETRIES = flags.DEFINE_integer("retries", 6, "Times to send a request again that got no reply.", lower_bound=0)
-_ATTEMPTS = flags.DEFINE_integer("attempts", 3, "Replies of the judge that may be unreadable.", lower_bound=1)
-_CACHE = flags.DEFINE_string("cache", None, "File of the judge's replies; OUT/replies.sqlite by default.")
-_BUDGET_TOKENS = flags.DEFINE_integer("budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.")
-_BUDGET_DOLLARS = flags.DEFINE_float("budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.")
-_PRICE_IN = flags.DEFINE_float("price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0)
-_PRICE_OUT = flags.DEFINE_float("price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0)
+_REQUESTS = RequestFlags(__name__, "judge_url", "Replies of the judge that may be unreadable.", "OUT/replies.sqlite")
 
 
 def main(argv: list[str]) -> int:
@@ -77,8 +67,7 @@ def main(argv: list[str]) -> int:
     ways = app.names("ways", _WAYS.value, WAYS)
     if _PAIRWISE.value and not (_JUDGE.value and "mt_bench" in tasks):
         raise UserError("--pairwise needs --judge_model=NAME, and mt_bench among --tasks")
-    if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
-        raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+    _REQUESTS.check()
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
     asking = Asking(sampling, _SEED.value, _MAX_TOKENS.value, _QUIET.value, _PATIENCE.value, _SYSTEM.value)
     out = Path(_OUT.value)
@@ -96,7 +85,9 @@ def main(argv: list[str]) -> int:
             system.verdicts[task] = judging.judge_by_rule(questions[task], system.texts[task])
     if prompts is not None:
         with contextlib.ExitStack() as stack:
-            client = _client(out, stack)
+            cache = ReplyCache(_REQUESTS.cache.value or out / "replies.sqlite")
+            stack.callback(cache.close)
+            client = _REQUESTS.client(cache, stack)
             try:
                 _judge(questions, own, prompts, client)
                 if _PAIRWISE.value:
@@ -117,8 +108,8 @@ def main(argv: list[str]) -> int:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
         "judge": None if prompts is None else {
-            "model": _JUDGE.value, "versions": versions, "url": _URL.value, "temperature": 0,
-            "attempts": _ATTEMPTS.value, "prompts": prompts.sha256, "requests": client_report,
+            "model": _JUDGE.value, "versions": versions, "url": _REQUESTS.url.value, "temperature": 0,
+            "attempts": _REQUESTS.attempts.value, "prompts": prompts.sha256, "requests": client_report,
         },
         "tasks": described,
         "averages": reports.averages(own),
@@ -158,7 +149,7 @@ def _answers(
     @functools.cache
     def engine() -> Engine:
         rows = min(_ROWS.value, most)
-        return Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+        return make_engine(model, rows, capacity)
 
     own = [System(name, out, way) for way in ways]
     for task, of in questions.items():
@@ -182,19 +173,6 @@ def _counting(progress: Progress) -> Callable[[int], None]:
         progress.add(1, f"{tokens:,} tokens")
 
     return done
-
-
-def _client(out: Path, stack: contextlib.ExitStack) -> Client:
-    cache = ReplyCache(_CACHE.value or out / "replies.sqlite")
-    stack.callback(cache.close)
-    budget = Budget(_BUDGET_TOKENS.value, _BUDGET_DOLLARS.value, _PRICE_IN.value, _PRICE_OUT.value)
-    client = Client(
-        _URL.value, cache, _CONCURRENCY.value, _TIMEOUT.value, _ATTEMPTS.value, _RETRIES.value, budget=budget,
-        flag="--judge_url",
-    )  # fmt: skip
-    # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
-    stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
-    return client
 
 
 def _judge(questions: Mapping[str, Questions], own: list[System], prompts: Prompts, client: Client) -> None:

@@ -14,7 +14,7 @@ from data_gen.batch import BatchWriter, collect, submit
 from data_gen.cache import ReplyCache
 from data_gen.categories import CATEGORIES
 from data_gen.check import check_dataset
-from data_gen.client import Budget, Client
+from data_gen.client import Client
 from data_gen.converse import converse
 from data_gen.converse import make_recipe as make_converse_recipe
 from data_gen.dialogues import Selection, count_dialogues
@@ -28,6 +28,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.tokenizer import resolve_tokenizer
 from launch import app
+from launch.requests import RequestFlags
 
 EXIT_PROBLEMS = 1
 EXIT_UNFINISHED = 3
@@ -66,24 +67,14 @@ _TRANSITIONS = flags.DEFINE_enum(
     "transitions", "paper", Transitions.NAMES, "What users break in with: the paper's sentences, short ones, or both."
 )
 _REWRITER = flags.DEFINE_enum("rewriter", "template", ["template", "openai"], "Who writes what no dialogue holds.")
-_BASE_URL = flags.DEFINE_string(
-    "base_url", "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY."
-)
 _MODEL = flags.DEFINE_string("rewriter_model", None, "The model's name there.")
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "Of the model; 0.7 by default, 0.2 with --converse.", lower_bound=0.0
 )
-_CONCURRENCY = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1)
-_TIMEOUT = flags.DEFINE_float("request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1)
-_RETRIES = flags.DEFINE_integer("retries", 6, "Times to send a request again that got no reply.", lower_bound=0)
-_ATTEMPTS = flags.DEFINE_integer("attempts", 3, "Replies to a question that may be unusable.", lower_bound=1)
-_CACHE = flags.DEFINE_string(
-    "cache", None, "File of the replies; OUT/replies.sqlite by default, OUT.replies.sqlite with --converse."
-)
-_BUDGET_TOKENS = flags.DEFINE_integer("budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.")
-_BUDGET_DOLLARS = flags.DEFINE_float("budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.")
-_PRICE_IN = flags.DEFINE_float("price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0)
-_PRICE_OUT = flags.DEFINE_float("price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0)
+_REQUESTS = RequestFlags(
+    __name__, "base_url", "Replies to a question that may be unusable.",
+    "OUT/replies.sqlite, with --converse OUT.replies.sqlite,",
+)  # fmt: skip
 _BATCH = flags.DEFINE_enum(
     "batch", None, ["write", "submit", "collect"], "Ask by OpenAI's Batch files in OUT/batch instead of live."
 )
@@ -101,7 +92,7 @@ def main(argv: list[str]) -> int:
         raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, or --stats=FOLDER)")
     out = Path(_OUT.value)
     if _BATCH.value == "submit":
-        for name in submit(out / "batch", _BASE_URL.value):
+        for name in submit(out / "batch", _REQUESTS.url.value):
             print(f"batch {name} started; --batch=collect fetches its replies")
         return 0
     if _BATCH.value == "collect":
@@ -110,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 
 def _cache(out: Path) -> ReplyCache:
-    return ReplyCache(_CACHE.value or out / "replies.sqlite")
+    return ReplyCache(_REQUESTS.cache.value or out / "replies.sqlite")
 
 
 def _sampling(why: str, temperature: float) -> Sampling:
@@ -121,8 +112,7 @@ def _sampling(why: str, temperature: float) -> Sampling:
     """
     if not _MODEL.value:
         raise UserError(f"{why} needs --rewriter_model=NAME")
-    if _BUDGET_DOLLARS.value and not (_PRICE_IN.value or _PRICE_OUT.value):
-        raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+    _REQUESTS.check()
     return Sampling(_MODEL.value, temperature if _TEMPERATURE.value is None else _TEMPERATURE.value, _SEED.value)
 
 
@@ -134,13 +124,13 @@ def _converse(number: int) -> int:
     out = Path(_OUT.value)
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")
-    recipe = make_converse_recipe(number, _SEED.value, _sampling("--converse", 0.2), _ATTEMPTS.value)
+    recipe = make_converse_recipe(number, _SEED.value, _sampling("--converse", 0.2), _REQUESTS.attempts.value)
     check_writable(out)
     with contextlib.ExitStack() as stack:
-        cache = ReplyCache(_CACHE.value or out.with_suffix(".replies.sqlite"))
+        cache = ReplyCache(_REQUESTS.cache.value or out.with_suffix(".replies.sqlite"))
         stack.callback(cache.close)
-        client = _client(cache, stack)
-        summary = converse(out, recipe, client, _CONCURRENCY.value)
+        client = _REQUESTS.client(cache, stack)
+        summary = converse(out, recipe, client, _REQUESTS.concurrency.value)
     for line in client.report.lines():
         print(line)
     if summary.stopped or summary.unfinished:
@@ -166,7 +156,7 @@ def _generate(dialogues: Path, out: Path) -> int:
     tokenizer = resolve_tokenizer(_TOKENIZER.value)
     recipe = make_recipe(
         dialogues, shares, tokenizer, _TOKENIZER.value,
-        seed=_SEED.value, sampling=sampling, attempts=_ATTEMPTS.value, max_idle_pairs=_IDLE.value,
+        seed=_SEED.value, sampling=sampling, attempts=_REQUESTS.attempts.value, max_idle_pairs=_IDLE.value,
         block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value, transitions=_TRANSITIONS.value,
         selection=Selection(_SPOKEN_WORDS.value, _FOLD.value),
     )  # fmt: skip
@@ -178,7 +168,7 @@ def _generate(dialogues: Path, out: Path) -> int:
         if sampling:
             cache = _cache(out)
             stack.callback(cache.close)
-            answers = BatchWriter(cache, _ATTEMPTS.value) if _BATCH.value else _client(cache, stack)
+            answers = BatchWriter(cache, _REQUESTS.attempts.value) if _BATCH.value else _REQUESTS.client(cache, stack)
         summary = generate(dialogues, out, recipe, engine, answers, _BAD.value, total)
     _print(summary)
     if isinstance(answers, Client):
@@ -197,19 +187,9 @@ def _generate(dialogues: Path, out: Path) -> int:
     return 0
 
 
-def _client(cache: ReplyCache, stack: contextlib.ExitStack) -> Client:
-    budget = Budget(_BUDGET_TOKENS.value, _BUDGET_DOLLARS.value, _PRICE_IN.value, _PRICE_OUT.value)
-    client = Client(
-        _BASE_URL.value, cache, _CONCURRENCY.value, _TIMEOUT.value, _ATTEMPTS.value, _RETRIES.value, budget=budget
-    )
-    # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
-    stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
-    return client
-
-
 def _collect(out: Path) -> int:
     cache = _cache(out)
-    counts = collect(out / "batch", _BASE_URL.value, cache)
+    counts = collect(out / "batch", _REQUESTS.url.value, cache)
     cache.close()
     print(f"{counts.pop('replies'):,} replies are in the cache; batches: " + _listed(counts))
     print("--batch=write makes what can be made with them, and writes what is still to be asked")

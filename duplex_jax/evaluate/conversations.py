@@ -5,7 +5,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -15,6 +15,9 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
 from duplex_jax.slicing import slice_words
 from duplex_jax.tokenizer import decode
+
+if TYPE_CHECKING:
+    from duplex_jax.checkpoint.registry import LoadedModel
 
 
 class Turn(Protocol):
@@ -111,6 +114,14 @@ class Answer(TypedDict):
 Answers = list[Answer | None]
 """Of one conversation, by turn; None where the file's own answer stands."""
 Conversation = Generator[Any, Any, Answers]
+
+
+def make_engine(model: "LoadedModel", rows: int, capacity: int, dtype: Any = None) -> Engine:
+    """An engine for long queries: on a CPU 256 tokens at once are encoded a quarter faster than 64."""
+    chunk = min(256, capacity // 8)
+    return Engine(
+        model.config, model.params, model.template, rows=rows, capacity=capacity, dtype=dtype, chunk=chunk
+    )  # fmt: skip
 
 
 def conversation_seed(seed: int, task: str, question: str) -> int:

@@ -28,7 +28,7 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row
 from duplex_jax.evaluate.benchmarks.tasks import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation
-from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions
+from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions, make_engine
 from duplex_jax.tokenizer import decode
 
 # Stands around a control token's name in a prompt that the chat template made: no text of a task holds it.
@@ -218,10 +218,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     @functools.cached_property
     def _engine(self) -> Engine:
         model = self.model
-        dtype = model.params["embed"].dtype
-        return Engine(
-            model.config, model.params, model.template, rows=self._rows, capacity=self.capacity, dtype=dtype
-        )  # fmt: skip
+        return make_engine(model, self._rows, self.capacity, model.params["embed"].dtype)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """By request, (context, settings), what the model goes on with, up to the first of the stop texts."""

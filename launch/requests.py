@@ -1,0 +1,69 @@
+"""Flags of the jobs that ask an OpenAI-compatible API, and the client that they make."""
+
+import contextlib
+from typing import Any
+
+from absl import flags
+
+from data_gen.cache import ReplyCache
+from data_gen.client import Budget, Client
+from duplex_jax.errors import UserError
+
+
+class RequestFlags:
+    """Defines the flags for a job's module.
+
+    Args:
+        module: the job's `__name__`; --help shows the flags with its own.
+        url: the name of the flag with the API's address.
+        unusable: what may be wrong with a reply that is asked for again, for --help.
+        cache: where replies are kept by default, for --help.
+    """
+
+    def __init__(self, module: str, url: str, unusable: str, cache: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._name = url
+        self.url = flags.DEFINE_string(
+            url, "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY.", **here
+        )
+        self.concurrency = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1, **here)
+        self._timeout = flags.DEFINE_float(
+            "request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1, **here
+        )
+        self._retries = flags.DEFINE_integer(
+            "retries", 6, "Times to send a request again that got no reply.", lower_bound=0, **here
+        )
+        self.attempts = flags.DEFINE_integer("attempts", 3, unusable, lower_bound=1, **here)
+        self.cache = flags.DEFINE_string("cache", None, f"File of the replies; {cache} by default.", **here)
+        self._tokens = flags.DEFINE_integer(
+            "budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.", **here
+        )
+        self._dollars = flags.DEFINE_float(
+            "budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.", **here
+        )
+        self._price_in = flags.DEFINE_float(
+            "price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0, **here
+        )
+        self._price_out = flags.DEFINE_float(
+            "price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0, **here
+        )
+
+    def check(self) -> None:
+        """Refuses a budget of dollars without prices.
+
+        Raises:
+            UserError: as said.
+        """
+        if self._dollars.value and not (self._price_in.value or self._price_out.value):
+            raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
+
+    def client(self, cache: ReplyCache, stack: contextlib.ExitStack) -> Client:
+        """A client that keeps its replies in `cache` and is closed with `stack`."""
+        budget = Budget(self._tokens.value, self._dollars.value, self._price_in.value, self._price_out.value)
+        client = Client(
+            self.url.value, cache, self.concurrency.value, self._timeout.value, self.attempts.value,
+            self._retries.value, budget=budget, flag=f"--{self._name}",
+        )  # fmt: skip
+        # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
+        stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
+        return client
