@@ -78,6 +78,7 @@ def by_harness(model: str, arguments: dict[str, Any], tasks: Sequence[str], fold
     found: Any = lm_eval.simple_evaluate(
         model=model, model_args=arguments, tasks=[f"ours_{task}" for task in tasks], batch_size=8, log_samples=True,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=0,
+        use_cache=str(folder / f"{model}_{way}"),
         apply_chat_template=way == "turn_based",
     )  # fmt: skip
     return {
@@ -96,7 +97,7 @@ def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str,
     has no white space around options and endings; the harness leaves what the files or its own clearing have there.
     """
     benchmarks = {task: read_benchmark(task, data) for task in limits}
-    save_model(model, folder / "model", dtype="float32")
+    save_model(model, folder / "model", dtype="float32", overwrite=True)
     write_tasks(benchmarks, limits, folder)
     arguments = {"pretrained": str(folder / "model"), "dtype": "float32", "device": "cpu"}
     with contextlib.redirect_stdout(sys.stderr):
@@ -162,11 +163,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100, help="of each task; 0 for all")
     parser.add_argument("--mmlu", type=int, help="items of MMLU; as --items by default")
     parser.add_argument("--way", choices=["plain", "turn_based"], default="plain")
+    parser.add_argument("--folder", type=Path, help="keeps what was found; a run that was stopped goes on there")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     limits = dict.fromkeys(TASKS, given.items) | ({} if given.mmlu is None else {"mmlu": given.mmlu})
-    with tempfile.TemporaryDirectory() as folder:
-        rows = compare(load_model(given.model, dtype="float32"), given.data, limits, given.way, Path(folder))
+    with contextlib.ExitStack() as stack:
+        folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = compare(load_model(given.model, dtype="float32"), given.data, limits, given.way, folder)
     print("\n".join(table(rows)))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
