@@ -92,10 +92,12 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, in `DUPLEX_JAX_CACHE` or the user's cache folder; `off` keeps none."""
     import jax
 
-    folder = os.environ.get("DUPLEX_JAX_CACHE") or os.path.expanduser("~/.cache/duplex_jax")
-    if folder == "off":
+    from duplex_jax.native import cache_folder
+
+    folder = cache_folder()
+    if folder is None:
         return
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

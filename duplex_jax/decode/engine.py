@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duplex_jax import native
 from duplex_jax.decode import cache as kv
 from duplex_jax.decode import step as programs
 from duplex_jax.decode.cache import KVCache
@@ -23,6 +24,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.matrix import Matrix
 from duplex_jax.model.minicpm import Params
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
@@ -148,7 +150,8 @@ class Engine:
         self.config, self.template, self.capacity = config, template, capacity
         self.max_slice_tokens = max_slice_tokens
         self.dtype = jnp.dtype(dtype)
-        self.params = jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
+        self.params = self._stored(params)
+        self._by_kernels = programs.by_native_kernels(self.params)
         self._max_feed = max_feed_tokens
         if row_buckets is None:
             # On two cores eight rows take nearly as long as sixteen, and each program takes seconds to compile.
@@ -169,6 +172,14 @@ class Engine:
         self.compilations: collections.Counter[str] = collections.Counter()
         self._suppress = jnp.asarray(never_sampled(config, template))
         self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def _stored(self, params: Params) -> Params:
+        """The weights as the programs take them."""
+        if any(isinstance(w, Matrix) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Matrix))):
+            return params  # another engine's
+        if native.available():
+            return minicpm.store(self.config, params, self.dtype.name, in_panels=True, dtype=jnp.float32)
+        return jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
 
     # Rows come and go.
 
@@ -270,7 +281,7 @@ class Engine:
             inputs.allow_idle[i] = requests[row].allow_idle
             inputs.idle_bias[i] = row.sampling.idle_bias + self.template.idle_bias
         if self._few_rows:
-            slots = self._slots(max(row.cached for row in feeds))
+            slots = self._read(max(row.cached for row in feeds))
             program = self._program("feed", slots, self.cache, R, int(np.prod(shape)))
             self.cache, token = program(self.params, self.cache, inputs)
             token = np.asarray(token)
@@ -279,7 +290,7 @@ class Engine:
             if going and self.max_slice_tokens > 1:
                 result |= self._say(going, lengths)
         else:
-            slots = self._slots(max(lengths.values()))
+            slots = self._read(max(lengths.values()))
             program = self._program("step", slots, self.cache, R, int(np.prod(shape)))
             self.cache, sampled, number = program(self.params, self.cache, inputs)
             sampled, number = jax.device_get((sampled, number))
@@ -296,7 +307,7 @@ class Engine:
         token = np.zeros_like(rows.lengths)
         for row, place in places.items():
             token[place] = first[row]
-        program = self._program("say", self._slots(max(lengths[row] for row in first)), self.cache, len(token))
+        program = self._program("say", self._read(max(lengths[row] for row in first)), self.cache, len(token))
         self.cache, sampled, number = program(self.params, self.cache, token, rows)
         sampled, number = jax.device_get((sampled, number))
         return {row: sampled[place, : number[place]].tolist() for row, place in places.items()}
@@ -349,8 +360,9 @@ class Engine:
         self.encode(row, len(row.ids) - row.cached - self.chunk)
         cached = min(row.cached, len(row.ids) - 1)
         tokens = self._padded(row.ids[cached:])
-        program = self._program("logits", self._slots(cached), self.cache)
-        return np.asarray(program(self.params, self.cache, row.index, tokens, len(row.ids) - cached, cached))
+        program = self._program("logits", self._read(cached), self.cache)
+        self.cache, logits = program(self.params, self.cache, row.index, tokens, len(row.ids) - cached, cached)
+        return np.asarray(logits)
 
     # Old pairs are dropped: what stays is encoded afresh ahead of the switch.
 
@@ -451,14 +463,18 @@ class Engine:
                 return 2**power
         raise AssertionError
 
+    def _read(self, length: int) -> int:
+        """How many slots a program reads of rows that hold as many as `length`. The kernels go by each row's own."""
+        return self.cache.slots if self._by_kernels else self._slots(length)
+
     def _padded(self, tokens: Sequence[int]) -> np.ndarray:
         padded = np.zeros((1, self.chunk), np.int32)
         padded[0, : len(tokens)] = tokens
         return padded
 
     def _extend(self, cache: KVCache, index: int, tokens: Sequence[int], length: int) -> KVCache:
-        program = self._program("extend", min(self._slots(length), cache.slots), cache)
-        return program(self.params, cache, index, self._padded(tokens), length)
+        program = self._program("extend", min(self._read(length), cache.slots), cache)
+        return program(self.params, cache, index, self._padded(tokens), len(tokens), length)
 
     def _program(
         self, kind: str, slots: int, cache: KVCache, rows: int = 1, tokens: int | None = None
@@ -479,7 +495,7 @@ class Engine:
             "say": (functools.partial(programs.say, self.config, **sizes, **stops), (1,)),
             "step": (functools.partial(programs.tdm_step, self.config, **sizes, **stops), (1,)),
             "extend": (functools.partial(programs.extend_row, self.config, **sizes), (1,)),
-            "logits": (functools.partial(programs.next_logits, self.config, **sizes), ()),
+            "logits": (functools.partial(programs.next_logits, self.config, **sizes), (1,)),
             "copy": (lambda cache, row, to: kv.put_row(cache, to, kv.take_row(cache, row, slots)), (0,)),
             "switch": (
                 lambda cache, to, other, row: kv.put_row(
@@ -511,7 +527,7 @@ class Engine:
         if everything and self.rows:
             raise UserError("an engine is warmed up before it has sessions")
         began = time.perf_counter()
-        lengths = {self._slots(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
+        lengths = {self._read(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
         for slots, R in itertools.product(sorted(lengths), self._row_buckets):
             index = np.arange(R, dtype=np.int32)
             rows = programs.RowsInput(
@@ -537,6 +553,7 @@ class Engine:
                 self.cache = self._extend(self.cache, 0, [0], n - self.chunk if n > self.chunk else 0)
                 shadow = min(n, self._shadow_cache.slots) - self.chunk
                 self._shadow_cache = self._extend(self._shadow_cache, 0, [0], max(0, shadow))
+            for n in sorted({self._slots(n) for n in range(0, self.capacity + 1, 128)}):
                 self.cache = self._program("switch", n, self.cache)(self.cache, 0, self._shadow_cache, 0)
         return time.perf_counter() - began
 

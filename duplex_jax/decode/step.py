@@ -23,6 +23,7 @@ from duplex_jax.decode.cache import KVCache
 from duplex_jax.decode.sampling import sample
 from duplex_jax.model import minicpm, rope
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.matrix import Matrix
 from duplex_jax.model.minicpm import Params
 
 
@@ -110,13 +111,42 @@ def _chunk(
         out = kv.attend(q, (past_k, past_v), recent, lengths, visible)
         return out if rows is None else out.reshape(1, -1, *out.shape[2:])[:, rows[1]], recent
 
-    x = minicpm.embed(config, params, tokens, params["embed"].dtype)
+    x = minicpm.embed(config, params, tokens, params["final_norm"].dtype)
     kept = []
     for layer, *layer_kv in zip(params["layers"], past.k, past.v, buffer.k, buffer.v, strict=True):
         x, recent = minicpm.block(config, layer, x, tables, attend, layer_kv)
         kept.append(recent)
     k, v = zip(*kept, strict=True)
     return x, KVCache(k, v)
+
+
+def by_native_kernels(params: Params) -> bool:
+    """Whether the weights lie as the native kernels take them, which read of the cache what a row holds."""
+    return isinstance(params["layers"][0].get("o"), Matrix) and params["layers"][0]["o"].in_panels
+
+
+def _native_chunk(
+    config: ModelConfig, params: Params, cache: KVCache, tokens: jax.Array, starts: jax.Array, counts: jax.Array,
+    index: jax.Array, lengths: jax.Array, capacity: int,
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
+    """Runs R rows' tokens, `counts` of them from `starts` on in `[P]`, behind their lengths: `[P, D]`, and the cache.
+
+    What a row is not fed is not computed, and its hidden states are zeros.
+    """
+    place = jnp.arange(tokens.shape[0])
+    inside = (starts[:, None] <= place) & (place < (starts + counts)[:, None])
+    row = jnp.argmax(inside, axis=0)
+    tables = rope.rotary_tables(config, (lengths[row] + place - starts[row])[None], capacity)
+    cos, sin = (table[0] for table in tables)
+    rows = tuple(a.astype(jnp.int32) for a in (starts, counts, index, lengths))
+    none = jnp.zeros(0, jnp.float32)
+    x = minicpm.embed(config, params, tokens, jnp.float32)
+    keys, values = [], []
+    for layer, k, v in zip(params["layers"], cache.k, cache.v, strict=True):
+        x, k, v, *_ = minicpm.cached_block(config, layer, x, (cos, sin), rows, (k, v, none, none))
+        keys.append(k)
+        values.append(v)
+    return KVCache(tuple(keys), tuple(values)), x
 
 
 def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -148,6 +178,15 @@ def feed(
         The cache with every row's fed tokens written behind its length; the sampled tokens, int32 `[R]`.
     """
     rows, R, T = inputs.rows, inputs.counts.shape[0], max_feed_tokens
+    if by_native_kernels(params):
+        flat = inputs.tokens.ndim == 1
+        starts = jnp.cumsum(inputs.counts) - inputs.counts if flat else jnp.arange(R) * T
+        tokens = inputs.tokens.reshape(-1)
+        cache, hidden = _native_chunk(
+            config, params, cache, tokens, starts, inputs.counts, _index(rows), rows.lengths, capacity
+        )
+        hidden = hidden[jnp.maximum(starts + inputs.counts - 1, 0)]
+        return cache, _first_token(config, params, hidden, inputs, idle_id)
     past = kv.take_rows(cache, rows.index, slots)
     buffer = kv.zeros(config, R, T, cache.dtype)
     causal = jnp.broadcast_to(jnp.arange(T)[None, :] <= jnp.arange(T)[:, None], (R, T, T))
@@ -170,11 +209,20 @@ def feed(
             (holds, row * T + jnp.clip(place, 0, T - 1)),
         )  # fmt: skip
         hidden = hidden[0][jnp.maximum(ends - 1, 0)]
+    cache = kv.append(cache, buffer, rows.index, _when_done(rows.lengths, hidden))
+    return cache, _first_token(config, params, hidden, inputs, idle_id)
+
+
+def _first_token(config: ModelConfig, params: Params, hidden: jax.Array, inputs: StepInput, idle_id: int) -> jax.Array:
+    """Samples each row's first token, which may be idle, from its last hidden state `[R, D]`."""
     logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
     idle = jnp.where(inputs.allow_idle, logits[:, idle_id] + inputs.idle_bias, -1e30)
-    logits = jnp.where(rows.suppress, -1e30, logits).at[:, idle_id].set(idle)
-    cache = kv.append(cache, buffer, rows.index, _when_done(rows.lengths, hidden))
-    return cache, _sample(logits, 0, rows)
+    logits = jnp.where(inputs.rows.suppress, -1e30, logits).at[:, idle_id].set(idle)
+    return _sample(logits, 0, inputs.rows)
+
+
+def _index(rows: RowsInput) -> jax.Array:
+    return jnp.arange(rows.lengths.shape[0]) if rows.index is None else rows.index
 
 
 def say(
@@ -195,8 +243,11 @@ def say(
         `[R, M]`, the first included, and how many of them are real, stop token included, int32 `[R]`.
     """
     R, M = token.shape[0], max_slice_tokens
-    past = kv.take_rows(cache, rows.index, slots)
-    buffer = kv.zeros(config, R, max(M - 1, 1), cache.dtype)
+    by_kernels = by_native_kernels(params)
+    past = buffer = cache
+    if not by_kernels:
+        past = kv.take_rows(cache, rows.index, slots)
+        buffer = kv.zeros(config, R, max(M - 1, 1), cache.dtype)
     index = jnp.arange(max(M - 1, 1))
     suppress = rows.suppress | (jnp.arange(rows.suppress.shape[0]) == idle_id)
 
@@ -208,12 +259,19 @@ def say(
         return (i < M) & jnp.any(going)
 
     def one(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        # What is written: the buffer, or by the kernels the cache itself.
         i, going, token, sampled, number, buffer = state
-        hidden, buffer = _chunk(
-            config, params, past, buffer, token[:, None], (rows.lengths + i - 1)[:, None],
-            i - 1, rows.lengths, jnp.broadcast_to(index <= i - 1, (R, 1, index.size)), capacity,
-        )  # fmt: skip
-        logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden[:, 0]))
+        if by_kernels:
+            buffer, hidden = _native_chunk(
+                config, params, buffer, token, jnp.arange(R), going, _index(rows), rows.lengths + i - 1, capacity
+            )  # fmt: skip
+        else:
+            hidden, buffer = _chunk(
+                config, params, past, buffer, token[:, None], (rows.lengths + i - 1)[:, None],
+                i - 1, rows.lengths, jnp.broadcast_to(index <= i - 1, (R, 1, index.size)), capacity,
+            )  # fmt: skip
+            hidden = hidden[:, 0]
+        logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
         token = _sample(jnp.where(suppress, -1e30, logits), i, rows)
         sampled = lax.dynamic_update_slice_in_dim(sampled, token[:, None], i, axis=1)
         number = jnp.where(going, i + 1, number)
@@ -222,6 +280,8 @@ def say(
     sampled = jnp.zeros((R, M), jnp.int32).at[:, 0].set(token)
     state = (1, rows.active & ~over(token), token, sampled, rows.active.astype(jnp.int32), buffer)
     *_, sampled, number, buffer = lax.while_loop(unfinished, one, state)
+    if by_kernels:
+        return buffer, sampled, number
     return kv.append(cache, buffer, rows.index, rows.lengths), sampled, number
 
 
@@ -256,8 +316,8 @@ def _sample(logits: jax.Array, i: jax.Array | int, rows: RowsInput) -> jax.Array
 
 
 def extend_row(
-    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, length: jax.Array, *,
-    slots: int, capacity: int,
+    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
+    length: jax.Array, *, slots: int, capacity: int,
 ) -> KVCache:  # fmt: skip
     """Encodes a chunk of one row without sampling. To be jitted with `cache` donated.
 
@@ -267,29 +327,48 @@ def extend_row(
         cache: any cache.
         row: int32 scalar, the row.
         tokens: int32 `[1, T]`, right-padded; the padding's entries lie behind the row's length and are never read.
+        count: int32 scalar, how many of them are real.
         length: int32 scalar, the row's length before the chunk.
         slots: how many slots of the row are read, at least `length`.
         capacity: positions that rotary scaling is fixed for.
     """
+    if by_native_kernels(params):
+        return _native_row(config, params, cache, row, tokens, count, length, capacity)[0]
+    x, buffer = _chunk_of_row(config, params, cache, row, tokens, length, slots, capacity)
+    return kv.put_row(cache, row, buffer, _when_done(length, x))
+
+
+def _chunk_of_row(
+    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, length: jax.Array,
+    slots: int, capacity: int,
+) -> tuple[jax.Array, KVCache]:  # fmt: skip
     T = tokens.shape[1]
     past = kv.take_row(cache, row, slots)
     buffer = kv.zeros(config, 1, T, cache.dtype)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
-    x, buffer = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
-    return kv.put_row(cache, row, buffer, _when_done(length, x))
+    return _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
+
+
+def _native_row(
+    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
+    length: jax.Array, capacity: int,
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
+    start, counts, index, lengths = (jnp.atleast_1d(a) for a in (0, count, row, length))
+    return _native_chunk(config, params, cache, tokens[0], start, counts, index, lengths, capacity)
 
 
 def next_logits(
     config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
     length: jax.Array, *, slots: int, capacity: int,
-) -> jax.Array:  # fmt: skip
-    """float32 `[V]`: the logits after a row's cache and `count` pending tokens; the cache is left as it is."""
-    T = tokens.shape[1]
-    past = kv.take_row(cache, row, slots)
-    buffer = kv.zeros(config, 1, T, cache.dtype)
-    causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
-    positions = (length + jnp.arange(T))[None]
-    x, _ = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
-    hidden = lax.dynamic_index_in_dim(x[0], count - 1, keepdims=False)
-    return minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
+    """The cache, and float32 `[V]`: the logits after a row's entries and `count` pending tokens.
+
+    To be jitted with `cache` donated; what of it is anybody's stays as it is.
+    """
+    if by_native_kernels(params):
+        cache, x = _native_row(config, params, cache, row, tokens, count, length, capacity)
+    else:
+        x = _chunk_of_row(config, params, cache, row, tokens, length, slots, capacity)[0][0]
+    hidden = lax.dynamic_index_in_dim(x, count - 1, keepdims=False)
+    return cache, minicpm.logits(config, params, minicpm.head_input(config, params, hidden))

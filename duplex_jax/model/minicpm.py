@@ -11,7 +11,7 @@ width, L layers, V padded vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from duplex_jax import native
 from duplex_jax.errors import UserError
-from duplex_jax.model import attention, rope
+from duplex_jax.model import attention, matrix, rope
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.matrix import Matrix
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -147,6 +149,8 @@ _updated_matmul.defvjp(lambda x, weight, a, b: (_updated_matmul(x, weight, a, b)
 
 def dense(x: jax.Array, layer: Params, name: str) -> jax.Array:
     """`x` `[..., in]` times the layer's weight `[in, out]`, plus its low-rank update where there is one."""
+    if isinstance(layer[name], Matrix):
+        return matrix.matmul(x, layer[name])
     weight = layer[name].astype(x.dtype)
     lora = layer.get("lora", {}).get(name)
     if lora is None:
@@ -155,6 +159,18 @@ def dense(x: jax.Array, layer: Params, name: str) -> jax.Array:
     if x.dtype == jnp.float32:
         return _updated_matmul(x, weight, a, b)
     return _matmul(x, weight) + _matmul(_matmul(x, a), b)  # a small update would be rounded away in the sum
+
+
+def _dense_each(x: jax.Array, layer: Params, *names: str) -> list[jax.Array]:
+    """`dense` with several weights, which decoding may have stored side by side."""
+    joint = layer.get(_joint(names))
+    if joint is None:
+        return [dense(x, layer, name) for name in names]
+    return matrix.split(matrix.matmul(x, joint), joint)
+
+
+def _joint(names: Sequence[str]) -> str:
+    return "+".join(names)
 
 
 def block(
@@ -181,18 +197,38 @@ def block(
     """
     B, T, _ = x.shape
     y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-    q = dense(y, layer, "q").reshape(B, T, config.num_heads, config.head_dim)
-    k = dense(y, layer, "k").reshape(B, T, config.num_kv_heads, config.head_dim)
-    v = dense(y, layer, "v").reshape(B, T, config.num_kv_heads, config.head_dim)
+    q, k, v = _dense_each(y, layer, *_QKV)
+    q = q.reshape(B, T, config.num_heads, config.head_dim)
+    k = k.reshape(B, T, config.num_kv_heads, config.head_dim)
+    v = v.reshape(B, T, config.num_kv_heads, config.head_dim)
     y, kept = attend(rope.rotate(q, tables), rope.rotate(k, tables), v, kv)
     x = x + dense(y.reshape(B, T, -1), layer, "o") * config.residual_scale
     y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-    y = dense(jax.nn.silu(dense(y, layer, "gate")) * dense(y, layer, "up"), layer, "down")
+    gate, up = _dense_each(y, layer, *_GATE_UP)
+    y = dense(jax.nn.silu(gate) * up, layer, "down")
     return x + y * config.residual_scale, kept
+
+
+def cached_block(
+    config: ModelConfig, layer: Params, x: jax.Array, tables: tuple[jax.Array, jax.Array],
+    rows: Sequence[jax.Array], entries: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """`block` over a cache by the native kernels, for weights in panels; see `native.block`."""
+    joint = {name: (layer[name].data, layer[name].scales) for name in (_joint(_QKV), "o", _joint(_GATE_UP), "down")}
+    weights = [
+        layer["attn_norm"], *joint[_joint(_QKV)], *joint["o"],
+        layer["mlp_norm"], *joint[_joint(_GATE_UP)], *joint["down"],
+    ]  # fmt: skip
+    return native.block(
+        x, tables, rows, weights, entries, num_heads=config.num_heads, eps=config.rms_norm_eps,
+        residual_scale=config.residual_scale,
+    )  # fmt: skip
 
 
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Scaled embeddings `[B, T, D]` of tokens `[B, T]`."""
+    if isinstance(params["embed"], Matrix):
+        return matrix.columns(params["embed"], tokens).astype(dtype) * config.scale_emb
     x = params["embed"][tokens].astype(dtype)
     if "rows" in params:  # rows that are trained beside a frozen table
         hit = tokens[..., None] == params["rows"]["ids"]
@@ -205,8 +241,8 @@ def head_input(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return rms_norm(x, params["final_norm"], config.rms_norm_eps) / config.logit_divisor
 
 
-def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-    """The head's matrix `[V, D]`."""
+def head_weight(config: ModelConfig, params: Params) -> Any:
+    """The head's matrix `[V, D]`, or `[D, V]` as a `Matrix`."""
     table = "embed" if config.tie_word_embeddings else "head"
     if "rows" in params:
         return params[table].at[params["rows"]["ids"]].set(params["rows"][table].astype(params[table].dtype))
@@ -215,10 +251,14 @@ def head_weight(config: ModelConfig, params: Params) -> jax.Array:
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """float32 `[..., V]` from hidden states `[..., D]` as `forward` returns them; padded columns are -1e30."""
-    out = jax.lax.dot_general(
-        hidden, head_weight(config, params).astype(hidden.dtype),
-        (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    head = head_weight(config, params)
+    if isinstance(head, Matrix):
+        out = matrix.matmul(hidden.astype(jnp.float32), head)
+    else:
+        out = jax.lax.dot_general(
+            hidden, head.astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
     if config.padded_vocab_size == config.vocab_size:
         return out
     return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, out, -1e30)
@@ -231,6 +271,31 @@ def unstack(params: Params) -> Params:
         return params
     number = len(jax.tree.leaves(layers)[0])
     return params | {"layers": tuple(jax.tree.map(lambda w: w[i], layers) for i in range(number))}  # noqa: B023
+
+
+_QKV, _GATE_UP = ("q", "k", "v"), ("gate", "up")
+
+
+def store(config: ModelConfig, params: Params, how: str, in_panels: bool, dtype: Any) -> Params:
+    """The tree of `unstack` with its matrices as `Matrix`, those that meet the same input side by side.
+
+    Args:
+        config: the model.
+        params: weights without updates beside them.
+        how: one of `matrix.STORES`.
+        in_panels: for the native kernels, which compute in float32.
+        dtype: of everything else, and so of the computation.
+    """
+
+    def layer(weights: Params) -> Params:
+        joint = {_joint(names): [weights[name] for name in names] for names in (_QKV, _GATE_UP, ("o",), ("down",))}
+        norms = {name: jnp.asarray(weights[name], dtype) for name in ("attn_norm", "mlp_norm")}
+        return norms | {name: matrix.store(parts, how, in_panels) for name, parts in joint.items()}
+
+    head = "embed" if config.tie_word_embeddings else "head"
+    tree: Params = {name: jnp.asarray(w, dtype) for name, w in params.items() if name not in ("layers", head)}
+    tree["layers"] = tuple(layer(weights) for weights in unstack(params)["layers"])
+    return tree | {head: matrix.store([params[head].T], how, in_panels)}
 
 
 def _unsharded(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -272,7 +337,7 @@ def forward(
     """
     if remat not in REMAT:
         raise UserError(f"remat {remat!r} is unknown; one of {', '.join(REMAT)}")
-    dtype = dtype or params["embed"].dtype
+    dtype = dtype or params["final_norm"].dtype
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     tables = rope.rotary_tables(config, positions, tokens.shape[1])

@@ -1,0 +1,126 @@
+"""The CPU kernels in `kernels.cc`: compiled once for this machine by its own C++ compiler, called through JAX's FFI.
+
+Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none, and decoding goes on with XLA's products.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duplex_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("kernels.cc")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
+_HANDLERS = {"duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock"}
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept: `DUPLEX_JAX_CACHE`, or the user's cache folder; None where that is `off`."""
+    folder = os.environ.get("DUPLEX_JAX_CACHE") or os.path.expanduser("~/.cache/duplex_jax")
+    return None if folder == "off" else Path(folder)
+
+
+def _processor() -> str:
+    """What the compiler makes of this machine's processor follows from."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Compiles the kernels; the library appears complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, library)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be called; compiles and registers them the first time.
+
+    Raises:
+        UserError: `DUPLEX_JAX_NATIVE` is neither `on` nor `off`, or is `on` where there can be none.
+    """
+    wanted = os.environ.get("DUPLEX_JAX_NATIVE", "")
+    if wanted not in ("", "on", "off"):
+        raise UserError(f"DUPLEX_JAX_NATIVE={wanted}: must be on or off; unset takes the kernels where they compile")
+    if wanted == "off" or jax.default_backend() != "cpu":
+        return False
+    try:
+        _register()
+    except (OSError, subprocess.SubprocessError, AttributeError) as e:
+        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[:1]
+        message = f"no native kernels for the CPU, decoding is slower: {''.join(why)}"
+        if wanted == "on":
+            raise UserError(f"DUPLEX_JAX_NATIVE=on: {message}") from e
+        _log.warning(message)
+        return False
+    return True
+
+
+def _register() -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++ or clang++); install one")
+    key = "\0".join([_SOURCE.read_text(encoding="utf-8"), compiler, " ".join(_FLAGS), jax.__version__, _processor()])
+    with tempfile.TemporaryDirectory() as temporary:
+        library = (cache_folder() or Path(temporary)) / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, library)
+        loaded = ctypes.CDLL(str(library))
+    for target, symbol in _HANDLERS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+
+
+def matmul(x: jax.Array, panels: jax.Array, scales: jax.Array, width: int) -> jax.Array:
+    """float32 `x` `[T, D]` times a matrix in panels, see `model.matrix`: `[T, width]`."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
+    return jax.ffi.ffi_call("duplex_jax_matmul", shape)(x, panels, scales)
+
+
+def block(
+    x: jax.Array, tables: tuple[jax.Array, jax.Array], rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array], entries: Sequence[jax.Array], *, num_heads: int, eps: float, residual_scale: float,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """One layer of decoding: `model.minicpm.block` on tokens whose keys and values go into the cache.
+
+    Args:
+        x: float32 `[P, D]`.
+        tables: rotary cosines and sines, float32 `[P, H / 2]`.
+        rows: of R rows, int32 `[R]` each: where their tokens stand in `x`, how many there are (the others are not
+            computed; they come out as zeros), which row of the cache is theirs, and how many slots that has before
+            them. A token sees what the row had, and its own tokens up to itself.
+        weights: the first norm, q, k and v, o, the second norm, gate and up, down: panels and scales of each.
+        entries: keys `[B, K, H, S]`, values `[B, K, S, H]` and their scales float32 `[B, K, S]` or `[0]`.
+        num_heads: N.
+        eps, residual_scale: of the model.
+
+    Returns:
+        `[P, D]`, and the entries with those of the tokens in place.
+    """
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *entries)]
+    first = 1 + 2 + 4 + len(weights)
+    aliases = {first + i: 1 + i for i in range(len(entries))}
+    call = jax.ffi.ffi_call("duplex_jax_block", shapes, input_output_aliases=aliases)
+    return tuple(
+        call(x, *tables, *rows, *weights, *entries, num_heads=np.int64(num_heads), eps=np.float32(eps),
+             residual_scale=np.float32(residual_scale))
+    )  # fmt: skip

@@ -1,0 +1,714 @@
+// Products and attention of decoding on a CPU, called by XLA through its foreign function interface.
+//
+// A decode step multiplies a few rows with every weight of the model and reads every cached entry once, so it is bound
+// by memory. XLA runs a product of one row on one thread and packs the matrix anew for a few rows; these kernels read
+// packed weights in order, on every thread, and of the cache only what a row holds. Vectors are GCC's, so that the same
+// source serves AVX-512, AVX2 and NEON.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
+
+// Columns of a panel of packed weights, and rows of a tile: its sums fill the registers.
+constexpr int kPanel = 64;
+constexpr int kTile = kLanes == 16 ? 64 : 2 * kLanes;
+constexpr int kVecs = kTile / kLanes;
+constexpr int kRows = kLanes == 4 ? 4 : 6;
+
+// Threads.
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Runs the parts of a job on all cores. Helpers look for the next job for a while before they sleep: jobs come every
+// few microseconds, and to be woken takes fifty.
+class Pool {
+ public:
+  static Pool& Get() {
+    static Pool* pool = new Pool;  // never destroyed: its threads may outlive main
+    return *pool;
+  }
+
+  int threads() const { return helpers_ + 1; }
+
+  // Calls part(0) ... part(parts - 1), in any order, and returns when all are done. Not reentrant; callers queue up.
+  void Run(int64_t parts, const std::function<void(int64_t)>& part) {
+    if (helpers_ == 0 || parts <= 1) {
+      for (int64_t i = 0; i < parts; ++i) part(i);
+      return;
+    }
+    std::lock_guard<std::mutex> one_at_a_time(callers_);
+    part_ = &part;
+    parts_ = parts;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(helpers_, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleeping_.load() > 0) wake_.notify_all();
+    Work(part, parts);
+    for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
+      if (spins < 4000) pause(); else std::this_thread::yield();
+    }
+  }
+
+ private:
+  Pool() {
+    int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = CPU_COUNT(&set);
+#endif
+    helpers_ = std::max(0, cores - 1);
+    for (int i = 0; i < helpers_; ++i) std::thread([this] { Help(); }).detach();
+  }
+
+  void Work(const std::function<void(int64_t)>& part, int64_t parts) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < parts;) part(i);
+  }
+
+  void Help() {
+    uint64_t done = 0;
+    for (;;) {
+      int spins = 0;
+      while (job_.load(std::memory_order_acquire) == done) {
+        if (++spins < 20000) {
+          pause();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != done; });
+        sleeping_.fetch_sub(1);
+      }
+      ++done;
+      Work(*part_, parts_);
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  int helpers_;
+  std::mutex callers_, mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> job_{0};
+  std::atomic<int> running_{0}, sleeping_{0};
+  std::atomic<int64_t> next_{0};
+  const std::function<void(int64_t)>* part_ = nullptr;
+  int64_t parts_ = 0;
+};
+
+// Loads of what weights and entries are stored as.
+
+inline Vec Load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vec Load(const uint16_t* p) {  // bfloat16
+  ShortVec s;
+  std::memcpy(&s, p, sizeof(s));
+  IntVec wide = __builtin_convertvector(s, IntVec) << 16;
+  return (Vec)wide;
+}
+
+inline Vec Load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  ByteVec b;
+  std::memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(b, Vec);
+#endif
+}
+
+inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline Vec Splat(float x) { return Vec{} + x; }
+
+// Products. Weights lie in panels [panels, D, 64], so that a thread reads one stretch of memory; int8 ones have a scale
+// for each column.
+
+template <typename W, int R>
+inline void Tile(const W* w, const float* x, int64_t depth, Vec (&sums)[R][kVecs]) {
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Vec{};
+  for (int64_t d = 0; d < depth; ++d, w += kPanel) {
+    Vec columns[kVecs];
+    for (int j = 0; j < kVecs; ++j) columns[j] = Load(w + j * kLanes);
+    for (int r = 0; r < R; ++r) {
+      Vec value = Splat(x[r * depth + d]);
+      for (int j = 0; j < kVecs; ++j) sums[r][j] += value * columns[j];
+    }
+  }
+}
+
+template <typename W, int R>
+void Rows(const W* w, const float* x, int64_t depth, const float* scales, float* out, int64_t width, int64_t columns) {
+  for (int at = 0; at < kPanel && at < columns; at += kTile) {
+    Vec sums[R][kVecs];
+    Tile<W, R>(w + at, x, depth, sums);
+    float row[kTile];
+    for (int r = 0; r < R; ++r) {
+      int64_t n = std::min<int64_t>(kTile, columns - at);
+      for (int j = 0; j < kVecs; ++j) {
+        Vec sum = sums[r][j];
+        if (scales != nullptr) sum *= Load(scales + at + j * kLanes);
+        Store(row + j * kLanes, sum);
+      }
+      std::memcpy(out + r * width + at, row, n * sizeof(float));
+    }
+  }
+}
+
+template <typename W>
+void Product(const W* w, const float* x, int64_t rows, int64_t depth, int64_t width, const float* scales, float* out) {
+  Pool::Get().Run((width + kPanel - 1) / kPanel, [&](int64_t panel) {
+    const W* own = w + panel * depth * kPanel;
+    const float* own_scales = scales == nullptr ? nullptr : scales + panel * kPanel;
+    int64_t columns = std::min<int64_t>(kPanel, width - panel * kPanel);
+    int64_t r = 0;
+    auto run = [&](auto number) {
+      constexpr int R = decltype(number)::value;
+      Rows<W, R>(own, x + r * depth, depth, own_scales, out + r * width + panel * kPanel, width, columns);
+      r += R;
+    };
+    // Tiles of equal height: a low one waits for its own sums.
+    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+      switch ((rows - r + tiles - 1) / tiles) {
+        case 6: run(std::integral_constant<int, 6>()); break;
+        case 5: run(std::integral_constant<int, 5>()); break;
+        case 4: run(std::integral_constant<int, 4>()); break;
+        case 3: run(std::integral_constant<int, 3>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        default: run(std::integral_constant<int, 1>()); break;
+      }
+    }
+  });
+}
+
+// A weight as it came: panels of its type, and scales for int8.
+struct Weight {
+  const void* data;
+  ffi::DataType type;
+  const float* scales;
+};
+
+ffi::Error Multiply(const Weight& w, const float* x, int64_t rows, int64_t depth, int64_t width, float* out) {
+  switch (w.type) {
+    case ffi::F32:
+      Product(static_cast<const float*>(w.data), x, rows, depth, width, nullptr, out);
+      break;
+    case ffi::BF16:
+      Product(static_cast<const uint16_t*>(w.data), x, rows, depth, width, nullptr, out);
+      break;
+    case ffi::S8:
+      Product(static_cast<const int8_t*>(w.data), x, rows, depth, width, w.scales, out);
+      break;
+    default:
+      return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or int8");
+  }
+  return ffi::Error::Success();
+}
+
+Weight AsWeight(const ffi::AnyBuffer& data, const ffi::Buffer<ffi::F32>& scales) {
+  return {data.untyped_data(), data.element_type(), scales.typed_data()};
+}
+
+ffi::Error MatmulImpl(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
+                      ffi::ResultBuffer<ffi::F32> out) {
+  auto from = x.dimensions(), to = out->dimensions();
+  return Multiply(AsWeight(w, scales), x.typed_data(), from[0], from[1], to[1], out->typed_data());
+}
+
+// exp, to about one unit in the last place: 2^n times a polynomial, |x - n ln 2| <= ln 2 / 2 (Cephes' coefficients).
+inline Vec Exp(Vec x) {
+  x = x < Splat(-87.0f) ? Splat(-87.0f) : x;
+  x = x > Splat(88.0f) ? Splat(88.0f) : x;
+  IntVec n = __builtin_convertvector(x * Splat(1.44269504f) + (x < Splat(0.0f) ? Splat(-0.5f) : Splat(0.5f)), IntVec);
+  Vec whole = __builtin_convertvector(n, Vec);
+  x = x - whole * Splat(0.693359375f) + whole * Splat(2.12194440e-4f);
+  Vec y = Splat(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = y * x + Splat(c);
+  y = y * x * x + x + Splat(1.0f);
+  return y * (Vec)((n + 127) << 23);
+}
+
+inline float Sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float Sum(const float* x, int64_t n) {
+  Vec sum = Vec{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += Load(x + i);
+  float total = Sum(sum);
+  for (; i < n; ++i) total += x[i];
+  return total;
+}
+
+inline float Max(const float* x, int64_t n, float most) {
+  Vec tops = Splat(most);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) tops = Load(x + i) > tops ? Load(x + i) : tops;
+  for (int j = 0; j < kLanes; ++j) most = std::max(most, tops[j]);
+  for (; i < n; ++i) most = std::max(most, x[i]);
+  return most;
+}
+
+// Calls body(i, vector) on every kLanes floats of n, the rest padded with zeros, and stores what it gives.
+template <typename Body>
+inline void Map(const float* from, float* to, int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) Store(to + i, body(i, Load(from + i)));
+  for (; i < n; ++i) to[i] = body(i, Splat(from[i]))[0];
+}
+
+// Rows of tokens, some at a time on each core.
+template <typename Body>
+void ForTokens(int64_t n, Body body) {
+  constexpr int64_t kBlock = 16;
+  Pool::Get().Run((n + kBlock - 1) / kBlock, [&](int64_t block) {
+    for (int64_t i = block * kBlock; i < std::min(n, (block + 1) * kBlock); ++i) body(i);
+  });
+}
+
+void RmsNorm(const float* x, const float* weight, float eps, int64_t width, float* out) {
+  Vec sum = Vec{};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) sum += Load(x + i) * Load(x + i);
+  for (; i < width; ++i) rest += x[i] * x[i];
+  float factor = 1.0f / std::sqrt((Sum(sum) + rest) / width + eps);
+  for (i = 0; i < width; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+// The cache of a layer: keys [B, K, H, S] and values [B, K, S, H], as float32, bfloat16, or int8 with a scale for each
+// entry [B, K, S].
+template <typename C>
+struct Entries {
+  C *k, *v;
+  float *k_scales, *v_scales;
+  int64_t heads, head_dim, slots;
+
+  C* Keys(int64_t row, int64_t head) const { return k + (row * heads + head) * head_dim * slots; }
+  C* Values(int64_t row, int64_t head) const { return v + (row * heads + head) * slots * head_dim; }
+  float* KeyScales(int64_t row, int64_t head) const { return k_scales + (row * heads + head) * slots; }
+  float* ValueScales(int64_t row, int64_t head) const { return v_scales + (row * heads + head) * slots; }
+};
+
+inline void Keep(float* to, float x, float) { *to = x; }
+inline void Keep(int8_t* to, float x, float scale) { *to = static_cast<int8_t>(std::nearbyint(x / scale)); }
+inline void Keep(uint16_t* to, float x, float) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  *to = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float Read(float x) { return x; }
+inline float Read(int8_t x) { return x; }
+inline float Read(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+// One token's key and value of one head into a slot.
+template <typename C>
+void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, const float* k, const float* v) {
+  float k_scale = 1, v_scale = 1;
+  if constexpr (std::is_same_v<C, int8_t>) {
+    auto scale = [&](const float* x) {
+      float most = 0;
+      for (int64_t h = 0; h < cache.head_dim; ++h) most = std::max(most, std::abs(x[h]));
+      return std::max(most / 127, std::numeric_limits<float>::min());
+    };
+    cache.KeyScales(row, head)[slot] = k_scale = scale(k);
+    cache.ValueScales(row, head)[slot] = v_scale = scale(v);
+  }
+  C *keys = cache.Keys(row, head) + slot, *values = cache.Values(row, head) + slot * cache.head_dim;
+  for (int64_t h = 0; h < cache.head_dim; ++h) {
+    Keep(keys + h * cache.slots, k[h], k_scale);
+    Keep(values + h, v[h], v_scale);
+  }
+}
+
+constexpr int64_t kKeys = 256;    // keys whose scores are held at once
+constexpr int64_t kQueries = 48;  // queries of a task
+
+// What a task makes of its queries and its part of the keys: a softmax not divided yet.
+struct Partial {
+  float *out, *top, *total;  // [queries, H], [queries], [queries]
+};
+
+// Scores [Q, kKeys] of Q queries with keys [first, first + n), of which n may be less than kKeys.
+template <int Q, typename C>
+void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* scores) {
+  int64_t s = 0;
+  for (; s < n && first + s + kTile <= slots; s += kTile) {
+    Vec sums[Q][kVecs] = {};
+    const C* at = keys + first + s;
+    for (int64_t h = 0; h < head_dim; ++h, at += slots) {
+      Vec k[kVecs];
+      for (int j = 0; j < kVecs; ++j) k[j] = Load(at + j * kLanes);
+      for (int i = 0; i < Q; ++i) {
+        Vec value = Splat(q[i * head_dim + h]);
+        for (int j = 0; j < kVecs; ++j) sums[i][j] += value * k[j];
+      }
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int j = 0; j < kVecs; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
+  }
+  for (; s < n; ++s)
+    for (int i = 0; i < Q; ++i) {
+      float sum = 0;
+      for (int64_t h = 0; h < head_dim; ++h) sum += q[i * head_dim + h] * Read(keys[h * slots + first + s]);
+      scores[i * kKeys + s] = sum;
+    }
+}
+
+// Adds probs [Q, kKeys] times values [n, H] to out [Q, H].
+template <int Q, typename C>
+void Weigh(const float* probs, const C* values, int64_t head_dim, int64_t n, float* out) {
+  int64_t h = 0;
+  for (; h + kTile <= head_dim; h += kTile) {
+    Vec sums[Q][kVecs];
+    for (int i = 0; i < Q; ++i)
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Load(out + i * head_dim + h + j * kLanes);
+    const C* at = values + h;
+    for (int64_t s = 0; s < n; ++s, at += head_dim) {
+      Vec v[kVecs];
+      for (int j = 0; j < kVecs; ++j) v[j] = Load(at + j * kLanes);
+      for (int i = 0; i < Q; ++i) {
+        Vec p = Splat(probs[i * kKeys + s]);
+        for (int j = 0; j < kVecs; ++j) sums[i][j] += p * v[j];
+      }
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int j = 0; j < kVecs; ++j) Store(out + i * head_dim + h + j * kLanes, sums[i][j]);
+  }
+  for (; h < head_dim; ++h)
+    for (int i = 0; i < Q; ++i)
+      for (int64_t s = 0; s < n; ++s) out[i * head_dim + h] += probs[i * kKeys + s] * Read(values[s * head_dim + h]);
+}
+
+// Q queries, each of which sees the keys before its own limit, over keys [first, last).
+template <int Q, typename C>
+void Attend(const Entries<C>& cache, int64_t row, int64_t head, const float* q, const int64_t* limits, int64_t first,
+            int64_t last, Partial into) {
+  const C *keys = cache.Keys(row, head), *values = cache.Values(row, head);
+  int64_t H = cache.head_dim;
+  alignas(64) float scores[Q * kKeys];
+  for (int i = 0; i < Q; ++i) {
+    into.top[i] = -std::numeric_limits<float>::infinity();
+    into.total[i] = 0;
+    std::fill_n(into.out + i * H, H, 0.0f);
+  }
+  last = std::min(last, *std::max_element(limits, limits + Q));
+  for (int64_t at = first; at < last; at += kKeys) {
+    int64_t n = std::min(kKeys, last - at);
+    Scores<Q, C>(q, keys, H, cache.slots, at, n, scores);
+    for (int i = 0; i < Q; ++i) {
+      float* own = scores + i * kKeys;
+      int64_t seen = std::clamp<int64_t>(limits[i] - at, 0, n);
+      std::fill(own + seen, own + n, 0.0f);
+      if (seen == 0) continue;
+      if constexpr (std::is_same_v<C, int8_t>) {
+        const float* scales = cache.KeyScales(row, head) + at;
+        for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
+      }
+      float top = Max(own, seen, into.top[i]);
+      float kept = std::exp(into.top[i] - top);
+      Map(own, own, seen, [&](int64_t, Vec x) { return Exp(x - Splat(top)); });
+      float total = Sum(own, seen);
+      if constexpr (std::is_same_v<C, int8_t>) {
+        const float* scales = cache.ValueScales(row, head) + at;
+        for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
+      }
+      into.top[i] = top;
+      into.total[i] = into.total[i] * kept + total;
+      if (kept != 1)
+        for (int64_t h = 0; h < H; ++h) into.out[i * H + h] *= kept;
+    }
+    Weigh<Q, C>(scores, values + at * H, H, n, into.out);
+  }
+}
+
+// Tokens of one row: where they stand among all, how many, the row of the cache, and how much that holds before them.
+struct Run {
+  int64_t token, number, row, length;
+};
+
+// Attention of tokens' queries [n, N, H], already rotated and scaled, over what their rows hold, their own entries
+// included: [n, N, H].
+template <typename C>
+void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t num_heads, const float* q, float* out) {
+  int64_t H = cache.head_dim, group = num_heads / cache.heads;
+  struct Task {
+    const Run* run;
+    int64_t head, query, queries, first, last, part, parts, place;
+  };
+  std::vector<Task> tasks;
+  int64_t held = 0;  // queries of all tasks
+  int64_t blocks = 0;
+  for (const Run& run : runs) blocks += cache.heads * ((run.number * group + kQueries - 1) / kQueries);
+  for (const Run& run : runs) {
+    int64_t queries = run.number * group, keys = run.length + run.number;
+    // Where there are few queries, the keys are shared out too.
+    int64_t parts = blocks >= 4 * Pool::Get().threads() ? 1 : (keys + 2 * kKeys - 1) / (2 * kKeys);
+    int64_t step = ((keys + parts - 1) / parts + kTile - 1) / kTile * kTile;
+    for (int64_t head = 0; head < cache.heads; ++head)
+      for (int64_t query = 0; query < queries; query += kQueries) {
+        int64_t number = std::min(kQueries, queries - query);
+        for (int64_t part = 0; part < parts; ++part) {
+          tasks.push_back({&run, head, query, number, part * step, std::min(keys, (part + 1) * step), part, parts, held});
+          held += number;
+        }
+      }
+  }
+  std::vector<float> numbers(held * (H + 2));
+  float *sums = numbers.data(), *tops = sums + held * H, *totals = tops + held;
+  // A task's queries are those of one key head: `group` of each token, side by side.
+  auto token_head = [&](const Task& task, int64_t i) {
+    int64_t query = task.query + i;
+    return (task.run->token + query / group) * num_heads + task.head * group + query % group;
+  };
+  Pool::Get().Run(tasks.size(), [&](int64_t number) {
+    const Task& task = tasks[number];
+    std::vector<float> own(task.queries * H);
+    std::vector<int64_t> limits(task.queries);
+    for (int64_t i = 0; i < task.queries; ++i) {
+      std::memcpy(own.data() + i * H, q + token_head(task, i) * H, H * sizeof(float));
+      limits[i] = task.run->length + (task.query + i) / group + 1;
+    }
+    int64_t i = 0;
+    auto run = [&](auto of) {
+      constexpr int Q = decltype(of)::value;
+      int64_t place = task.place + i;
+      Attend<Q, C>(cache, task.run->row, task.head, own.data() + i * H, limits.data() + i, task.first, task.last,
+                   {sums + place * H, tops + place, totals + place});
+      i += Q;
+    };
+    for (int64_t tiles = (task.queries + kRows - 1) / kRows; tiles > 0; --tiles) {
+      switch ((task.queries - i + tiles - 1) / tiles) {
+        case 6: run(std::integral_constant<int, 6>()); break;
+        case 5: run(std::integral_constant<int, 5>()); break;
+        case 4: run(std::integral_constant<int, 4>()); break;
+        case 3: run(std::integral_constant<int, 3>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        default: run(std::integral_constant<int, 1>()); break;
+      }
+    }
+  });
+  for (size_t at = 0; at < tasks.size(); at += tasks[at].parts) {
+    const Task& task = tasks[at];
+    for (int64_t i = 0; i < task.queries; ++i) {
+      float* to = out + token_head(task, i) * H;
+      float top = -std::numeric_limits<float>::infinity(), total = 0;
+      for (int64_t p = 0; p < task.parts; ++p) top = std::max(top, tops[tasks[at + p].place + i]);
+      std::fill_n(to, H, 0.0f);
+      for (int64_t p = 0; p < task.parts; ++p) {
+        int64_t place = tasks[at + p].place + i;
+        float weight = std::exp(tops[place] - top);
+        total += weight * totals[place];
+        for (int64_t h = 0; h < H; ++h) to[h] += weight * sums[place * H + h];
+      }
+      for (int64_t h = 0; h < H; ++h) to[h] /= total;
+    }
+  }
+}
+
+struct Layer {
+  const float *attn_norm, *mlp_norm;
+  Weight qkv, o, gate_up, down;
+  int64_t hidden, mlp, num_heads;
+  float eps, residual_scale;
+};
+
+// One layer on tokens x [n, D], in place, whose rows' entries go into the cache.
+template <typename C>
+ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<Run>& runs, const float* cos,
+                 const float* sin, int64_t n, float* x) {
+  int64_t D = layer.hidden, F = layer.mlp, N = layer.num_heads, K = cache.heads, H = cache.head_dim;
+  int64_t width = (N + 2 * K) * H;
+  std::vector<float> y(n * D), qkv(n * width), attended(n * N * H), gates(n * 2 * F), q(n * N * H);
+  ForTokens(n, [&](int64_t t) { RmsNorm(&x[t * D], layer.attn_norm, layer.eps, D, &y[t * D]); });
+  if (auto e = Multiply(layer.qkv, y.data(), n, D, width, qkv.data()); e.failure()) return e;
+  std::vector<std::pair<int64_t, int64_t>> places(n);  // row and slot of each token
+  for (const Run& run : runs)
+    for (int64_t i = 0; i < run.number; ++i) places[run.token + i] = {run.row, run.length + i};
+  float scale = 1 / std::sqrt(static_cast<float>(H));
+  ForTokens(n, [&](int64_t t) {
+    float* own = &qkv[t * width];
+    for (int64_t head = 0; head < N + K; ++head) {
+      float* a = own + head * H;
+      for (int64_t h = 0; h < H / 2; ++h) {
+        float c = cos[t * (H / 2) + h], s = sin[t * (H / 2) + h], low = a[h], high = a[h + H / 2];
+        a[h] = low * c - high * s;
+        a[h + H / 2] = high * c + low * s;
+      }
+    }
+    for (int64_t i = 0; i < N * H; ++i) q[t * N * H + i] = own[i] * scale;
+    for (int64_t head = 0; head < K; ++head)
+      Append(cache, places[t].first, head, places[t].second, own + (N + head) * H, own + (N + K + head) * H);
+  });
+  AttendAll(cache, runs, N, q.data(), attended.data());
+  if (auto e = Multiply(layer.o, attended.data(), n, N * H, D, y.data()); e.failure()) return e;
+  ForTokens(n, [&](int64_t t) {
+    for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
+    RmsNorm(&x[t * D], layer.mlp_norm, layer.eps, D, &y[t * D]);
+  });
+  if (auto e = Multiply(layer.gate_up, y.data(), n, D, 2 * F, gates.data()); e.failure()) return e;
+  // SwiGLU, written over the first half of each token's gates, then moved together.
+  ForTokens(n, [&](int64_t t) {
+    float* gate = &gates[t * 2 * F];
+    Map(gate, gate, F, [&](int64_t i, Vec g) {
+      Vec up = Splat(0.0f);
+      if (i + kLanes <= F) up = Load(gate + F + i); else up[0] = gate[F + i];
+      return g / (Splat(1.0f) + Exp(-g)) * up;
+    });
+  });
+  for (int64_t t = 1; t < n; ++t) std::memmove(&gates[t * F], &gates[t * 2 * F], F * sizeof(float));
+  if (auto e = Multiply(layer.down, gates.data(), n, F, D, y.data()); e.failure()) return e;
+  ForTokens(n, [&](int64_t t) {
+    for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
+  });
+  return ffi::Error::Success();
+}
+
+template <typename C>
+Entries<C> AsEntries(ffi::Result<ffi::AnyBuffer>& k, ffi::Result<ffi::AnyBuffer>& v,
+                     ffi::ResultBuffer<ffi::F32>& k_scales, ffi::ResultBuffer<ffi::F32>& v_scales) {
+  auto sizes = v->dimensions();
+  return {static_cast<C*>(k->untyped_data()), static_cast<C*>(v->untyped_data()), k_scales->typed_data(),
+          v_scales->typed_data(), sizes[1], sizes[3], sizes[2]};
+}
+
+ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
+                     ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> counts, ffi::Buffer<ffi::S32> rows,
+                     ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> attn_norm, ffi::AnyBuffer qkv,
+                     ffi::Buffer<ffi::F32> qkv_scales, ffi::AnyBuffer o, ffi::Buffer<ffi::F32> o_scales,
+                     ffi::Buffer<ffi::F32> mlp_norm, ffi::AnyBuffer gate_up, ffi::Buffer<ffi::F32> gate_up_scales,
+                     ffi::AnyBuffer down, ffi::Buffer<ffi::F32> down_scales, ffi::AnyBuffer, ffi::AnyBuffer,
+                     ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::ResultBuffer<ffi::F32> out,
+                     ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, ffi::ResultBuffer<ffi::F32> k_scales,
+                     ffi::ResultBuffer<ffi::F32> v_scales, int64_t num_heads, float eps, float residual_scale) {
+  int64_t D = x.dimensions()[1], half = cos.dimensions()[1];
+  Layer layer{attn_norm.typed_data(), mlp_norm.typed_data(), AsWeight(qkv, qkv_scales), AsWeight(o, o_scales),
+              AsWeight(gate_up, gate_up_scales), AsWeight(down, down_scales), D, down.dimensions()[1], num_heads, eps,
+              residual_scale};
+  // Tokens that nobody asked for are left out.
+  std::vector<Run> runs;
+  std::vector<int64_t> tokens;
+  for (size_t r = 0; r < counts.element_count(); ++r) {
+    int64_t n = counts.typed_data()[r];
+    if (n <= 0) continue;
+    runs.push_back({static_cast<int64_t>(tokens.size()), n, rows.typed_data()[r], lengths.typed_data()[r]});
+    for (int64_t i = 0; i < n; ++i) tokens.push_back(starts.typed_data()[r] + i);
+  }
+  int64_t n = tokens.size();
+  std::vector<float> own(n * D), own_cos(n * half), own_sin(n * half);
+  auto gather = [&](const float* from, int64_t width, std::vector<float>& to) {
+    for (int64_t t = 0; t < n; ++t) std::memcpy(&to[t * width], from + tokens[t] * width, width * sizeof(float));
+  };
+  gather(x.typed_data(), D, own);
+  gather(cos.typed_data(), half, own_cos);
+  gather(sin.typed_data(), half, own_sin);
+  ffi::Error error = ffi::Error::Success();
+  auto run = [&](auto type) {
+    using C = decltype(type);
+    error = Block(layer, AsEntries<C>(k, v, k_scales, v_scales), runs, own_cos.data(), own_sin.data(), n, own.data());
+  };
+  switch (k->element_type()) {
+    case ffi::F32: run(float()); break;
+    case ffi::BF16: run(uint16_t()); break;
+    case ffi::S8: run(int8_t()); break;
+    default: return ffi::Error::InvalidArgument("the cache must be float32, bfloat16 or int8");
+  }
+  std::fill_n(out->typed_data(), out->element_count(), 0.0f);
+  for (int64_t t = 0; t < n; ++t) std::memcpy(out->typed_data() + tokens[t] * D, &own[t * D], D * sizeof(float));
+  return error;
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DuplexMatmul, MatmulImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [T, D]
+                                  .Arg<ffi::AnyBuffer>()          // a weight's panels
+                                  .Arg<ffi::Buffer<ffi::F32>>()   // and scales
+                                  .Ret<ffi::Buffer<ffi::F32>>());  // [T, F]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DuplexBlock, BlockImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // x [P, D]
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // cosines [P, H / 2]
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // sines
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // of R rows, where their tokens start
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // how many there are
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // rows of the cache
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // what they hold before
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // norm before attention
+                                  .Arg<ffi::AnyBuffer>()         // q, k, v
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()  // o
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // norm before SwiGLU
+                                  .Arg<ffi::AnyBuffer>()         // gate, up
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()  // down
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()  // keys, values and their scales, given back changed
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()  // x
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("num_heads")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("residual_scale"));
