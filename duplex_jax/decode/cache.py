@@ -4,12 +4,14 @@ Each layer has arrays of its own, so that a step reads them where they lie (out 
 layer's entries for every token). Keys are `[B, K, H, S]` and values `[B, K, S, H]`: both products of a decode step
 run over contiguous memory. S is the capacity plus slack for one chunk: a row's new entries are written as one block
 behind its length, and what a block holds beyond the row's own entries is never read and later overwritten. Lengths
-live on the host: to forget is to lower a number.
+live on the host: to forget is to lower a number. Entries may be int8, with a scale for each key and each value of a
+head: x[h] = scale * q[h], scale = max_h |x[h]| / 127.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,20 @@ from jax import lax
 from duplex_jax.model.config import ModelConfig
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scales", "v_scales"], meta_fields=[]
+)  # fmt: skip
 @dataclasses.dataclass
 class KVCache:
-    """For each of L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots."""
+    """For each of L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots.
+
+    Where entries are int8, the scales of keys and values are float32 `[B, K, S]`; else there are none.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    k_scales: tuple[jax.Array, ...] = ()
+    v_scales: tuple[jax.Array, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -41,21 +50,63 @@ class KVCache:
         """Of the entries."""
         return self.k[0].dtype
 
+    def layers(self) -> list[tuple[jax.Array, ...]]:
+        """Of each layer keys and values, and their scales where there are any."""
+        parts = [self.k, self.v, self.k_scales, self.v_scales]
+        return list(zip(*(part for part in parts if part), strict=True))
+
+
+def of_layers(layers: Sequence[Sequence[jax.Array]]) -> KVCache:
+    """The inverse of `KVCache.layers`."""
+    return KVCache(*(tuple(part) for part in zip(*layers, strict=True)))
+
 
 def zeros(config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
     """An empty cache."""
-    layers, lead, width = range(config.num_layers), (rows, config.num_kv_heads), config.head_dim
-    k = tuple(jnp.zeros((*lead, width, slots), dtype) for _ in layers)
-    return KVCache(k, tuple(jnp.zeros((*lead, slots, width), dtype) for _ in layers))
+    lead, width = (rows, config.num_kv_heads), config.head_dim
+    scales = 2 if dtype == jnp.int8 else 0
+
+    def layer() -> list[jax.Array]:
+        entries = [jnp.zeros((*lead, width, slots), dtype), jnp.zeros((*lead, slots, width), dtype)]
+        return entries + [jnp.zeros((*lead, slots), jnp.float32) for _ in range(scales)]
+
+    return of_layers([layer() for _ in range(config.num_layers)])
+
+
+def quantized(cache: KVCache) -> KVCache:
+    """The entries as int8."""
+
+    def parts(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis) / 127, jnp.finfo(jnp.float32).tiny)
+        return jnp.rint(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
+
+    k, k_scales = zip(*(parts(k, -2) for k in cache.k), strict=True)
+    v, v_scales = zip(*(parts(v, -1) for v in cache.v), strict=True)
+    return KVCache(k, v, k_scales, v_scales)
+
+
+def _like(cache: KVCache, new: KVCache) -> KVCache:
+    """New entries as the cache has its own."""
+    if cache.dtype == jnp.int8:
+        return new if new.dtype == jnp.int8 else quantized(new)
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(cache.dtype)
+
+    return _each(cast, cast, cast, new)
 
 
 def _each(
-    keys: Callable[..., jax.Array], values: Callable[..., jax.Array], cache: KVCache, *others: KVCache
-) -> KVCache:
+    keys: Callable[..., jax.Array], values: Callable[..., jax.Array], scales: Callable[..., jax.Array],
+    cache: KVCache, *others: KVCache,
+) -> KVCache:  # fmt: skip
     """A cache whose layers are functions of those of others."""
-    return KVCache(
-        tuple(map(keys, cache.k, *(o.k for o in others))), tuple(map(values, cache.v, *(o.v for o in others)))
-    )
+    functions = {"k": keys, "v": values, "k_scales": scales, "v_scales": scales}
+    return KVCache(**{
+        name: tuple(map(function, *(getattr(c, name) for c in (cache, *others))))
+        for name, function in functions.items()
+    })  # fmt: skip
 
 
 def take_rows(cache: KVCache, rows: jax.Array | None, slots: int) -> KVCache:
@@ -63,8 +114,8 @@ def take_rows(cache: KVCache, rows: jax.Array | None, slots: int) -> KVCache:
     if rows is None:
         if slots == cache.slots:
             return cache
-        return _each(lambda k: k[..., :slots], lambda v: v[..., :slots, :], cache)
-    return _each(lambda k: k[rows, :, :, :slots], lambda v: v[rows, :, :slots], cache)
+        return _each(lambda k: k[..., :slots], lambda v: v[..., :slots, :], lambda s: s[..., :slots], cache)
+    return _each(lambda k: k[rows, :, :, :slots], lambda v: v[rows, :, :slots], lambda s: s[rows, :, :slots], cache)
 
 
 def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
@@ -73,6 +124,7 @@ def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
     return _each(
         lambda k: lax.dynamic_slice(k, (row, 0, 0, 0), (1, K, H, slots)),
         lambda v: lax.dynamic_slice(v, (row, 0, 0, 0), (1, K, slots, H)),
+        lambda s: lax.dynamic_slice(s, (row, 0, 0), (1, K, slots)),
         cache,
     )
 
@@ -80,9 +132,10 @@ def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
 def put_row(cache: KVCache, row: jax.Array, new: KVCache, start: jax.Array | int = 0) -> KVCache:
     """Writes a cache of one row into `row` from slot `start` on. The caller sees to it that it fits."""
     return _each(
-        lambda k, new: lax.dynamic_update_slice(k, new.astype(k.dtype), (row, 0, 0, start)),
-        lambda v, new: lax.dynamic_update_slice(v, new.astype(v.dtype), (row, 0, start, 0)),
-        cache, new,
+        lambda k, new: lax.dynamic_update_slice(k, new, (row, 0, 0, start)),
+        lambda v, new: lax.dynamic_update_slice(v, new, (row, 0, start, 0)),
+        lambda s, new: lax.dynamic_update_slice(s, new, (row, 0, start)),
+        cache, _like(cache, new),
     )  # fmt: skip
 
 
@@ -101,19 +154,23 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
             def cut(x: jax.Array) -> jax.Array:
                 return lax.dynamic_slice_in_dim(x, i, 1, 0)
 
-            return put_row(cache, i if rows is None else rows[i], _each(cut, cut, new), lengths[i])
+            return put_row(cache, i if rows is None else rows[i], _each(cut, cut, cut, new), lengths[i])
 
         return lax.fori_loop(0, new.rows, one, cache)
 
     def at_once(cache: KVCache, new: KVCache, lengths: jax.Array) -> KVCache:
-        def key(k: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.vmap(lambda k, new, n: lax.dynamic_update_slice(k, new, (0, 0, n)))(k, new, lengths)
+        def behind(old: jax.Array, new: jax.Array, place: Callable[..., tuple[Any, ...]]) -> jax.Array:
+            def one(old: jax.Array, new: jax.Array, n: jax.Array) -> jax.Array:
+                return lax.dynamic_update_slice(old, new, place(n))
 
-        def value(v: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.vmap(lambda v, new, n: lax.dynamic_update_slice(v, new, (0, n, 0)))(v, new, lengths)
+            return jax.vmap(one)(old, new, lengths)
 
-        return _each(key, value, cache, new)
+        return _each(
+            functools.partial(behind, place=lambda n: (0, 0, n)), functools.partial(behind, place=lambda n: (0, n, 0)),
+            functools.partial(behind, place=lambda n: (0, n)), cache, new,
+        )  # fmt: skip
 
+    new = _like(cache, new)
     if rows is not None:
         return row_by_row(cache, new, lengths)
     # One after the other is in place on CPU; elsewhere rows lie on several devices, and each writes its own.
@@ -121,14 +178,15 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
 
 
 def attend(
-    q: jax.Array, past: tuple[jax.Array, jax.Array], recent: tuple[jax.Array, jax.Array],
+    q: jax.Array, past: Sequence[jax.Array], recent: tuple[jax.Array, jax.Array],
     lengths: jax.Array, visible: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """Attention of a chunk's queries over what its row has cached and over the step's buffer.
 
     Args:
         q: `[B, t, N, H]`.
-        past: one layer's cached keys `[B, K, H, S]` and values `[B, K, S, H]`.
+        past: one layer's cached keys `[B, K, H, S]` and values `[B, K, S, H]`, and the scales `[B, K, S]` of both
+            where they are int8.
         recent: the buffer's keys `[B, K, H, M]` and values `[B, K, M, H]`, this chunk's included.
         lengths: int32 `[B]`, how much of the past is real.
         visible: bool `[B, t, M]`, which slots of the buffer each query sees.
@@ -140,19 +198,22 @@ def attend(
     K, S = past[0].shape[1], past[0].shape[-1]
     q = (q * H**-0.5).reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * t, H)
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    # What a scale is the same for is multiplied by it: scores and probabilities, not entries.
+    k_scales, v_scales = (s[:, :, None] for s in past[2:]) if len(past) > 2 else (1, 1)
+
+    def scores(keys: jax.Array, mask: jax.Array, scales: Any) -> jax.Array:
         s = jnp.einsum("bkqh,bkhs->bkqs", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        return jnp.where(mask, s, -1e30)
+        return jnp.where(mask, s * scales, -1e30)
 
     # Softmax over both parts without joining them, divided by at the end, where there is least to divide.
-    old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None])
-    new = scores(recent[0], jnp.tile(visible, (1, N // K, 1))[:, None])
+    old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None], k_scales)
+    new = scores(recent[0], jnp.tile(visible, (1, N // K, 1))[:, None], 1)
     top = jnp.maximum(jnp.max(old, axis=-1), jnp.max(new, axis=-1))[..., None]
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = (jnp.sum(old, axis=-1) + jnp.sum(new, axis=-1))[..., None]
     out = sum(
         jnp.einsum("bkqs,bksh->bkqh", p.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
-        for p, v in ((old, past[1]), (new, recent[1]))
+        for p, v in ((old * v_scales, past[1]), (new, recent[1]))
     )
     out = (out / total).astype(q.dtype)
     return out.reshape(B, K, N // K, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

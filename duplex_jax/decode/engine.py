@@ -24,7 +24,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.matrix import Matrix
+from duplex_jax.model.matrix import STORES, Matrix
 from duplex_jax.model.minicpm import Params
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
@@ -110,7 +110,10 @@ class Engine:
         template: gives idle, end and the tokens that are never sampled.
         rows: B, conversations at once.
         capacity: most tokens of a context.
-        dtype: of weights and cache; float32 on CPU and bfloat16 elsewhere by default.
+        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        weights: how weights are stored, one of `matrix.STORES`; as `dtype` by default.
+        entries: how cached keys and values are stored, one of the same; as `dtype` by default.
+        kernels: whether the CPU's own kernels compute (in float32); by default where they can be had.
         max_feed_tokens: T, most tokens of a row that a step is fed.
         row_buckets: R, the numbers of rows that a step computes: it takes the least that holds those that take part,
             and again for those that are not silent. On CPU 1, 4, 16, 32, 64, ... by default; elsewhere all rows, in one
@@ -131,6 +134,9 @@ class Engine:
         rows: int = 1,
         capacity: int | None = None,
         dtype: Any = None,
+        weights: str | None = None,
+        entries: str | None = None,
+        kernels: bool | None = None,
         max_feed_tokens: int = 16,
         row_buckets: Sequence[int] | None = None,
         chunk: int = 64,
@@ -150,7 +156,13 @@ class Engine:
         self.config, self.template, self.capacity = config, template, capacity
         self.max_slice_tokens = max_slice_tokens
         self.dtype = jnp.dtype(dtype)
-        self.params = self._stored(params)
+        for name, how in (("weights", weights), ("entries", entries)):
+            if how is not None and how not in STORES:
+                raise UserError(f"{name} {how!r} cannot be stored; one of {', '.join(STORES)}")
+        self._entries_dtype = jnp.dtype(entries or dtype)
+        self.params = self._stored(
+            params, weights or self.dtype.name, native.available() if kernels is None else kernels
+        )
         self._by_kernels = programs.by_native_kernels(self.params)
         self._max_feed = max_feed_tokens
         if row_buckets is None:
@@ -160,7 +172,7 @@ class Engine:
         self._row_buckets = (*sorted(b for b in row_buckets if b < rows), rows)
         self.chunk = max(chunk, max_feed_tokens)
         slack = self.chunk + max_slice_tokens
-        self.cache = kv.zeros(config, rows, capacity + slack, self.dtype)
+        self.cache = kv.zeros(config, rows, capacity + slack, self._entries_dtype)
         # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
         # much may come in while they are encoded.
         self._shadow_slots = capacity * 3 // 4 + slack
@@ -173,12 +185,14 @@ class Engine:
         self._suppress = jnp.asarray(never_sampled(config, template))
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def _stored(self, params: Params) -> Params:
+    def _stored(self, params: Params, weights: str, kernels: bool) -> Params:
         """The weights as the programs take them."""
         if any(isinstance(w, Matrix) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Matrix))):
             return params  # another engine's
-        if native.available():
-            return minicpm.store(self.config, params, self.dtype.name, in_panels=True, dtype=jnp.float32)
+        if kernels:
+            return minicpm.store(self.config, params, weights, in_panels=True, dtype=jnp.float32)
+        if weights != self.dtype:
+            return minicpm.store(self.config, params, weights, in_panels=False, dtype=self.dtype)
         return jax.tree.map(lambda w: jnp.asarray(w, self.dtype), minicpm.unstack(params))
 
     # Rows come and go.
@@ -369,7 +383,7 @@ class Engine:
     def begin_shadow(self, row: Row, prefix: int, base: int) -> None:
         """Begins to encode the row's context without `ids[prefix:base]`."""
         if self._shadow_cache is None:
-            self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
+            self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self._entries_dtype)
         index = self._free_shadows.pop() if self._free_shadows else None
         row.shadow = Shadow(index, prefix, base, len(row.ids))
 
@@ -414,9 +428,12 @@ class Engine:
     # Their entries leave the device and come back.
 
     def read(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """A row's cached entries on the host: keys `[L, K, H, cached]`, values `[L, K, cached, H]`."""
+        """A row's cached entries on the host: keys `[L, K, H, cached]`, values `[L, K, cached, H]`; int8 as float32."""
         part = self._program("read", self._slots(row.cached), self.cache)(self.cache, row.index)
         k, v = (np.concatenate(x) for x in jax.device_get((part.k, part.v)))
+        if part.k_scales:
+            k_scales, v_scales = (np.concatenate(x) for x in jax.device_get((part.k_scales, part.v_scales)))
+            k, v = k * k_scales[:, :, None], v * v_scales[..., None]
         return k[..., : row.cached], v[:, :, : row.cached]
 
     def write(self, row: Row, ids: Sequence[int], entries: tuple[np.ndarray, np.ndarray] | None) -> None:
@@ -547,7 +564,7 @@ class Engine:
                 self.cache, *_ = self._program("say", slots, self.cache, R)(self.params, self.cache, token, rows)
         if everything:
             if self._shadow_cache is None:
-                self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self.dtype)
+                self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self._entries_dtype)
             # Nothing is lost: what lies behind a row's length is nobody's, and row 0 of both has length 0 here.
             for n in sorted(lengths):
                 self.cache = self._extend(self.cache, 0, [0], n - self.chunk if n > self.chunk else 0)

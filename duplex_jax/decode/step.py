@@ -100,7 +100,7 @@ def _chunk(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer_kv: Any) -> tuple[jax.Array, Any]:
         if rows is not None:
             q, k, v = (x[0][rows[0]] for x in (q, k, v))
-        past_k, past_v, k_buffer, v_buffer = layer_kv
+        cached, (k_buffer, v_buffer) = layer_kv
         k_buffer = lax.dynamic_update_slice_in_dim(
             k_buffer, k.transpose(0, 2, 3, 1).astype(k_buffer.dtype), slot, axis=-1
         )
@@ -108,16 +108,15 @@ def _chunk(
             v_buffer, v.transpose(0, 2, 1, 3).astype(v_buffer.dtype), slot, axis=-2
         )
         recent = (k_buffer, v_buffer)
-        out = kv.attend(q, (past_k, past_v), recent, lengths, visible)
+        out = kv.attend(q, cached, recent, lengths, visible)
         return out if rows is None else out.reshape(1, -1, *out.shape[2:])[:, rows[1]], recent
 
     x = minicpm.embed(config, params, tokens, params["final_norm"].dtype)
     kept = []
-    for layer, *layer_kv in zip(params["layers"], past.k, past.v, buffer.k, buffer.v, strict=True):
+    for layer, *layer_kv in zip(params["layers"], past.layers(), buffer.layers(), strict=True):
         x, recent = minicpm.block(config, layer, x, tables, attend, layer_kv)
         kept.append(recent)
-    k, v = zip(*kept, strict=True)
-    return x, KVCache(k, v)
+    return x, kv.of_layers(kept)
 
 
 def by_native_kernels(params: Params) -> bool:
@@ -139,14 +138,18 @@ def _native_chunk(
     tables = rope.rotary_tables(config, (lengths[row] + place - starts[row])[None], capacity)
     cos, sin = (table[0] for table in tables)
     rows = tuple(a.astype(jnp.int32) for a in (starts, counts, index, lengths))
-    none = jnp.zeros(0, jnp.float32)
     x = minicpm.embed(config, params, tokens, jnp.float32)
-    keys, values = [], []
-    for layer, k, v in zip(params["layers"], cache.k, cache.v, strict=True):
-        x, k, v, *_ = minicpm.cached_block(config, layer, x, (cos, sin), rows, (k, v, none, none))
-        keys.append(k)
-        values.append(v)
-    return KVCache(tuple(keys), tuple(values)), x
+    kept = []
+    for layer, entries in zip(params["layers"], cache.layers(), strict=True):
+        x, *written = minicpm.cached_block(config, layer, x, (cos, sin), rows, entries)
+        kept.append(written)
+    return kv.of_layers(kept), x
+
+
+def _buffer(config: ModelConfig, params: Params, rows: int, slots: int, cache: KVCache) -> KVCache:
+    """For a step's new entries; they are stored in fewer bits only when they go into the cache."""
+    dtype = params["final_norm"].dtype if cache.dtype == jnp.int8 else cache.dtype
+    return kv.zeros(config, rows, slots, dtype)
 
 
 def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -188,7 +191,7 @@ def feed(
         hidden = hidden[jnp.maximum(starts + inputs.counts - 1, 0)]
         return cache, _first_token(config, params, hidden, inputs, idle_id)
     past = kv.take_rows(cache, rows.index, slots)
-    buffer = kv.zeros(config, R, T, cache.dtype)
+    buffer = _buffer(config, params, R, T, cache)
     causal = jnp.broadcast_to(jnp.arange(T)[None, :] <= jnp.arange(T)[:, None], (R, T, T))
     run = functools.partial(_chunk, config, params, past, buffer)
     if inputs.tokens.ndim == 2:
@@ -247,7 +250,7 @@ def say(
     past = buffer = cache
     if not by_kernels:
         past = kv.take_rows(cache, rows.index, slots)
-        buffer = kv.zeros(config, R, max(M - 1, 1), cache.dtype)
+        buffer = _buffer(config, params, R, max(M - 1, 1), cache)
     index = jnp.arange(max(M - 1, 1))
     suppress = rows.suppress | (jnp.arange(rows.suppress.shape[0]) == idle_id)
 
@@ -344,7 +347,7 @@ def _chunk_of_row(
 ) -> tuple[jax.Array, KVCache]:  # fmt: skip
     T = tokens.shape[1]
     past = kv.take_row(cache, row, slots)
-    buffer = kv.zeros(config, 1, T, cache.dtype)
+    buffer = _buffer(config, params, 1, T, cache)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
     return _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)

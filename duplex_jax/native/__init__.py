@@ -109,18 +109,20 @@ def block(
             computed; they come out as zeros), which row of the cache is theirs, and how many slots that has before
             them. A token sees what the row had, and its own tokens up to itself.
         weights: the first norm, q, k and v, o, the second norm, gate and up, down: panels and scales of each.
-        entries: keys `[B, K, H, S]`, values `[B, K, S, H]` and their scales float32 `[B, K, S]` or `[0]`.
+        entries: keys `[B, K, H, S]` and values `[B, K, S, H]`, and their scales float32 `[B, K, S]` if they are int8.
         num_heads: N.
         eps, residual_scale: of the model.
 
     Returns:
         `[P, D]`, and the entries with those of the tokens in place.
     """
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *entries)]
+    given = [*entries, *[jnp.zeros(0, jnp.float32)] * (4 - len(entries))]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *given)]
     first = 1 + 2 + 4 + len(weights)
-    aliases = {first + i: 1 + i for i in range(len(entries))}
+    aliases = {first + i: 1 + i for i in range(len(given))}
     call = jax.ffi.ffi_call("duplex_jax_block", shapes, input_output_aliases=aliases)
-    return tuple(
-        call(x, *tables, *rows, *weights, *entries, num_heads=np.int64(num_heads), eps=np.float32(eps),
-             residual_scale=np.float32(residual_scale))
+    found = call(
+        x, *tables, *rows, *weights, *given,
+        num_heads=np.int64(num_heads), eps=np.float32(eps), residual_scale=np.float32(residual_scale),
     )  # fmt: skip
+    return tuple(found[: 1 + len(entries)])

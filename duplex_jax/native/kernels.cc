@@ -68,8 +68,9 @@ class Pool {
   int threads() const { return helpers_ + 1; }
 
   // Calls part(0) ... part(parts - 1), in any order, and returns when all are done. Not reentrant; callers queue up.
-  void Run(int64_t parts, const std::function<void(int64_t)>& part) {
-    if (helpers_ == 0 || parts <= 1) {
+  // `work` is about how many numbers are read or multiplied in all: to share out little takes longer than to do it.
+  void Run(int64_t parts, int64_t work, const std::function<void(int64_t)>& part) {
+    if (helpers_ == 0 || parts <= 1 || work < (1 << 15)) {
       for (int64_t i = 0; i < parts; ++i) part(i);
       return;
     }
@@ -201,7 +202,7 @@ void Rows(const W* w, const float* x, int64_t depth, const float* scales, float*
 
 template <typename W>
 void Product(const W* w, const float* x, int64_t rows, int64_t depth, int64_t width, const float* scales, float* out) {
-  Pool::Get().Run((width + kPanel - 1) / kPanel, [&](int64_t panel) {
+  Pool::Get().Run((width + kPanel - 1) / kPanel, rows * depth * width, [&](int64_t panel) {
     const W* own = w + panel * depth * kPanel;
     const float* own_scales = scales == nullptr ? nullptr : scales + panel * kPanel;
     int64_t columns = std::min<int64_t>(kPanel, width - panel * kPanel);
@@ -307,9 +308,9 @@ inline void Map(const float* from, float* to, int64_t n, Body body) {
 
 // Rows of tokens, some at a time on each core.
 template <typename Body>
-void ForTokens(int64_t n, Body body) {
+void ForTokens(int64_t n, int64_t width, Body body) {
   constexpr int64_t kBlock = 16;
-  Pool::Get().Run((n + kBlock - 1) / kBlock, [&](int64_t block) {
+  Pool::Get().Run((n + kBlock - 1) / kBlock, n * width, [&](int64_t block) {
     for (int64_t i = block * kBlock; i < std::min(n, (block + 1) * kBlock); ++i) body(i);
   });
 }
@@ -492,7 +493,8 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
   };
   std::vector<Task> tasks;
   int64_t held = 0;  // queries of all tasks
-  int64_t blocks = 0;
+  int64_t blocks = 0, work = 0;
+  for (const Run& run : runs) work += num_heads * run.number * (run.length + run.number) * H;
   for (const Run& run : runs) blocks += cache.heads * ((run.number * group + kQueries - 1) / kQueries);
   for (const Run& run : runs) {
     int64_t queries = run.number * group, keys = run.length + run.number;
@@ -515,7 +517,7 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
     int64_t query = task.query + i;
     return (task.run->token + query / group) * num_heads + task.head * group + query % group;
   };
-  Pool::Get().Run(tasks.size(), [&](int64_t number) {
+  Pool::Get().Run(tasks.size(), work, [&](int64_t number) {
     const Task& task = tasks[number];
     std::vector<float> own(task.queries * H);
     std::vector<int64_t> limits(task.queries);
@@ -574,13 +576,13 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
   int64_t D = layer.hidden, F = layer.mlp, N = layer.num_heads, K = cache.heads, H = cache.head_dim;
   int64_t width = (N + 2 * K) * H;
   std::vector<float> y(n * D), qkv(n * width), attended(n * N * H), gates(n * 2 * F), q(n * N * H);
-  ForTokens(n, [&](int64_t t) { RmsNorm(&x[t * D], layer.attn_norm, layer.eps, D, &y[t * D]); });
+  ForTokens(n, D, [&](int64_t t) { RmsNorm(&x[t * D], layer.attn_norm, layer.eps, D, &y[t * D]); });
   if (auto e = Multiply(layer.qkv, y.data(), n, D, width, qkv.data()); e.failure()) return e;
   std::vector<std::pair<int64_t, int64_t>> places(n);  // row and slot of each token
   for (const Run& run : runs)
     for (int64_t i = 0; i < run.number; ++i) places[run.token + i] = {run.row, run.length + i};
   float scale = 1 / std::sqrt(static_cast<float>(H));
-  ForTokens(n, [&](int64_t t) {
+  ForTokens(n, width, [&](int64_t t) {
     float* own = &qkv[t * width];
     for (int64_t head = 0; head < N + K; ++head) {
       float* a = own + head * H;
@@ -596,13 +598,13 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
   });
   AttendAll(cache, runs, N, q.data(), attended.data());
   if (auto e = Multiply(layer.o, attended.data(), n, N * H, D, y.data()); e.failure()) return e;
-  ForTokens(n, [&](int64_t t) {
+  ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
     RmsNorm(&x[t * D], layer.mlp_norm, layer.eps, D, &y[t * D]);
   });
   if (auto e = Multiply(layer.gate_up, y.data(), n, D, 2 * F, gates.data()); e.failure()) return e;
   // SwiGLU, written over the first half of each token's gates, then moved together.
-  ForTokens(n, [&](int64_t t) {
+  ForTokens(n, 10 * F, [&](int64_t t) {
     float* gate = &gates[t * 2 * F];
     Map(gate, gate, F, [&](int64_t i, Vec g) {
       Vec up = Splat(0.0f);
@@ -612,7 +614,7 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
   });
   for (int64_t t = 1; t < n; ++t) std::memmove(&gates[t * F], &gates[t * 2 * F], F * sizeof(float));
   if (auto e = Multiply(layer.down, gates.data(), n, F, D, y.data()); e.failure()) return e;
-  ForTokens(n, [&](int64_t t) {
+  ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
   });
   return ffi::Error::Success();

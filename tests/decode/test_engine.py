@@ -19,16 +19,14 @@ IDLE = 256 + CONTROL.index("<idle>")
 
 
 @functools.cache
-def shared_engine(rows: int) -> Engine:
+def shared_engine(rows: int, kernels: bool | None = None) -> Engine:
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, rows=rows, capacity=512)
-    engine.warm_up()
-    return engine
+    return Engine(model.config, model.params, model.template, rows=rows, capacity=512, kernels=kernels)
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """Eight rows of 512 tokens, warmed up."""
+    """Eight rows of 512 tokens."""
     engine = shared_engine(8)
     yield engine
     for row in list(engine.rows):
@@ -41,11 +39,15 @@ def script(seed: int, count: int) -> list[str | None]:
     return [None if rng.random() < 0.3 else "w" * rng.choice([3, 8, 20, 20, 90]) for _ in range(count)]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.8), Sampling(1.0, 1.0, 5, 4.0)])
-def test_a_row_beside_others_gives_what_it_gives_alone(engine: Engine, sampling: Sampling):
+@pytest.mark.parametrize(
+    ("sampling", "kernels"),
+    [(GREEDY, None), (Sampling(temperature=0.8, top_p=0.8), False), (Sampling(1.0, 1.0, 5, 4.0), None)],
+)
+def test_a_row_beside_others_gives_what_it_gives_alone(sampling: Sampling, kernels: bool | None):
     """Others open, close, fork, go and come back with settings of their own; 80 slices through several evictions."""
+    engine = shared_engine(8, kernels)
     slices = script(1, 80)
-    alone = DuplexSession(shared_engine(1), system="Be brief.", seed=9, sampling=sampling)
+    alone = DuplexSession(shared_engine(1, kernels), system="Be brief.", seed=9, sampling=sampling)
     expected = [alone.step(user).ids for user in slices]
     assert alone._oldest > 0
     alone.close()
@@ -72,6 +74,8 @@ def test_a_row_beside_others_gives_what_it_gives_alone(engine: Engine, sampling:
         results = step_sessions({o: rng.choice([None, "and I", "o" * 70]) for o in beside} | {session: user})
         assert results[session].ids == expected[number], number
     assert shared > 20
+    for row in list(engine.rows):
+        engine.close(row)
 
 
 def test_forks_part_by_their_seeds(engine: Engine):
@@ -86,14 +90,15 @@ def test_forks_part_by_their_seeds(engine: Engine):
     assert session.step("go on").ids != results[session].ids
 
 
-def test_no_step_compiles_after_warm_up():
+@pytest.mark.parametrize("kernels", [None, pytest.param(False, marks=pytest.mark.slow)])
+def test_no_step_compiles_after_warm_up(kernels: bool | None):
     """200 slices of random length, silences and evictions; every other program is bounded by the table of buckets."""
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, rows=2, capacity=512)
+    engine = Engine(model.config, model.params, model.template, rows=2, capacity=512, kernels=kernels)
     engine.warm_up()
     steps = {k: n for k, n in engine.compilations.items() if k.startswith(("feed", "say"))}
-    # slots 256 and all; for one row what is fed and what is said; for two, few and many tokens are fed
-    assert len(steps) == 2 * (2 + 3)
+    # for one row what is fed and what is said; for two, few and many tokens are fed; without kernels slots 256 and all
+    assert len(steps) == (2 + 3) * (1 if engine._by_kernels else 2)
     assert set(steps.values()) == {1}
     rng = random.Random(0)
     sessions = [DuplexSession(engine, system="Be brief.", seed=i) for i in range(2)]

@@ -24,10 +24,10 @@ GREEDY = Sampling(temperature=0)
 
 
 @functools.cache
-def shared_engine(rows: int, capacity: int) -> Engine:
+def shared_engine(rows: int, capacity: int, kernels: bool | None = None) -> Engine:
     """Engines are used again and again, dirty caches included: compiling takes longest."""
     model = tiny_model()
-    return Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+    return Engine(model.config, model.params, model.template, rows=rows, capacity=capacity, kernels=kernels)
 
 
 @functools.cache
@@ -149,12 +149,12 @@ class Lives(RuleBasedStateMachine):
     """Sessions of one engine that live at random beside each other."""
 
     @initialize(
-        shape=st.sampled_from([(1, 256), (4, 256), (4, 512)]),
+        shape=st.sampled_from([(1, 256), (4, 256), (4, 512), (4, 256, False)]),
         template=st.sampled_from(sorted(TEMPLATES)),
         system=st.sampled_from([None, "Be brief.", "Be " + "very " * 6 + "brief."]),
         keep_idle=st.sampled_from([None, 0, 1, 1]),
     )
-    def begin(self, shape: tuple[int, int], template: str, system: str | None, keep_idle: int | None) -> None:
+    def begin(self, shape: tuple[int, ...], template: str, system: str | None, keep_idle: int | None) -> None:
         self.engine = shared_engine(*shape)
         self.engine.template = tiny_model(template).template
         self.lives: list[tuple[DuplexSession, Expected]] = []

@@ -13,12 +13,12 @@ HOT = Sampling(temperature=2.0, top_p=1.0)
 
 
 @functools.cache
-def engine(max_slice_tokens: int = 10, at_once: bool = False) -> Engine:
+def engine(max_slice_tokens: int = 10, at_once: bool = False, kernels: bool | None = None) -> Engine:
     """Three rows; one program for all of them, or several that compute those that take part and those that speak."""
     model = tiny_model()
     return Engine(
         model.config, model.params, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens,
-        row_buckets=[] if at_once else None,
+        row_buckets=[] if at_once else None, kernels=kernels,
     )  # fmt: skip
 
 
@@ -57,10 +57,10 @@ def test_a_slice_has_a_most_of_tokens(most: int, at_once: bool):
 
 
 def test_one_program_gives_what_two_give():
-    """Rows that rest, speak and are silent, by both ways."""
+    """Rows that rest, speak and are silent, by both ways, with the CPU's own kernels and with XLA's."""
     slices = []
-    for at_once in (False, True):
-        ours = engine(10, at_once)
+    for at_once, kernels in ((False, None), (False, False), (True, None), (True, False)):
+        ours = engine(10, at_once, kernels)
         rows = [ours.open([1, 2, 3], HOT, seed=i) for i in range(3)]
         said = []
         for n in range(20):
@@ -69,7 +69,7 @@ def test_one_program_gives_what_two_give():
         slices.append(said)
         for row in rows:
             ours.close(row)
-    assert slices[0] == slices[1]
+    assert all(said == slices[0] for said in slices)
     assert {len(s) for step in slices[0] for s in step} > {1, 10}
 
 

@@ -1,0 +1,162 @@
+"""The CPU's own kernels against XLA's products and attention, and entries and weights in fewer bits."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duplex_jax import native
+from duplex_jax.checkpoint.registry import LoadedModel
+from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.model import matrix
+from tests.tiny import CONFIG, FreshForward, tiny_model
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="no C++ compiler for the CPU's own kernels")
+BOTH = [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="xla")]
+
+
+def shaped(heads: int, kv_heads: int, head_dim: int, mlp: int, hidden: int = 40, tied: bool = False) -> LoadedModel:
+    """A tiny model of other sizes."""
+    config = dataclasses.replace(
+        CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, hidden_size=hidden, intermediate_size=mlp,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = tiny_model(config=config)
+    if not tied:
+        return model
+    params = {name: w for name, w in model.params.items() if name != "head"}
+    return dataclasses.replace(model, config=dataclasses.replace(config, tie_word_embeddings=True), params=params)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "mlp", "tied"),
+    [(3, 1, 64, 100, True), (4, 4, 16, 33, False), (6, 2, 40, 64, False), (2, 2, 128, 96, True)],
+)
+def test_logits_are_those_of_a_fresh_forward_pass(heads: int, kv_heads: int, head_dim: int, mlp: int, tied: bool):
+    """Contexts of many lengths, encoded at once, in chunks, token by token, and after a cut."""
+    of = shaped(heads, kv_heads, head_dim, mlp, tied=tied)
+    engine = Engine(of.config, of.params, of.template, rows=2, capacity=700, kernels=True)
+    fresh = FreshForward(of)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, 620).tolist()
+    row = engine.open()
+    engine.open(ids[:5])
+    for length in (1, 65, 300, 301, 620, 256):
+        engine.truncate(row, min(length, len(row.ids)), ids[len(row.ids) : length])
+        want = fresh(row.ids)
+        np.testing.assert_allclose(engine.logits(row)[:262], want[:262], atol=3e-4 * np.abs(want[:262]).max())
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize(("weights", "entries"), [("bfloat16", "bfloat16"), ("int8", "int8")])
+def test_fewer_bits_are_near(kernels: bool, weights: str, entries: str):
+    """Rows of several lengths step together; logits stay within what the bits allow of the float32 forward pass."""
+    of = shaped(3, 1, 64, 100, hidden=64)
+    engine = Engine(
+        of.config, of.params, of.template, rows=3, capacity=400, weights=weights, entries=entries, kernels=kernels
+    )
+    rng = np.random.default_rng(1)
+    rows = [engine.open(sampling=Sampling(0)) for _ in range(3)]
+    for row, n in zip(rows, (3, 150, 300), strict=True):
+        engine.append(row, rng.integers(0, 256, n).tolist())
+    engine.advance({row: Request([7] * (1 + 5 * i), allow_idle=False) for i, row in enumerate(rows)})
+    fresh = FreshForward(of)
+    for row in rows:
+        want, got = fresh(row.ids)[:256], engine.logits(row)[:256]
+        apart = np.abs(got - want).max() / np.abs(want - want.mean()).max()
+        assert 0 < apart < 0.06, (len(row.ids), apart)
+    k, v = engine.read(rows[1])
+    engine.close(rows[0])
+    row = engine.open()  # what left and came back is the same
+    engine.write(row, rows[1].ids, (k, v))
+    np.testing.assert_allclose(engine.logits(row), engine.logits(rows[1]), atol=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("store", matrix.STORES)
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 8, 3), (5, 33, 64), (7, 64, 100), (40, 70, 129)])
+def test_panels_multiply_and_give_columns(store: str, rows: int, depth: int, width: int):
+    rng = np.random.default_rng(rows)
+    weight, x = rng.standard_normal((depth, width), np.float32), rng.standard_normal((rows, depth), np.float32)
+    plain, panels = (matrix.store([weight[:, :2], weight[:, 2:]], store, in_panels) for in_panels in (False, True))
+    index = jnp.array([0, width - 1, 2])
+    stored = np.asarray(matrix.columns(plain, jnp.arange(width))).T
+    bound = {"float32": 0, "bfloat16": np.abs(weight) * 2**-8, "int8": np.abs(weight).max(0) / 253}[store]
+    assert (np.abs(stored - weight) <= bound).all()
+    np.testing.assert_array_equal(matrix.columns(panels, index), stored[:, np.asarray(index)].T)
+    for of in (plain, panels):
+        both = [np.asarray(part) for part in matrix.split(jax.jit(matrix.matmul)(x, of), of)]
+        assert [part.shape for part in both] == [(rows, 2), (rows, width - 2)]
+        np.testing.assert_allclose(np.concatenate(both, 1), x @ stored, atol=1e-5 * depth)
+
+
+@needs_kernels
+def test_a_row_gives_the_same_beside_others():
+    """Bit for bit, whoever is computed in the same call."""
+    of = shaped(3, 1, 64, 100)
+    engine = Engine(of.config, of.params, of.template, rows=16, capacity=400, kernels=True)
+    rng = np.random.default_rng(2)
+    slices = [rng.integers(0, 256, rng.integers(1, 16)).tolist() for _ in range(12)]
+
+    def lead(beside: int) -> list[list[int]]:
+        others = [engine.open([1, 2, 3], seed=i) for i in range(beside)]
+        row = engine.open([5, 6], Sampling(1.5, 1.0), seed=3)
+        said = []
+        for n, user in enumerate(slices):
+            live = rng.permutation(len(others))[: rng.integers(0, len(others) + 1)]
+            requests = {others[i]: Request([9] * (1 + (n + i) % 9)) for i in live}
+            said.append(engine.advance(requests | {row: Request(user, allow_idle=False)})[row])
+        logits.append(engine.logits(row))
+        for other in [row, *others]:
+            engine.close(other)
+        return said
+
+    logits: list[np.ndarray] = []
+    assert lead(0) == lead(15)
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"DUPLEX_JAX_CACHE": str(tmp_path / "cache")}
+
+
+def build(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    code = "from duplex_jax import native; print(native.available())"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@needs_kernels
+def test_compiled_once_and_kept(shell: dict[str, str]):
+    assert build(shell).stdout == "True\n"
+    (library,) = Path(shell["DUPLEX_JAX_CACHE"]).glob("native-*.so")
+    made = library.stat().st_mtime_ns
+    assert build(shell).stdout == "True\n"
+    assert library.stat().st_mtime_ns == made
+    assert list(library.parent.iterdir()) == [library]
+
+
+def test_without_a_compiler_there_are_none(shell: dict[str, str]):
+    found = build(shell | {"CXX": "/nowhere/c++"})
+    assert found.stdout == "False\n"
+    assert found.stderr.count("no native kernels") == 1
+    assert build(shell | {"DUPLEX_JAX_NATIVE": "off"}).stderr == ""
+    assert "must be on or off" in build(shell | {"DUPLEX_JAX_NATIVE": "perhaps"}).stderr
+    assert "UserError: DUPLEX_JAX_NATIVE=on" in build(shell | {"CXX": "/nowhere/c++", "DUPLEX_JAX_NATIVE": "on"}).stderr
+
+
+def test_what_cannot_be_stored_is_refused():
+    of = tiny_model()
+    with pytest.raises(UserError, match="weights 'int4' cannot be stored"):
+        Engine(of.config, of.params, of.template, capacity=256, weights="int4")
+    with pytest.raises(UserError, match="entries 'float8' cannot be stored"):
+        Engine(of.config, of.params, of.template, capacity=256, entries="float8")
