@@ -1,18 +1,20 @@
 """What a slice costs against how much was said before it: our step beside what people would run instead.
 
-Four ways to answer the same slice of the same conversation with the same float32 weights:
+Five ways to answer the same slice of the same conversation with the same weights:
 
     ours                     the engine's step: the history lies in the KV cache
     re-encoding (JAX)        the reference's way in the same model: the whole history is encoded anew for each slice
     re-encoding (torch)      the same with transformers' `generate`
     cached (torch)           transformers' `generate` with its own DynamicCache kept from slice to slice
+    llama.cpp                llama-cpp-python with its own cache (of float16 entries) kept from slice to slice
 
-All draw greedily. The measurements of one repetition follow each other closely, way after way and history after
-history, so that a busy machine hurts them alike.
+torch takes part in float32. All draw greedily. The measurements of one repetition follow each other closely, way after
+way and history after history, so that a busy machine hurts them alike.
 """
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import os
 import platform
@@ -29,10 +31,12 @@ import jax
 import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
+from duplex_jax.decode import llama
 from duplex_jax.decode.engine import Engine, Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.model.matrix import STORES
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
 from duplex_jax.timeline import read_timelines
@@ -41,7 +45,7 @@ HISTORIES = (256, 512, 1024, 2048, 4096)
 USER_TOKENS = 6
 _PREFILL_CHUNK = 512
 
-_QUESTION = " Tell me a long story about the sea and the people who live beside it."
+QUESTION = " Tell me a long story about the sea and the people who live beside it."
 
 
 class Peer(Protocol):
@@ -154,6 +158,30 @@ class Torch:
         return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values.get_seq_length() - before
 
 
+class LlamaCpp:
+    """llama.cpp behind a cached history."""
+
+    name, slow = "llama.cpp", False
+
+    def __init__(self, model: LoadedModel, precision: str, longest: list[int]):
+        # One sequence keeps the longest history; the other one answers.
+        self._llama = llama.Llama(model, precision, 2, len(longest) + USER_TOKENS + MAX_SLICE_TOKENS)
+        self._llama.encode(0, longest)
+        self._history: list[int] = []
+
+    def prepare(self, history: list[int]) -> None:
+        self._llama.copy(0, 1)
+        self._llama.cut(1, len(history) - 1)
+        self._history = history
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        place, feed, said = len(self._history) - 1, [self._history[-1], *user], []
+        for _ in range(MAX_SLICE_TOKENS):
+            said.append(int(self._llama.decode([(1, place, feed)])[0].argmax()))
+            place, feed = place + len(feed), said[-1:]
+        return said, place - len(self._history) + 1
+
+
 def conversation(template: Template, length: int) -> list[int]:
     """Exactly `length` ids of a conversation in slices: the one that comes with the package, over and over."""
     with resources.as_file(resources.files("duplex_jax") / "assets" / "demo.jsonl") as path:
@@ -190,8 +218,10 @@ def bench_decode(
     repeats: int = 10,
     slow_repeats: int = 2,
     png: str = "",
+    precision: str = "float32",
 ) -> dict[str, Any]:
-    """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way and torch's.
+    """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way, torch's and
+    llama.cpp's.
 
     Args:
         model: as `load_model` takes it.
@@ -199,6 +229,8 @@ def bench_decode(
         repeats: measurements of the ways that keep their cache.
         slow_repeats: measurements of those that encode the history anew.
         png: a file to draw the figures into.
+        precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp). Our entries are float32 with float32
+            weights and bfloat16 otherwise.
 
     Raises:
         UserError: an argument that makes no sense, or a PNG without matplotlib.
@@ -210,7 +242,7 @@ def bench_decode(
     if png:
         check_plot()
         check_writable(png)
-    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say)
+    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision)
     if png:
         plot(report, png)
     return report
@@ -226,15 +258,17 @@ def run(
     repeats: int = 10,
     slow_repeats: int = 2,
     say: Callable[[str], None] = lambda text: None,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Measures every way at every history.
 
     Args:
-        model: its weights are taken as float32.
+        model: its weights are taken as `precision`.
         histories: tokens that were said before the slice.
         repeats: measurements of the ways that keep their cache.
         slow_repeats: measurements of those that encode the history anew.
         say: is told what goes on, a line at a time.
+        precision: one of `matrix.STORES`.
 
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
@@ -248,31 +282,50 @@ def run(
     histories = sorted(set(histories))
     if not histories or histories[0] < 2 or repeats < 1 or slow_repeats < 1:
         raise UserError(f"histories {list(histories)} and repeats must be positive; a history has at least 2 tokens")
+    if precision not in STORES:
+        raise UserError(f"precision {precision!r} is unknown; one of {', '.join(STORES)}")
     config, said = model.config, MAX_SLICE_TOKENS
     capacity = max(histories[-1] + USER_TOKENS + said, 2 * (_PREFILL_CHUNK + said))
     if capacity > config.max_position_embeddings:
         raise UserError(f"a history of {histories[-1]} with its slice needs {capacity} positions and the model has "
                         f"{config.max_position_embeddings}; give a shorter one")  # fmt: skip
     longest = conversation(model.template, histories[-1])
-    user = model.tokenizer.encode(_QUESTION)[:USER_TOKENS]
-    template = _without_end(model.template)
-    engine = Engine(config, model.params, template, capacity=capacity, dtype="float32")
-    prefiller = Engine(config, engine.params, template, capacity=capacity, dtype="float32", chunk=_PREFILL_CHUNK)
+    user = model.tokenizer.encode(QUESTION)[:USER_TOKENS]
+    template = without_end(model.template)
+    make = functools.partial(
+        Engine, config, template=template, capacity=capacity, dtype="float32", weights=precision,
+        entries="float32" if precision == "float32" else "bfloat16",
+    )  # fmt: skip
+    engine = make(model.params)
+    prefiller = make(engine.params, chunk=_PREFILL_CHUNK)
     say(f"encoding the longest history, {histories[-1]} tokens")
     reencoding = Reencoding(prefiller)
     reencoding.prepare(longest)
     prefiller.encode(reencoding.row, len(longest))
     ours = OurStep(engine, prefiller.read(reencoding.row))
     peers: list[Peer] = [ours, reencoding]
-    left_out = {}
+    left_out: dict[str, str] = {}
+
+    def leave_out(reason: str, *names: str) -> None:
+        left_out.update(dict.fromkeys(names, reason))
+        say(f"left out: {', '.join(names)}; {reason}")
+
+    torch_ways = ("re-encoding (torch)", "cached (torch)")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        reason = f"{' and '.join(missing)} not installed: pip install 'duplex-jax[torch]'"
-        left_out = {"re-encoding (torch)": reason, "cached (torch)": reason}
-        say(f"left out: {', '.join(left_out)}; {reason}")
+        leave_out(f"{' and '.join(missing)} not installed: pip install 'duplex-jax[torch]'", *torch_ways)
+    elif precision != "float32":
+        leave_out("measured in float32 only", *torch_ways)
     else:
         exported = torch_model(model)
         peers += [Torch(exported, longest, cached=False), Torch(exported, longest, cached=True)]
+    if llama.missing():
+        leave_out("llama_cpp not installed: pip install llama-cpp-python", LlamaCpp.name)
+    else:
+        try:
+            peers.append(LlamaCpp(model, precision, longest))
+        except UserError as e:  # a tokenizer that its files cannot hold
+            leave_out(str(e), LlamaCpp.name)
 
     for history in histories:
         say(f"warming up at {history} tokens")
@@ -294,14 +347,15 @@ def run(
                     continue
                 peer.prepare(longest[:history])
                 timings = results[history, peer.name]
+                time.sleep(0.05)  # the threads of the one before come to rest
                 began = time.perf_counter()
                 timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
-    return _report(model, histories, peers, results, left_out)
+    return _report(model, precision, histories, peers, results, left_out)
 
 
-def _without_end(template: Template) -> Template:
+def without_end(template: Template) -> Template:
     """The template with idle as its only stop: where idle is not allowed either, every slice is as long as may be."""
     template = copy.copy(template)
     template.end_id = template.idle_id
@@ -309,7 +363,7 @@ def _without_end(template: Template) -> Template:
 
 
 def _report(
-    model: LoadedModel, histories: Sequence[int], peers: Sequence[Peer],
+    model: LoadedModel, precision: str, histories: Sequence[int], peers: Sequence[Peer],
     results: dict[tuple[int, str], _Timings], left_out: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     rows = []
@@ -333,7 +387,7 @@ def _report(
     flatness = {p.name: min(results[last, p.name].seconds) / min(results[first, p.name].seconds) for p in peers}
     return {
         "model": model.name,
-        "dtype": "float32",
+        "dtype": precision,
         "slice": {"in": USER_TOKENS, "out": MAX_SLICE_TOKENS},
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend(),
                     "device": jax.devices()[0].device_kind, "jax": jax.__version__},

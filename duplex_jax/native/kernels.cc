@@ -135,6 +135,17 @@ class Pool {
   int64_t parts_ = 0;
 };
 
+// Memory of a call, as it comes.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : data_(new float[std::max<int64_t>(n, 1)]) {}
+  float* data() const { return data_.get(); }
+  float& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::unique_ptr<float[]> data_;
+};
+
 // Loads of what weights and entries are stored as.
 
 inline Vec Load(const float* p) {
@@ -169,24 +180,25 @@ inline Vec Splat(float x) { return Vec{} + x; }
 // for each column.
 
 template <typename W, int R>
-inline void Tile(const W* w, const float* x, int64_t depth, Vec (&sums)[R][kVecs]) {
+inline void Tile(const W* w, const float* x, int64_t stride, int64_t depth, Vec (&sums)[R][kVecs]) {
   for (auto& row : sums)
     for (auto& sum : row) sum = Vec{};
   for (int64_t d = 0; d < depth; ++d, w += kPanel) {
     Vec columns[kVecs];
     for (int j = 0; j < kVecs; ++j) columns[j] = Load(w + j * kLanes);
     for (int r = 0; r < R; ++r) {
-      Vec value = Splat(x[r * depth + d]);
+      Vec value = Splat(x[r * stride + d]);
       for (int j = 0; j < kVecs; ++j) sums[r][j] += value * columns[j];
     }
   }
 }
 
 template <typename W, int R>
-void Rows(const W* w, const float* x, int64_t depth, const float* scales, float* out, int64_t width, int64_t columns) {
+void Rows(const W* w, const float* x, int64_t stride, int64_t depth, const float* scales, float* out, int64_t width,
+          int64_t columns) {
   for (int at = 0; at < kPanel && at < columns; at += kTile) {
     Vec sums[R][kVecs];
-    Tile<W, R>(w + at, x, depth, sums);
+    Tile<W, R>(w + at, x, stride, depth, sums);
     float row[kTile];
     for (int r = 0; r < R; ++r) {
       int64_t n = std::min<int64_t>(kTile, columns - at);
@@ -200,8 +212,10 @@ void Rows(const W* w, const float* x, int64_t depth, const float* scales, float*
   }
 }
 
+// Rows of x lie `stride` apart.
 template <typename W>
-void Product(const W* w, const float* x, int64_t rows, int64_t depth, int64_t width, const float* scales, float* out) {
+void Product(const W* w, const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t width,
+             const float* scales, float* out) {
   Pool::Get().Run((width + kPanel - 1) / kPanel, rows * depth * width, [&](int64_t panel) {
     const W* own = w + panel * depth * kPanel;
     const float* own_scales = scales == nullptr ? nullptr : scales + panel * kPanel;
@@ -209,7 +223,7 @@ void Product(const W* w, const float* x, int64_t rows, int64_t depth, int64_t wi
     int64_t r = 0;
     auto run = [&](auto number) {
       constexpr int R = decltype(number)::value;
-      Rows<W, R>(own, x + r * depth, depth, own_scales, out + r * width + panel * kPanel, width, columns);
+      Rows<W, R>(own, x + r * stride, stride, depth, own_scales, out + r * width + panel * kPanel, width, columns);
       r += R;
     };
     // Tiles of equal height: a low one waits for its own sums.
@@ -233,16 +247,17 @@ struct Weight {
   const float* scales;
 };
 
-ffi::Error Multiply(const Weight& w, const float* x, int64_t rows, int64_t depth, int64_t width, float* out) {
+ffi::Error Multiply(const Weight& w, const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t width,
+                    float* out) {
   switch (w.type) {
     case ffi::F32:
-      Product(static_cast<const float*>(w.data), x, rows, depth, width, nullptr, out);
+      Product(static_cast<const float*>(w.data), x, stride, rows, depth, width, nullptr, out);
       break;
     case ffi::BF16:
-      Product(static_cast<const uint16_t*>(w.data), x, rows, depth, width, nullptr, out);
+      Product(static_cast<const uint16_t*>(w.data), x, stride, rows, depth, width, nullptr, out);
       break;
     case ffi::S8:
-      Product(static_cast<const int8_t*>(w.data), x, rows, depth, width, w.scales, out);
+      Product(static_cast<const int8_t*>(w.data), x, stride, rows, depth, width, w.scales, out);
       break;
     default:
       return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or int8");
@@ -257,7 +272,7 @@ Weight AsWeight(const ffi::AnyBuffer& data, const ffi::Buffer<ffi::F32>& scales)
 ffi::Error MatmulImpl(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
                       ffi::ResultBuffer<ffi::F32> out) {
   auto from = x.dimensions(), to = out->dimensions();
-  return Multiply(AsWeight(w, scales), x.typed_data(), from[0], from[1], to[1], out->typed_data());
+  return Multiply(AsWeight(w, scales), x.typed_data(), from[1], from[0], from[1], to[1], out->typed_data());
 }
 
 // exp, to about one unit in the last place: 2^n times a polynomial, |x - n ln 2| <= ln 2 / 2 (Cephes' coefficients).
@@ -387,20 +402,22 @@ struct Partial {
 // Scores [Q, kKeys] of Q queries with keys [first, first + n), of which n may be less than kKeys.
 template <int Q, typename C>
 void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* scores) {
+  // Keys of a tile are far apart from one dimension to the next, so few queries take long pieces of them.
+  constexpr int kLong = Q <= 3 ? 2 * kVecs : kVecs;
   int64_t s = 0;
-  for (; s < n && first + s + kTile <= slots; s += kTile) {
-    Vec sums[Q][kVecs] = {};
+  for (; s < n && first + s + kLong * kLanes <= slots && s + kLong * kLanes <= kKeys; s += kLong * kLanes) {
+    Vec sums[Q][kLong] = {};
     const C* at = keys + first + s;
     for (int64_t h = 0; h < head_dim; ++h, at += slots) {
-      Vec k[kVecs];
-      for (int j = 0; j < kVecs; ++j) k[j] = Load(at + j * kLanes);
-      for (int i = 0; i < Q; ++i) {
-        Vec value = Splat(q[i * head_dim + h]);
-        for (int j = 0; j < kVecs; ++j) sums[i][j] += value * k[j];
+      for (size_t byte = 0; byte < kLong * kLanes * sizeof(C); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(at + 6 * slots) + byte);
+      for (int j = 0; j < kLong; ++j) {
+        Vec k = Load(at + j * kLanes);
+        for (int i = 0; i < Q; ++i) sums[i][j] += Splat(q[i * head_dim + h]) * k;
       }
     }
     for (int i = 0; i < Q; ++i)
-      for (int j = 0; j < kVecs; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
+      for (int j = 0; j < kLong; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
   }
   for (; s < n; ++s)
     for (int i = 0; i < Q; ++i) {
@@ -510,7 +527,7 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
         }
       }
   }
-  std::vector<float> numbers(held * (H + 2));
+  Floats numbers(held * (H + 2));
   float *sums = numbers.data(), *tops = sums + held * H, *totals = tops + held;
   // A task's queries are those of one key head: `group` of each token, side by side.
   auto token_head = [&](const Task& task, int64_t i) {
@@ -519,7 +536,7 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
   };
   Pool::Get().Run(tasks.size(), work, [&](int64_t number) {
     const Task& task = tasks[number];
-    std::vector<float> own(task.queries * H);
+    Floats own(task.queries * H);
     std::vector<int64_t> limits(task.queries);
     for (int64_t i = 0; i < task.queries; ++i) {
       std::memcpy(own.data() + i * H, q + token_head(task, i) * H, H * sizeof(float));
@@ -575,9 +592,9 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
                  const float* sin, int64_t n, float* x) {
   int64_t D = layer.hidden, F = layer.mlp, N = layer.num_heads, K = cache.heads, H = cache.head_dim;
   int64_t width = (N + 2 * K) * H;
-  std::vector<float> y(n * D), qkv(n * width), attended(n * N * H), gates(n * 2 * F), q(n * N * H);
+  Floats y(n * D), qkv(n * width), attended(n * N * H), gates(n * 2 * F), q(n * N * H);
   ForTokens(n, D, [&](int64_t t) { RmsNorm(&x[t * D], layer.attn_norm, layer.eps, D, &y[t * D]); });
-  if (auto e = Multiply(layer.qkv, y.data(), n, D, width, qkv.data()); e.failure()) return e;
+  if (auto e = Multiply(layer.qkv, y.data(), D, n, D, width, qkv.data()); e.failure()) return e;
   std::vector<std::pair<int64_t, int64_t>> places(n);  // row and slot of each token
   for (const Run& run : runs)
     for (int64_t i = 0; i < run.number; ++i) places[run.token + i] = {run.row, run.length + i};
@@ -597,13 +614,13 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
       Append(cache, places[t].first, head, places[t].second, own + (N + head) * H, own + (N + K + head) * H);
   });
   AttendAll(cache, runs, N, q.data(), attended.data());
-  if (auto e = Multiply(layer.o, attended.data(), n, N * H, D, y.data()); e.failure()) return e;
+  if (auto e = Multiply(layer.o, attended.data(), N * H, n, N * H, D, y.data()); e.failure()) return e;
   ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
     RmsNorm(&x[t * D], layer.mlp_norm, layer.eps, D, &y[t * D]);
   });
-  if (auto e = Multiply(layer.gate_up, y.data(), n, D, 2 * F, gates.data()); e.failure()) return e;
-  // SwiGLU, written over the first half of each token's gates, then moved together.
+  if (auto e = Multiply(layer.gate_up, y.data(), D, n, D, 2 * F, gates.data()); e.failure()) return e;
+  // SwiGLU, written over the first half of each token's gates.
   ForTokens(n, 10 * F, [&](int64_t t) {
     float* gate = &gates[t * 2 * F];
     Map(gate, gate, F, [&](int64_t i, Vec g) {
@@ -612,8 +629,7 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
       return g / (Splat(1.0f) + Exp(-g)) * up;
     });
   });
-  for (int64_t t = 1; t < n; ++t) std::memmove(&gates[t * F], &gates[t * 2 * F], F * sizeof(float));
-  if (auto e = Multiply(layer.down, gates.data(), n, F, D, y.data()); e.failure()) return e;
+  if (auto e = Multiply(layer.down, gates.data(), 2 * F, n, F, D, y.data()); e.failure()) return e;
   ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
   });
@@ -651,8 +667,8 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
     for (int64_t i = 0; i < n; ++i) tokens.push_back(starts.typed_data()[r] + i);
   }
   int64_t n = tokens.size();
-  std::vector<float> own(n * D), own_cos(n * half), own_sin(n * half);
-  auto gather = [&](const float* from, int64_t width, std::vector<float>& to) {
+  Floats own(n * D), own_cos(n * half), own_sin(n * half);
+  auto gather = [&](const float* from, int64_t width, const Floats& to) {
     for (int64_t t = 0; t < n; ++t) std::memcpy(&to[t * width], from + tokens[t] * width, width * sizeof(float));
   };
   gather(x.typed_data(), D, own);

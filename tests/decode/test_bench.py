@@ -5,10 +5,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from duplex_jax.checkpoint.registry import LoadedModel
-from duplex_jax.decode import bench
+from duplex_jax.checkpoint.registry import LoadedModel, load_model
+from duplex_jax.decode import bench, bench_batch, llama
+from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from tests.tiny import tiny_model
 
@@ -28,10 +30,10 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_report_without_torch(talkative: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hide(monkeypatch, "torch")
+    hide(monkeypatch, "torch", "llama_cpp")
     said: list[str] = []
     report = bench.run(talkative, [32, 128], repeats=2, slow_repeats=1, say=said.append)
-    assert set(report["left_out"]) == {"re-encoding (torch)", "cached (torch)"}
+    assert set(report["left_out"]) == {"re-encoding (torch)", "cached (torch)", "llama.cpp"}
     assert any("torch not installed" in line for line in said)
     rows = {(row["history"], row["peer"]): row for row in json.loads(json.dumps(report))["rows"]}
     assert len(rows) == 4
@@ -55,12 +57,33 @@ def test_report_without_torch(talkative: LoadedModel, monkeypatch: pytest.Monkey
 def test_torch_peers_say_the_same(talkative: LoadedModel) -> None:
     pytest.importorskip("torch")
     report = bench.run(talkative, [40], repeats=1, slow_repeats=1)
-    assert not report["left_out"]
+    assert set(report["left_out"]) == {"llama.cpp"}  # which has no name for this tokenizer
     rows = {row["peer"]: row for row in report["rows"]}
     assert {name: row["tokens"] for name, row in rows.items()} == {
         "ours": 16, "re-encoding (JAX)": 55, "re-encoding (torch)": 55, "cached (torch)": 16,
     }  # fmt: skip
     assert all(row["same_tokens"] == 10 for row in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_llama_cpp_does_the_same_work(precision: str) -> None:
+    """Its logits behind a cut and copied sequence are ours, within what its float16 entries and Q8_0 allow."""
+    pytest.importorskip("llama_cpp")
+    model = load_model("smollm2-135m-instruct", dtype="float32")
+    ids = bench.conversation(model.template, 120)
+    peer = llama.Llama(model, precision, 2, 200)
+    peer.encode(0, ids)
+    peer.copy(0, 1)
+    peer.cut(1, 100)
+    engine = Engine(model.config, model.params, model.template, capacity=256, dtype="float32", weights=precision)
+    row = engine.open()
+    engine.append(row, [*ids[:100], *ids[10:13]])
+    theirs = peer.decode([(1, 100, ids[10:13]), (0, 120, ids[20:22])])
+    ours = engine.logits(row)[: model.config.vocab_size]
+    peer.close()
+    assert np.abs(theirs[0] - ours).mean() < {"float32": 0.01, "int8": 0.5}[precision]
+    assert theirs[0].argmax() == ours.argmax()
 
 
 def test_refusals(talkative: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +93,12 @@ def test_refusals(talkative: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> No
         bench.run(talkative, [9000])
     with pytest.raises(UserError, match="at least 2"):
         bench.run(talkative, [1])
+    with pytest.raises(UserError, match="precision 'int4' is unknown; one of float32"):
+        bench.run(talkative, [32], precision="int4")
+    with pytest.raises(UserError, match="precision 'int4' is unknown; one of float32"):
+        bench_batch.bench_batch(precision="int4")
+    with pytest.raises(UserError, match="1 or more"):
+        bench_batch.bench_batch(sessions=0)
     hide(monkeypatch, "matplotlib")
     with pytest.raises(UserError, match="pip install"):
         bench.bench_decode(png="a.png")

@@ -1,0 +1,134 @@
+"""`duplex-jax bench batch`: many sessions in one batch, ours beside llama.cpp's parallel sequences.
+
+In every session a slice of 6 tokens comes in behind the same history and 10 are said, greedily, over and over from the
+same place. Ours is the engine's step of all rows; llama.cpp gets one batch of all sequences' tokens, and then one token
+of each at a time. Both keep their caches, and take turns.
+"""
+
+import itertools
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from duplex_jax.checkpoint.registry import load_model
+from duplex_jax.decode import llama
+from duplex_jax.decode.bench import QUESTION, USER_TOKENS, conversation, without_end
+from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.errors import UserError
+from duplex_jax.model.matrix import STORES
+from duplex_jax.slicing import MAX_SLICE_TOKENS
+
+OURS, THEIRS = "ours", "llama.cpp"
+
+
+def bench_batch(
+    model: str = "smollm2-135m-instruct", sessions: int = 32, history: int = 256, precision: str = "float32",
+    repeats: int = 5,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens said per second by many sessions at once, ours beside llama.cpp's.
+
+    Args:
+        model: as `load_model` takes it.
+        sessions: in the batch.
+        history: tokens that each holds.
+        precision: of the weights: float32, bfloat16 or int8 (Q8_0 there). Entries are float32 with float32 weights and
+            bfloat16 otherwise; llama.cpp's are float16, its default.
+        repeats: measured slices of each.
+
+    Returns:
+        `rows`, one for each side: seconds of each slice, tokens said per second by the median, and how many of the
+        said tokens are ours; `ratio` of the two rates; and the machine.
+
+    Raises:
+        UserError: an argument that makes no sense.
+    """
+    if min(sessions, repeats) < 1 or history < 2:
+        raise UserError("sessions and repeats must be 1 or more, history 2 or more")
+    if precision not in STORES:
+        raise UserError(f"precision {precision!r} is unknown; one of {', '.join(STORES)}")
+    loaded = load_model(model, dtype="float32")
+    slots = history + USER_TOKENS + MAX_SLICE_TOKENS
+    ids = conversation(loaded.template, history)
+    user = loaded.tokenizer.encode(QUESTION)[:USER_TOKENS]
+
+    engine = Engine(
+        loaded.config, loaded.params, without_end(loaded.template), rows=sessions, capacity=max(slots, 256),
+        dtype="float32", weights=precision, entries="float32" if precision == "float32" else "bfloat16",
+    )  # fmt: skip
+    first = engine.open(sampling=Sampling(temperature=0))
+    engine.append(first, ids)
+    engine.encode(first, history - 1)
+    rows = [first, *(engine.fork(first) for _ in range(sessions - 1))]
+
+    def ours() -> list[list[int]]:
+        for row in rows:
+            engine.truncate(row, history - 1, ids[-1:])
+        return list(engine.advance({row: Request(user, allow_idle=False) for row in rows}).values())
+
+    sides = {OURS: ours}
+    left_out = {}
+    if llama.missing():
+        left_out[THEIRS] = "llama_cpp not installed: pip install llama-cpp-python"
+    else:
+        peer = llama.Llama(loaded, precision, sessions, slots)
+        peer.encode(0, ids[:-1])
+        for sequence in range(1, sessions):
+            peer.copy(0, sequence)
+
+        def theirs() -> list[list[int]]:
+            for sequence in range(sessions):
+                peer.cut(sequence, history - 1)
+            found = peer.decode([(s, history - 1, [ids[-1], *user]) for s in range(sessions)]).argmax(-1)
+            said = [found.tolist()]
+            for i in range(MAX_SLICE_TOKENS - 1):
+                place = history + len(user) + i
+                said.append(peer.decode([(s, place, [said[-1][s]]) for s in range(sessions)]).argmax(-1).tolist())
+            return [list(words) for words in zip(*said, strict=True)]
+
+        sides[THEIRS] = theirs
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    said: dict[str, list[list[int]]] = {}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            time.sleep(0.05)  # the other one's threads come to rest
+            began = time.perf_counter()
+            said[name] = side()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+        print(f"slice {repeat} of {repeats}" if repeat else "warmed up", file=sys.stderr, flush=True)
+    words = {name: list(itertools.chain(*rows)) for name, rows in said.items()}
+    found: list[dict[str, Any]] = [
+        {
+            "side": name,
+            "seconds": taken,
+            "tokens_per_second": sessions * MAX_SLICE_TOKENS / statistics.median(taken),
+            "as_ours": sum(a == b for a, b in zip(words[name], words[OURS], strict=True)),
+        }
+        for name, taken in seconds.items()
+    ]
+    rates = {row["side"]: row["tokens_per_second"] for row in found}
+    return {
+        "model": model, "sessions": sessions, "history": history, "precision": precision,
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
+        "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
+    }  # fmt: skip
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    lines = [f"{report['sessions']} sessions of {report['history']} tokens, {report['precision']}"]
+    lines.append(f"{'':12}{'tokens/s':>10}{'slice s':>10}{'as ours':>10}{'x llama.cpp':>13}")
+    for row in report["rows"]:
+        ratio = f"{report['ratio']:.2f}" if row["side"] == OURS and report["ratio"] else ""
+        lines.append(
+            f"{row['side']:12}{row['tokens_per_second']:>10.0f}{statistics.median(row['seconds']):>10.2f}"
+            f"{row['as_ours']:>10}{ratio:>13}"
+        )
+    return lines + [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]

@@ -1,0 +1,93 @@
+"""llama.cpp, through llama-cpp-python, over the same weights: what decoding on a CPU is measured against."""
+
+import ctypes
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duplex_jax.checkpoint.registry import LoadedModel, save_model
+
+# Of a file's matrices, for what we store.
+FILES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
+_AT_ONCE = 2048
+
+
+def missing() -> bool:
+    """Whether llama-cpp-python is not installed."""
+    return importlib.util.find_spec("llama_cpp") is None
+
+
+class Llama:
+    """A context of several sequences, each with a cache of its own.
+
+    Args:
+        model: its weights are written to a GGUF file.
+        precision: a key of `FILES`.
+        sequences: how many.
+        slots: tokens that each may hold.
+    """
+
+    def __init__(self, model: LoadedModel, precision: str, sequences: int, slots: int):
+        import llama_cpp
+
+        self._api: Any = llama_cpp
+        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        self._vocab_size = model.config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            save_model(model, path, format="gguf", dtype=FILES[precision])
+            self._model = llama_cpp.llama_model_load_from_file(
+                str(path).encode(), llama_cpp.llama_model_default_params()
+            )
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max, settings.kv_unified = sequences * (-(-slots // 256) * 256), sequences, False
+        settings.n_batch = _AT_ONCE
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        settings.n_threads = settings.n_threads_batch = cores
+        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise MemoryError(f"llama.cpp has no memory for {sequences} sequences of {slots} tokens")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(_AT_ONCE, 0, 1)
+
+    def decode(self, feeds: Sequence[tuple[int, int, Sequence[int]]]) -> np.ndarray:
+        """Feeds each (sequence, position, ids): float32 `[len(feeds), V]`, the logits behind each one's last id."""
+        batch, n, last = self._batch, 0, []
+        for sequence, position, ids in feeds:
+            for i, token in enumerate(ids):
+                batch.token[n], batch.pos[n], batch.n_seq_id[n] = int(token), position + i, 1
+                batch.seq_id[n][0], batch.logits[n] = sequence, i == len(ids) - 1
+                n += 1
+            last.append(n - 1)
+        batch.n_tokens = n
+        failed = self._api.llama_decode(self._context, batch)
+        if failed:
+            raise RuntimeError(f"llama.cpp could not decode {n} tokens ({failed})")
+        pointers = [self._api.llama_get_logits_ith(self._context, i) for i in last]
+        return np.stack([np.ctypeslib.as_array(p, (self._vocab_size,)) for p in pointers])
+
+    def encode(self, sequence: int, ids: Sequence[int]) -> None:
+        """Feeds a whole context to an empty sequence."""
+        for at in range(0, len(ids), _AT_ONCE):
+            self.decode([(sequence, at, ids[at : at + _AT_ONCE])])
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Forgets what a sequence holds behind `length`."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def copy(self, sequence: int, to: int) -> None:
+        """Makes one sequence hold what another does."""
+        self._api.llama_memory_seq_rm(self._memory, to, -1, -1)
+        self._api.llama_memory_seq_cp(self._memory, sequence, to, -1, -1)
+
+    def close(self) -> None:
+        """Frees it all."""
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+        self._api.llama_model_free(self._model)
