@@ -219,6 +219,7 @@ def bench_decode(
     slow_repeats: int = 2,
     png: str = "",
     precision: str = "float32",
+    entries: str = "float32",
 ) -> dict[str, Any]:
     """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way, torch's and
     llama.cpp's.
@@ -229,8 +230,8 @@ def bench_decode(
         repeats: measurements of the ways that keep their cache.
         slow_repeats: measurements of those that encode the history anew.
         png: a file to draw the figures into.
-        precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp). Our entries are float32 with float32
-            weights and bfloat16 otherwise.
+        precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp).
+        entries: of our cache, one of the same; llama.cpp's are float16, its default.
 
     Raises:
         UserError: an argument that makes no sense, or a PNG without matplotlib.
@@ -242,7 +243,7 @@ def bench_decode(
     if png:
         check_plot()
         check_writable(png)
-    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision)
+    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision, entries)
     if png:
         plot(report, png)
     return report
@@ -259,6 +260,7 @@ def run(
     slow_repeats: int = 2,
     say: Callable[[str], None] = lambda text: None,
     precision: str = "float32",
+    entries: str = "float32",
 ) -> dict[str, Any]:
     """Measures every way at every history.
 
@@ -268,7 +270,7 @@ def run(
         repeats: measurements of the ways that keep their cache.
         slow_repeats: measurements of those that encode the history anew.
         say: is told what goes on, a line at a time.
-        precision: one of `matrix.STORES`.
+        precision, entries: each one of `matrix.STORES`.
 
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
@@ -282,8 +284,7 @@ def run(
     histories = sorted(set(histories))
     if not histories or histories[0] < 2 or repeats < 1 or slow_repeats < 1:
         raise UserError(f"histories {list(histories)} and repeats must be positive; a history has at least 2 tokens")
-    if precision not in STORES:
-        raise UserError(f"precision {precision!r} is unknown; one of {', '.join(STORES)}")
+    check_stores(precision, entries)
     config, said = model.config, MAX_SLICE_TOKENS
     capacity = max(histories[-1] + USER_TOKENS + said, 2 * (_PREFILL_CHUNK + said))
     if capacity > config.max_position_embeddings:
@@ -294,7 +295,7 @@ def run(
     template = without_end(model.template)
     make = functools.partial(
         Engine, config, template=template, capacity=capacity, dtype="float32", weights=precision,
-        entries="float32" if precision == "float32" else "bfloat16",
+        entries=entries,
     )  # fmt: skip
     engine = make(model.params)
     prefiller = make(engine.params, chunk=_PREFILL_CHUNK)
@@ -352,7 +353,19 @@ def run(
                 timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
-    return _report(model, precision, histories, peers, results, left_out)
+    report = _report(model, histories, peers, results, left_out)
+    return report | {"precision": precision, "entries": entries}
+
+
+def check_stores(precision: str, entries: str) -> None:
+    """Refuses what weights and entries cannot be stored as.
+
+    Raises:
+        UserError: says what can be.
+    """
+    for name, how in (("precision", precision), ("entries", entries)):
+        if how not in STORES:
+            raise UserError(f"{name} {how!r} is unknown; one of {', '.join(STORES)}")
 
 
 def without_end(template: Template) -> Template:
@@ -363,7 +376,7 @@ def without_end(template: Template) -> Template:
 
 
 def _report(
-    model: LoadedModel, precision: str, histories: Sequence[int], peers: Sequence[Peer],
+    model: LoadedModel, histories: Sequence[int], peers: Sequence[Peer],
     results: dict[tuple[int, str], _Timings], left_out: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     rows = []
@@ -387,7 +400,6 @@ def _report(
     flatness = {p.name: min(results[last, p.name].seconds) / min(results[first, p.name].seconds) for p in peers}
     return {
         "model": model.name,
-        "dtype": precision,
         "slice": {"in": USER_TOKENS, "out": MAX_SLICE_TOKENS},
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend(),
                     "device": jax.devices()[0].device_kind, "jax": jax.__version__},
@@ -449,7 +461,7 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
         axis.grid(True, alpha=0.3)
     axes[0].legend()
     taken = report["slice"]
-    figure.suptitle(f"{report['model']}, {report['dtype']}: {taken['in']} tokens in, {taken['out']} out")
+    figure.suptitle(f"{report['model']}, {report['precision']}: {taken['in']} tokens in, {taken['out']} out")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

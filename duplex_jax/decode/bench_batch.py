@@ -18,11 +18,10 @@ import jax
 
 from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.decode import llama
-from duplex_jax.decode.bench import QUESTION, USER_TOKENS, conversation, without_end
+from duplex_jax.decode.bench import QUESTION, USER_TOKENS, check_stores, conversation, without_end
 from duplex_jax.decode.engine import Engine, Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.model.matrix import STORES
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 
 OURS, THEIRS = "ours", "llama.cpp"
@@ -30,7 +29,7 @@ OURS, THEIRS = "ours", "llama.cpp"
 
 def bench_batch(
     model: str = "smollm2-135m-instruct", sessions: int = 32, history: int = 256, precision: str = "float32",
-    repeats: int = 5,
+    entries: str = "float32", repeats: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens said per second by many sessions at once, ours beside llama.cpp's.
 
@@ -38,8 +37,8 @@ def bench_batch(
         model: as `load_model` takes it.
         sessions: in the batch.
         history: tokens that each holds.
-        precision: of the weights: float32, bfloat16 or int8 (Q8_0 there). Entries are float32 with float32 weights and
-            bfloat16 otherwise; llama.cpp's are float16, its default.
+        precision: of the weights: float32, bfloat16 or int8 (Q8_0 there).
+        entries: of our cache, one of the same; llama.cpp's are float16, its default.
         repeats: measured slices of each.
 
     Returns:
@@ -51,8 +50,7 @@ def bench_batch(
     """
     if min(sessions, repeats) < 1 or history < 2:
         raise UserError("sessions and repeats must be 1 or more, history 2 or more")
-    if precision not in STORES:
-        raise UserError(f"precision {precision!r} is unknown; one of {', '.join(STORES)}")
+    check_stores(precision, entries)
     loaded = load_model(model, dtype="float32")
     slots = history + USER_TOKENS + MAX_SLICE_TOKENS
     ids = conversation(loaded.template, history)
@@ -60,7 +58,7 @@ def bench_batch(
 
     engine = Engine(
         loaded.config, loaded.params, without_end(loaded.template), rows=sessions, capacity=max(slots, 256),
-        dtype="float32", weights=precision, entries="float32" if precision == "float32" else "bfloat16",
+        dtype="float32", weights=precision, entries=entries,
     )  # fmt: skip
     first = engine.open(sampling=Sampling(temperature=0))
     engine.append(first, ids)
@@ -115,7 +113,7 @@ def bench_batch(
     ]
     rates = {row["side"]: row["tokens_per_second"] for row in found}
     return {
-        "model": model, "sessions": sessions, "history": history, "precision": precision,
+        "model": model, "sessions": sessions, "history": history, "precision": precision, "entries": entries,
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
         "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
     }  # fmt: skip
@@ -123,7 +121,8 @@ def bench_batch(
 
 def table(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of text."""
-    lines = [f"{report['sessions']} sessions of {report['history']} tokens, {report['precision']}"]
+    stored = f"{report['precision']}, entries {report['entries']}"
+    lines = [f"{report['sessions']} sessions of {report['history']} tokens, {stored}"]
     lines.append(f"{'':12}{'tokens/s':>10}{'slice s':>10}{'as ours':>10}{'x llama.cpp':>13}")
     for row in report["rows"]:
         ratio = f"{report['ratio']:.2f}" if row["side"] == OURS and report["ratio"] else ""

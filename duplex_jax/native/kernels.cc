@@ -391,7 +391,7 @@ void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, co
   }
 }
 
-constexpr int64_t kKeys = 256;    // keys whose scores are held at once
+constexpr int64_t kKeys = 512;    // keys whose scores are held at once
 constexpr int64_t kQueries = 48;  // queries of a task
 
 // What a task makes of its queries and its part of the keys: a softmax not divided yet.
@@ -402,22 +402,45 @@ struct Partial {
 // Scores [Q, kKeys] of Q queries with keys [first, first + n), of which n may be less than kKeys.
 template <int Q, typename C>
 void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* scores) {
-  // Keys of a tile are far apart from one dimension to the next, so few queries take long pieces of them.
-  constexpr int kLong = Q <= 3 ? 2 * kVecs : kVecs;
   int64_t s = 0;
-  for (; s < n && first + s + kLong * kLanes <= slots && s + kLong * kLanes <= kKeys; s += kLong * kLanes) {
-    Vec sums[Q][kLong] = {};
+  if constexpr (Q <= 3) {
+    // Few queries wait for memory: keys lie far apart from one dimension to the next, so each is read in one stretch,
+    // four dimensions at a time, and sums stay in the cache of the core.
+    constexpr int kDims = 4;
+    int64_t whole = std::min((n + kLanes - 1) / kLanes * kLanes, (slots - first) / kLanes * kLanes);
+    if (head_dim % kDims == 0) s = whole;
+    for (int64_t h = 0; h < head_dim && s > 0; h += kDims) {
+      Vec values[Q][kDims];
+      for (int i = 0; i < Q; ++i)
+        for (int u = 0; u < kDims; ++u) values[i][u] = Splat(q[i * head_dim + h + u]);
+      const C* at = keys + h * slots + first;
+      for (int64_t j = 0; j < whole; j += kLanes) {
+        Vec k[kDims];
+        for (int u = 0; u < kDims; ++u) {
+          k[u] = Load(at + u * slots + j);
+          __builtin_prefetch(at + (u + kDims) * slots + j);
+        }
+        for (int i = 0; i < Q; ++i) {
+          Vec sum = h == 0 ? Vec{} : Load(scores + i * kKeys + j);
+          for (int u = 0; u < kDims; ++u) sum += values[i][u] * k[u];
+          Store(scores + i * kKeys + j, sum);
+        }
+      }
+    }
+  }
+  for (; s < n && first + s + kTile <= slots; s += kTile) {
+    Vec sums[Q][kVecs] = {};
     const C* at = keys + first + s;
     for (int64_t h = 0; h < head_dim; ++h, at += slots) {
-      for (size_t byte = 0; byte < kLong * kLanes * sizeof(C); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(at + 6 * slots) + byte);
-      for (int j = 0; j < kLong; ++j) {
-        Vec k = Load(at + j * kLanes);
-        for (int i = 0; i < Q; ++i) sums[i][j] += Splat(q[i * head_dim + h]) * k;
+      Vec k[kVecs];
+      for (int j = 0; j < kVecs; ++j) k[j] = Load(at + j * kLanes);
+      for (int i = 0; i < Q; ++i) {
+        Vec value = Splat(q[i * head_dim + h]);
+        for (int j = 0; j < kVecs; ++j) sums[i][j] += value * k[j];
       }
     }
     for (int i = 0; i < Q; ++i)
-      for (int j = 0; j < kLong; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
+      for (int j = 0; j < kVecs; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
   }
   for (; s < n; ++s)
     for (int i = 0; i < Q; ++i) {
@@ -516,7 +539,7 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
   for (const Run& run : runs) {
     int64_t queries = run.number * group, keys = run.length + run.number;
     // Where there are few queries, the keys are shared out too.
-    int64_t parts = blocks >= 4 * Pool::Get().threads() ? 1 : (keys + 2 * kKeys - 1) / (2 * kKeys);
+    int64_t parts = blocks >= 4 * Pool::Get().threads() ? 1 : (keys + kKeys - 1) / kKeys;
     int64_t step = ((keys + parts - 1) / parts + kTile - 1) / kTile * kTile;
     for (int64_t head = 0; head < cache.heads; ++head)
       for (int64_t query = 0; query < queries; query += kQueries) {
