@@ -19,6 +19,7 @@ from launch import app
 MEASUREMENTS = {
     "decode": "duplex_jax.decode.bench:bench_decode",
     "batch": "duplex_jax.decode.bench_batch:bench_batch",
+    "quality": "duplex_jax.decode.bench_quality:bench_quality",
     "evaluate": "duplex_jax.evaluate.bench:bench_evaluate",
     "generate": "data_gen.bench:bench_generate",
     "train": "duplex_jax.train.bench:bench_train",

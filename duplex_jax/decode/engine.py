@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -378,6 +378,25 @@ class Engine:
         self.cache, logits = program(self.params, self.cache, row.index, tokens, len(row.ids) - cached, cached)
         return np.asarray(logits)
 
+    def score(self, row: Row, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Appends ids and encodes them in chunks; for each chunk float32 `[n, V]`, the logits behind its ids.
+
+        Raises:
+            UserError: they do not fit the capacity.
+        """
+        if len(row.ids) + len(ids) > self.capacity:
+            raise UserError(f"the context of {len(row.ids) + len(ids)} tokens exceeds the capacity of {self.capacity}")
+        self.encode(row, len(row.ids) - row.cached)
+        row.ids += ids
+        while row.cached < len(row.ids):
+            chunk = row.ids[row.cached : row.cached + self.chunk]
+            program = self._program("score", self._read(row.cached), self.cache)
+            self.cache, logits = program(
+                self.params, self.cache, row.index, self._padded(chunk), len(chunk), row.cached
+            )  # fmt: skip
+            yield np.asarray(logits)[: len(chunk)]
+            row.cached += len(chunk)
+
     # Old pairs are dropped: what stays is encoded afresh ahead of the switch.
 
     def begin_shadow(self, row: Row, prefix: int, base: int) -> None:
@@ -511,8 +530,9 @@ class Engine:
             ),
             "say": (functools.partial(programs.say, self.config, **sizes, **stops), (1,)),
             "step": (functools.partial(programs.tdm_step, self.config, **sizes, **stops), (1,)),
-            "extend": (functools.partial(programs.extend_row, self.config, **sizes), (1,)),
-            "logits": (functools.partial(programs.next_logits, self.config, **sizes), (1,)),
+            "extend": (lambda *args: programs.extend_row(self.config, *args, **sizes)[0], (1,)),
+            "logits": (functools.partial(programs.logits_of_row, self.config, **sizes, every=False), (1,)),
+            "score": (functools.partial(programs.logits_of_row, self.config, **sizes, every=True), (1,)),
             "copy": (lambda cache, row, to: kv.put_row(cache, to, kv.take_row(cache, row, slots)), (0,)),
             "switch": (
                 lambda cache, to, other, row: kv.put_row(

@@ -321,7 +321,7 @@ def _sample(logits: jax.Array, i: jax.Array | int, rows: RowsInput) -> jax.Array
 def extend_row(
     config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
     length: jax.Array, *, slots: int, capacity: int,
-) -> KVCache:  # fmt: skip
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
     """Encodes a chunk of one row without sampling. To be jitted with `cache` donated.
 
     Args:
@@ -334,44 +334,30 @@ def extend_row(
         length: int32 scalar, the row's length before the chunk.
         slots: how many slots of the row are read, at least `length`.
         capacity: positions that rotary scaling is fixed for.
+
+    Returns:
+        The cache with the chunk's entries behind the row's length, and the chunk's hidden states `[T, D]`.
     """
     if by_native_kernels(params):
-        return _native_row(config, params, cache, row, tokens, count, length, capacity)[0]
-    x, buffer = _chunk_of_row(config, params, cache, row, tokens, length, slots, capacity)
-    return kv.put_row(cache, row, buffer, _when_done(length, x))
-
-
-def _chunk_of_row(
-    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, length: jax.Array,
-    slots: int, capacity: int,
-) -> tuple[jax.Array, KVCache]:  # fmt: skip
+        start, counts, index, lengths = (jnp.atleast_1d(a) for a in (0, count, row, length))
+        return _native_chunk(config, params, cache, tokens[0], start, counts, index, lengths, capacity)
     T = tokens.shape[1]
     past = kv.take_row(cache, row, slots)
     buffer = _buffer(config, params, 1, T, cache)
     causal = (jnp.arange(T)[None, :] <= jnp.arange(T)[:, None])[None]
     positions = (length + jnp.arange(T))[None]
-    return _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
+    x, buffer = _chunk(config, params, past, buffer, tokens, positions, 0, length[None], causal, capacity)
+    return kv.put_row(cache, row, buffer, _when_done(length, x)), x[0]
 
 
-def _native_row(
+def logits_of_row(
     config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
-    length: jax.Array, capacity: int,
+    length: jax.Array, *, slots: int, capacity: int, every: bool,
 ) -> tuple[KVCache, jax.Array]:  # fmt: skip
-    start, counts, index, lengths = (jnp.atleast_1d(a) for a in (0, count, row, length))
-    return _native_chunk(config, params, cache, tokens[0], start, counts, index, lengths, capacity)
-
-
-def next_logits(
-    config: ModelConfig, params: Params, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array,
-    length: jax.Array, *, slots: int, capacity: int,
-) -> tuple[KVCache, jax.Array]:  # fmt: skip
-    """The cache, and float32 `[V]`: the logits after a row's entries and `count` pending tokens.
-
-    To be jitted with `cache` donated; what of it is anybody's stays as it is.
-    """
-    if by_native_kernels(params):
-        cache, x = _native_row(config, params, cache, row, tokens, count, length, capacity)
-    else:
-        x = _chunk_of_row(config, params, cache, row, tokens, length, slots, capacity)[0][0]
-    hidden = lax.dynamic_index_in_dim(x, count - 1, keepdims=False)
+    """`extend_row` with float32 logits: `[V]` behind the chunk, or `[T, V]` behind `every` token."""
+    cache, hidden = extend_row(
+        config, params, cache, row, tokens, count, length, slots=slots, capacity=capacity
+    )  # fmt: skip
+    if not every:
+        hidden = lax.dynamic_index_in_dim(hidden, count - 1, keepdims=False)
     return cache, minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
