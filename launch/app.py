@@ -12,11 +12,12 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from duplex_jax.errors import UserError
+from duplex_jax.model.config import STORES
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -114,6 +115,27 @@ def keep_memory() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = _TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+class StoreFlags:
+    """How a job's engine stores weights and cache entries, as flags of `module`."""
+
+    def __init__(self, module: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._weights = flags.DEFINE_enum(
+            "weights", None, STORES, "How weights are stored; by default float32 on a CPU, bfloat16 elsewhere.", **here
+        )
+        self._entries = flags.DEFINE_enum("entries", None, STORES, "How cached keys and values are; likewise.", **here)
+
+    @property
+    def weights(self) -> str | None:
+        """As `Engine` takes it."""
+        return self._weights.value
+
+    @property
+    def entries(self) -> str | None:
+        """As `Engine` takes it."""
+        return self._entries.value
 
 
 def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:

@@ -44,6 +44,7 @@ _IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Above 0 the model is more pat
 _SEED = flags.DEFINE_integer("seed", 0, "Of every random draw.", 0, 2**32 - 1)
 _SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_STORES = app.StoreFlags(__name__)
 _KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
 _DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.", lower_bound=1)
@@ -84,7 +85,10 @@ def _engine(rows: int) -> "Engine":
     _say(f"loading {name}")
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     refuse_typed_markers(model.template)
-    return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
+    return Engine(
+        model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value,
+        weights=_STORES.weights, entries=_STORES.entries,
+    )  # fmt: skip
 
 
 def _warm_up(engine: "Engine", length: int) -> None:

@@ -14,6 +14,7 @@ _PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a fre
 _SESSIONS = flags.DEFINE_integer("sessions", 8, "Sessions at once: rows of the batch.", lower_bound=1)
 _WAITING = flags.DEFINE_integer("waiting", 64, "Newcomers that may wait for a row.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a session's context; old pairs make room.", lower_bound=1)
+_STORES = app.StoreFlags(__name__)
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
 _PER_CLIENT = flags.DEFINE_integer("sessions_per_client", 8, "Sessions of one address.", lower_bound=1)
 _SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.", lower_bound=0.001)
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
         model=_MODEL.value, template=_TEMPLATE.value, sessions=_SESSIONS.value, waiting=_WAITING.value,
         capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits, api_key_file=_KEYS.value,
         allowed_origins=tuple(_ORIGINS.value), snapshot_key_file=_SNAPSHOT_KEY.value, voice=_VOICE.value,
+        weights=_STORES.weights, entries=_STORES.entries,
     )  # fmt: skip
     if _REPLICAS.value > 1:
         if not _PORT.value:

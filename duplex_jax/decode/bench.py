@@ -36,7 +36,7 @@ from duplex_jax.decode.engine import Engine, Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
-from duplex_jax.model.matrix import STORES
+from duplex_jax.model.config import STORES
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
 from duplex_jax.timeline import read_timelines

@@ -20,7 +20,7 @@ import numpy as np
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
-from duplex_jax.model.matrix import STORES
+from duplex_jax.model.config import STORES
 from duplex_jax.timeline import read_timelines
 
 _WAYS = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"),

@@ -23,8 +23,8 @@ from duplex_jax.decode.cache import KVCache
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
-from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.matrix import STORES, Matrix
+from duplex_jax.model.config import STORES, ModelConfig
+from duplex_jax.model.matrix import Matrix
 from duplex_jax.model.minicpm import Params
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
@@ -111,7 +111,7 @@ class Engine:
         rows: B, conversations at once.
         capacity: most tokens of a context.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
-        weights: how weights are stored, one of `matrix.STORES`; as `dtype` by default.
+        weights: how weights are stored, one of `STORES`; as `dtype` by default.
         entries: how cached keys and values are stored, one of the same; as `dtype` by default.
         kernels: whether the CPU's own kernels compute (in float32); by default where they can be had.
         max_feed_tokens: T, most tokens of a row that a step is fed.
@@ -386,7 +386,8 @@ class Engine:
         """
         if len(row.ids) + len(ids) > self.capacity:
             raise UserError(f"the context of {len(row.ids) + len(ids)} tokens exceeds the capacity of {self.capacity}")
-        self.encode(row, len(row.ids) - row.cached)
+        begin = len(row.ids)
+        self.encode(row, begin - row.cached)
         row.ids += ids
         while row.cached < len(row.ids):
             chunk = row.ids[row.cached : row.cached + self.chunk]
@@ -394,7 +395,7 @@ class Engine:
             self.cache, logits = program(
                 self.params, self.cache, row.index, self._padded(chunk), len(chunk), row.cached
             )  # fmt: skip
-            yield np.asarray(logits)[: len(chunk)]
+            yield np.asarray(logits)[max(0, begin - row.cached) : len(chunk)]
             row.cached += len(chunk)
 
     # Old pairs are dropped: what stays is encoded afresh ahead of the switch.

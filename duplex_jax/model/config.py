@@ -7,6 +7,9 @@ from typing import Any
 
 from duplex_jax.errors import UserError
 
+STORES = ("float32", "bfloat16", "int8")
+"""How decoding may store weights and cache entries."""
+
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from duplex_jax import native
+from duplex_jax.model.config import STORES
 
-STORES = ("float32", "bfloat16", "int8")
 _PANEL = 64  # as in native/kernels.cc
 
 
@@ -65,6 +65,7 @@ def store(weights: Sequence[Any], how: str, in_panels: bool) -> Matrix:
         how: one of `STORES`.
         in_panels: for the native kernels.
     """
+    assert how in STORES, how
     data, scales = _stored([jnp.asarray(w) for w in weights], how, in_panels)
     return Matrix(data, scales, tuple(w.shape[1] for w in weights), in_panels)
 

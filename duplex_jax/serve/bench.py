@@ -48,6 +48,7 @@ class _Seen:
 def bench_serve(
     model: str = "smollm2-135m-duplex", sessions: str = "1,2,4,8,16,24,32", seconds: float = 30.0,
     slice_seconds: float = 2.0, capacity: int = 1024, peers: bool = True,
+    weights: str = "float32", entries: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
     """Latency of slices and deadlines missed against the number of speaking sessions, beside one-by-one ways.
 
@@ -57,6 +58,7 @@ def bench_serve(
         seconds: that each number is measured for.
         slice_seconds: the clock.
         capacity: tokens of a session's context.
+        weights, entries: how they are stored: float32, bfloat16 or int8.
         peers: measure the other ways, too (needs torch).
 
     Raises:
@@ -69,7 +71,10 @@ def bench_serve(
     if counts[0] < 1 or seconds < 2 * slice_seconds:
         raise UserError("sessions must be at least 1 and seconds at least two slices")
     loaded = load_model(model, dtype="float32")
-    engine = Engine(loaded.config, loaded.params, loaded.template, rows=counts[-1], capacity=capacity)
+    engine = Engine(
+        loaded.config, loaded.params, loaded.template, rows=counts[-1], capacity=capacity, weights=weights,
+        entries=entries,
+    )  # fmt: skip
     print("compiling", file=sys.stderr, flush=True)
     engine.warm_up(everything=True)
     rows = [asyncio.run(_measure(engine, loaded.name, n, seconds, slice_seconds)) for n in counts]

@@ -33,6 +33,7 @@ class Options:
         allowed_origins: pages of other servers that may connect.
         snapshot_key_file: signs snapshots.
         voice: hear and speak; None: where it is installed.
+        weights, entries: how the engine stores them; see `Engine`.
     """
 
     model: str = "smollm2-135m-duplex"
@@ -46,6 +47,8 @@ class Options:
     allowed_origins: tuple[str, ...] = ()
     snapshot_key_file: str = "~/.cache/duplex_jax/snapshot.key"
     voice: bool | None = None
+    weights: str | None = None
+    entries: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +69,8 @@ def build_server(options: Options, tell: Callable[[str], None], prefix: str = ""
     """
     access = Access(read_keys(options.api_key_file) if options.api_key_file else (), options.allowed_origins)
     key = snapshot_key(options.snapshot_key_file)
-    engine = build_engine(load(options.model, options.template, tell), options.sessions, options.capacity, tell)
+    model = load(options.model, options.template, tell)
+    engine = build_engine(model, options.sessions, options.capacity, tell, options.weights, options.entries)
     sessions = Sessions(Hub(engine, waiting=options.waiting), options.limits, key, prefix)
     return Server(
         sessions, options.name, access=access, slice_seconds=options.slice_seconds,
@@ -89,11 +93,16 @@ def load(name: str, template: str | None, tell: Callable[[str], None]) -> "Loade
     return model
 
 
-def build_engine(model: "LoadedModel", rows: int, capacity: int, tell: Callable[[str], None]) -> "Engine":
+def build_engine(
+    model: "LoadedModel", rows: int, capacity: int, tell: Callable[[str], None], weights: str | None = None,
+    entries: str | None = None,
+) -> "Engine":  # fmt: skip
     """Its engine, with all compiled that a session needs."""
     from duplex_jax.decode.engine import Engine
 
-    engine = Engine(model.config, model.params, model.template, rows=rows, capacity=capacity)
+    engine = Engine(
+        model.config, model.params, model.template, rows=rows, capacity=capacity, weights=weights, entries=entries
+    )  # fmt: skip
     tell("compiling; later starts are faster")
     engine.warm_up(everything=True)
     return engine

@@ -17,6 +17,7 @@ from duplex_jax.decode.engine import Engine, Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.model import matrix
+from duplex_jax.model.config import STORES
 from tests.tiny import CONFIG, FreshForward, tiny_model
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C++ compiler for the CPU's own kernels")
@@ -82,7 +83,7 @@ def test_fewer_bits_are_near(kernels: bool, weights: str, entries: str):
 
 
 @needs_kernels
-@pytest.mark.parametrize("store", matrix.STORES)
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 8, 3), (5, 33, 64), (7, 64, 100), (40, 70, 129)])
 def test_panels_multiply_and_give_columns(store: str, rows: int, depth: int, width: int):
     rng = np.random.default_rng(rows)
@@ -123,6 +124,20 @@ def test_a_row_gives_the_same_beside_others():
     logits: list[np.ndarray] = []
     assert lead(0) == lead(15)
     np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+def test_scores_are_the_logits_behind_each_id(kernels: bool):
+    of = tiny_model()
+    engine = Engine(of.config, of.params, of.template, rows=2, capacity=256, kernels=kernels)
+    ids = np.random.default_rng(3).integers(0, 256, 150).tolist()
+    row, fresh = engine.open(ids[:20]), FreshForward(of)
+    found = np.concatenate(list(engine.score(row, ids[20:])))
+    assert (row.ids, row.cached, len(found)) == (ids, 150, 130)
+    for i in (0, 63, 64, 129):
+        np.testing.assert_allclose(found[i][:262], fresh(ids[: 21 + i])[:262], atol=2e-3)
+    with pytest.raises(UserError, match="exceeds the capacity of 256"):
+        next(engine.score(row, [1] * 107))
 
 
 @pytest.fixture
