@@ -17,6 +17,7 @@ from duplex_jax.files import atomic_write, check_writable
 from launch import app
 
 MEASUREMENTS = {
+    "ceilings": "duplex_jax.decode.floor:bench_ceilings",
     "decode": "duplex_jax.decode.bench:bench_decode",
     "batch": "duplex_jax.decode.bench_batch:bench_batch",
     "quality": "duplex_jax.decode.bench_quality:bench_quality",

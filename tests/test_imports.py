@@ -13,6 +13,7 @@ PACKAGES = ("duplex_jax", "data_gen", "configs", "launch")
 FLOORS = (
     {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.sources"},
     {"duplex_jax.tokenizer", "duplex_jax.timeline", "duplex_jax.template", "duplex_jax.slicing"},
+    {"duplex_jax.native"},
     {"duplex_jax.model"},
     {"duplex_jax.parallel", "duplex_jax.checkpoint"},
     {"duplex_jax.data", "duplex_jax.decode"},

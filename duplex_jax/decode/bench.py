@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
-from duplex_jax.decode import llama
+from duplex_jax.decode import floor, llama
 from duplex_jax.decode.engine import Engine, Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
@@ -275,8 +275,8 @@ def run(
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
         reason), `rows` (one for each history and peer: median and least seconds, tokens processed, ratio of the
-        medians to ours, how many of the said tokens are ours), and `flatness`, for each peer the least seconds at the
-        longest history over those at the shortest.
+        medians to ours, how many of the said tokens are ours; for ours `floor_seconds`, see `floor`), `ceilings`, and
+        `flatness`, for each peer the least seconds at the longest history over those at the shortest.
 
     Raises:
         UserError: histories that make no sense or do not fit the model.
@@ -353,8 +353,15 @@ def run(
                 timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
+    say("measuring the machine")
+    ceilings = floor.measure()
     report = _report(model, histories, peers, results, left_out)
-    return report | {"precision": precision, "entries": entries}
+    for row in report["rows"]:
+        if row["peer"] == OurStep.name:
+            row["floor_seconds"] = floor.slice_floor(
+                config, ceilings, row["history"], USER_TOKENS + 1, said, weights=precision, entries=entries
+            )  # fmt: skip
+    return report | {"precision": precision, "entries": entries, "ceilings": dataclasses.asdict(ceilings)}
 
 
 def check_stores(precision: str, entries: str) -> None:
@@ -417,6 +424,10 @@ def table(report: dict[str, Any]) -> list[str]:
             f"{row['history']:>7}  {row['peer']:22}{row['median_seconds']:>9.3f}{row['min_seconds']:>9.3f}"
             f"{row['tokens']:>8}{row['ratio']:>8.2f}{row['min_ratio']:>9.2f}"
         )
+    for row in report["rows"]:
+        if "floor_seconds" in row:
+            share = row["floor_seconds"] / row["median_seconds"]
+            lines.append(f"floor at {row['history']}: {row['floor_seconds']:.3f} s, {share:.0%} of ours")
     flat = dict(report["flatness"])
     first, last = flat.pop("from"), flat.pop("to")
     lines.append(f"least seconds at {last} over those at {first}: "

@@ -5,6 +5,7 @@ same place. Ours is the engine's step of all rows; llama.cpp gets one batch of a
 of each at a time. Both keep their caches, and take turns.
 """
 
+import dataclasses
 import itertools
 import os
 import platform
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 
 from duplex_jax.checkpoint.registry import load_model
-from duplex_jax.decode import llama
+from duplex_jax.decode import floor, llama
 from duplex_jax.decode.bench import QUESTION, USER_TOKENS, check_stores, conversation, without_end
 from duplex_jax.decode.engine import Engine, Request
 from duplex_jax.decode.sampling import Sampling
@@ -43,7 +44,7 @@ def bench_batch(
 
     Returns:
         `rows`, one for each side: seconds of each slice, tokens said per second by the median, and how many of the
-        said tokens are ours; `ratio` of the two rates; and the machine.
+        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice, see `floor`; and the machine.
 
     Raises:
         UserError: an argument that makes no sense.
@@ -111,11 +112,16 @@ def bench_batch(
         }
         for name, taken in seconds.items()
     ]
+    ceilings = floor.measure()
+    least = floor.slice_floor(
+        loaded.config, ceilings, history, USER_TOKENS + 1, MAX_SLICE_TOKENS, sessions, precision, entries
+    )  # fmt: skip
     rates = {row["side"]: row["tokens_per_second"] for row in found}
     return {
         "model": model, "sessions": sessions, "history": history, "precision": precision, "entries": entries,
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
         "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
+        "floor_seconds": least, "ceilings": dataclasses.asdict(ceilings),
     }  # fmt: skip
 
 
@@ -130,4 +136,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
             f"{row['side']:12}{row['tokens_per_second']:>10.0f}{statistics.median(row['seconds']):>10.2f}"
             f"{row['as_ours']:>10}{ratio:>13}"
         )
+    ours = next(row for row in report["rows"] if row["side"] == OURS)
+    share = report["floor_seconds"] / statistics.median(ours["seconds"])
+    lines.append(f"floor: {report['floor_seconds']:.2f} s a slice, {share:.0%} of ours")
     return lines + [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]

@@ -1,10 +1,9 @@
 """FLOPs of a step by formula: what MFU and predicted step times are made from."""
 
-import time
-
 import jax
 
 from duplex_jax import parallel
+from duplex_jax.decode.floor import measured_peak
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.train.config import Config
 
@@ -46,16 +45,3 @@ def peak(spec: parallel.MeshSpec) -> float:
     if spec.chip is parallel.CPU:
         return measured_peak() * jax.process_count()
     return spec.chip.flops * spec.size
-
-
-def measured_peak(n: int = 2048, tries: int = 4) -> float:
-    """FLOP/s of the fastest of a few float32 products `[n, n] @ [n, n]` on this machine's device."""
-    x = jax.numpy.ones((n, n), jax.numpy.float32)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
-    best = float("inf")
-    for _ in range(tries):
-        began = time.perf_counter()
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * n**3 / best

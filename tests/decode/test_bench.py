@@ -5,11 +5,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
-from duplex_jax.decode import bench, bench_batch, llama
+from duplex_jax.decode import bench, bench_batch, floor, llama
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from tests.tiny import tiny_model
@@ -46,6 +47,7 @@ def test_report_without_torch(talkative: LoadedModel, monkeypatch: pytest.Monkey
         assert 0 < ours["min_seconds"] <= ours["median_seconds"]
         assert ours["ratio"] == 1
     assert report["flatness"]["ours"] > 0
+    assert 0 < rows[32, "ours"]["floor_seconds"] < rows[128, "ours"]["floor_seconds"]
     text = "\n".join(bench.table(report))
     assert "left out: cached (torch)" in text
     assert "re-encoding (JAX)" in text
@@ -84,6 +86,31 @@ def test_llama_cpp_does_the_same_work(precision: str) -> None:
     peer.close()
     assert np.abs(theirs[0] - ours).mean() < {"float32": 0.01, "int8": 0.5}[precision]
     assert theirs[0].argmax() == ours.argmax()
+
+
+def test_the_floor_of_a_slice() -> None:
+    """Counted from the arrays of a model, for memory that is slow and for arithmetic that is."""
+    model = tiny_model()
+    sizes = [w.size for w in jax.tree.leaves(model.params) if w.ndim > 1]
+    weights = sum(sizes) - model.params["embed"].size
+    c = model.config
+    entries = 2 * 50 * c.num_layers * c.num_kv_heads * c.head_dim
+    slow_memory = floor.Ceilings(read=1e6, copy=1e6, flops=1e18)
+    found = floor.slice_floor(c, slow_memory, 50, 7, 10, rows=3, weights="int8", entries="bfloat16")
+    assert found == pytest.approx(10 * (weights + 3 * entries * 2) / 1e6, rel=0.01)  # norms are read, too
+    slow_sums = floor.Ceilings(read=1e18, copy=1e18, flops=1e6)
+    head = model.params["head"].size
+    scores = 4 * 50 * c.num_layers * c.num_heads * c.head_dim
+    wanted = 3 * ((7 + 9) * (2 * (weights - head) + scores) + 10 * 2 * head) / 1e6
+    assert floor.slice_floor(c, slow_sums, 50, 7, 10, rows=3) == pytest.approx(wanted, rel=0.01)
+
+
+def test_ceilings_are_measured() -> None:
+    report = floor.bench_ceilings(megabytes=8)
+    assert min(report["read"], report["copy"], report["flops"]) > 1e8
+    assert len(floor.table(report)) == 3
+    with pytest.raises(UserError, match="1 or more"):
+        floor.bench_ceilings(megabytes=0)
 
 
 def test_refusals(talkative: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,7 +281,8 @@ def test_full_disk(chat, model: Path, tmp_path: Path, environment: dict[str, str
     write_timelines(path, [conversation("words " * 100, 4)])
 
     limit = ("sh", "-c", 'ulimit -f 1; exec "$0" "$@"')
-    off = environment | {"DUPLEX_JAX_CACHE": "off"}
+    # Nor can programs be kept, or kernels be compiled.
+    off = environment | {"DUPLEX_JAX_CACHE": "off", "DUPLEX_JAX_NATIVE": "off"}
     done = chat(f"--model={model}", f"--timeline={path}", f"--out={out}", prefix=limit, env=off)
     assert_refused(done, "out.jsonl: cannot write (File too large); nothing was left behind")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]

@@ -1,0 +1,138 @@
+"""The least time that a slice can take, from bytes and FLOPs, and what this machine reaches of either.
+
+A slice of M tokens takes M passes: one over the T tokens that come in, which gives the first, and one for each other
+token. With R rows, each holding n tokens, a pass over t tokens a row takes at least
+
+    bytes  = weights + R n * 2 L K H * (bytes of an entry)
+    flops  = 2 (R t * matrices + R * head) + 4 R t n L N H
+    floor  = max(bytes / bandwidth, flops / rate)
+
+(`bytes / bandwidth` is Pope et al.'s memory time, 2022, "Efficiently Scaling Transformer Inference"). The embedding is
+looked up and not read; a tied head is read once.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import ModelConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches.
+
+    Attributes:
+        read: bytes a second, read from memory by all cores.
+        copy: bytes a second, those read and those written.
+        flops: float32 multiplications and additions a second in a large product.
+    """
+
+    read: float
+    copy: float
+    flops: float
+
+
+def _fastest(run: Callable[[], Any], tries: int = 5) -> float:
+    run()
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def measured_peak(n: int = 2048, tries: int = 4) -> float:
+    """FLOP/s of the fastest of a few float32 products `[n, n] @ [n, n]` on this machine's device."""
+    x = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    return 2.0 * n**3 / _fastest(lambda: product(x).block_until_ready(), tries)
+
+
+def measure(megabytes: int = 256) -> Ceilings:
+    """Measures this machine's ceilings, in a few seconds; on an accelerator those of its own memory.
+
+    Args:
+        megabytes: of the array that is read and copied; much more than any cache holds.
+    """
+    n = megabytes * 2**20 // 4
+    if jax.default_backend() != "cpu":
+        x = jnp.ones(n, jnp.float32)
+        read = x.nbytes / _fastest(lambda: jax.jit(jnp.sum)(x).block_until_ready())
+        copy = 2 * x.nbytes / _fastest(lambda: jax.jit(lambda x: x + 1)(x).block_until_ready())
+        return Ceilings(read, copy, measured_peak())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts, into = (np.split(np.ones(n // cores * cores, np.float32), cores) for _ in range(2))
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        # NumPy sums and copies without the interpreter's lock; a maximum is vectorised, and waits for memory alone.
+        read = n * 4 / _fastest(lambda: list(pool.map(np.max, parts)))
+        copy = 2 * n * 4 / _fastest(lambda: list(pool.map(np.copyto, into, parts)))
+    return Ceilings(read, copy, measured_peak())
+
+
+def slice_floor(
+    config: ModelConfig, ceilings: Ceilings, history: int, fed: int, said: int, rows: int = 1,
+    weights: str = "float32", entries: str = "float32",
+) -> float:  # fmt: skip
+    """Least seconds of a slice, by the formulas above.
+
+    Args:
+        config: the model.
+        ceilings: of the machine.
+        history: n, tokens that each row holds.
+        fed: T, tokens that come in.
+        said: M, tokens that are said.
+        rows: R.
+        weights, entries: how they are stored.
+    """
+    c = config
+    head = c.hidden_size * c.padded_vocab_size
+    tables = c.hidden_size * c.vocab_size * (1 if c.tie_word_embeddings else 2)
+    matrices = c.num_params - tables
+    read = (matrices + head) * _BYTES[weights]
+    read += rows * history * 2 * c.num_layers * c.num_kv_heads * c.head_dim * _BYTES[entries]
+
+    def one(tokens: int) -> float:
+        flops = 2 * rows * (tokens * matrices + head)
+        flops += 4 * rows * tokens * history * c.num_layers * c.num_heads * c.head_dim
+        return max(read / ceilings.read, flops / ceilings.flops)
+
+    return one(fed) + (said - 1) * one(1)
+
+
+def bench_ceilings(megabytes: int = 256) -> dict[str, Any]:
+    """What this machine reaches: memory read and copied, and float32 products.
+
+    Args:
+        megabytes: of the array that is read and copied.
+
+    Raises:
+        UserError: no megabytes.
+    """
+    if megabytes < 1:
+        raise UserError("megabytes must be 1 or more")
+    return dataclasses.asdict(measure(megabytes)) | {
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend(),
+                    "device": jax.devices()[0].device_kind},
+    }  # fmt: skip
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    return [
+        f"read      {report['read'] / 1e9:8.1f} GB/s",
+        f"copy      {report['copy'] / 1e9:8.1f} GB/s, read and written",
+        f"products  {report['flops'] / 1e9:8.0f} GFLOP/s in float32",
+    ]
