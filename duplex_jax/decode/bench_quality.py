@@ -20,7 +20,6 @@ import numpy as np
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
-from duplex_jax.model.config import STORES
 from duplex_jax.timeline import read_timelines
 
 _WAYS = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"),
@@ -78,7 +77,6 @@ def _measure(
     model: LoadedModel, encoded: list[Any], weights: str, entries: str, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """-log p of the tokens that count but for silences, and by decision the probability of silence."""
-    assert set(STORES) >= {weights, entries}
     engine = Engine(
         model.config, model.params, model.template, capacity=capacity, dtype="float32", weights=weights,
         entries=entries,

@@ -176,6 +176,25 @@ inline Vec Load(const int8_t* p) {
 inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline Vec Splat(float x) { return Vec{} + x; }
 
+// Calls body(height, first) on tiles of at most kRows of n rows, the height as a constant. They are of about equal height:
+// a low one would wait for its own sums.
+template <typename Body>
+inline void ForTiles(int64_t n, Body body) {
+  int64_t first = 0;
+  for (int64_t tiles = (n + kRows - 1) / kRows; tiles > 0; --tiles) {
+    int64_t height = (n - first + tiles - 1) / tiles;
+    switch (height) {
+      case 6: body(std::integral_constant<int, 6>(), first); break;
+      case 5: body(std::integral_constant<int, 5>(), first); break;
+      case 4: body(std::integral_constant<int, 4>(), first); break;
+      case 3: body(std::integral_constant<int, 3>(), first); break;
+      case 2: body(std::integral_constant<int, 2>(), first); break;
+      default: body(std::integral_constant<int, 1>(), first); break;
+    }
+    first += height;
+  }
+}
+
 // Products. Weights lie in panels [panels, D, 64], so that a thread reads one stretch of memory; int8 ones have a scale
 // for each column.
 
@@ -220,23 +239,10 @@ void Product(const W* w, const float* x, int64_t stride, int64_t rows, int64_t d
     const W* own = w + panel * depth * kPanel;
     const float* own_scales = scales == nullptr ? nullptr : scales + panel * kPanel;
     int64_t columns = std::min<int64_t>(kPanel, width - panel * kPanel);
-    int64_t r = 0;
-    auto run = [&](auto number) {
-      constexpr int R = decltype(number)::value;
+    ForTiles(rows, [&](auto height, int64_t r) {
+      constexpr int R = decltype(height)::value;
       Rows<W, R>(own, x + r * stride, stride, depth, own_scales, out + r * width + panel * kPanel, width, columns);
-      r += R;
-    };
-    // Tiles of equal height: a low one waits for its own sums.
-    for (int64_t tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
-      switch ((rows - r + tiles - 1) / tiles) {
-        case 6: run(std::integral_constant<int, 6>()); break;
-        case 5: run(std::integral_constant<int, 5>()); break;
-        case 4: run(std::integral_constant<int, 4>()); break;
-        case 3: run(std::integral_constant<int, 3>()); break;
-        case 2: run(std::integral_constant<int, 2>()); break;
-        default: run(std::integral_constant<int, 1>()); break;
-      }
-    }
+    });
   });
 }
 
@@ -565,24 +571,12 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
       std::memcpy(own.data() + i * H, q + token_head(task, i) * H, H * sizeof(float));
       limits[i] = task.run->length + (task.query + i) / group + 1;
     }
-    int64_t i = 0;
-    auto run = [&](auto of) {
-      constexpr int Q = decltype(of)::value;
+    ForTiles(task.queries, [&](auto height, int64_t i) {
+      constexpr int Q = decltype(height)::value;
       int64_t place = task.place + i;
       Attend<Q, C>(cache, task.run->row, task.head, own.data() + i * H, limits.data() + i, task.first, task.last,
                    {sums + place * H, tops + place, totals + place});
-      i += Q;
-    };
-    for (int64_t tiles = (task.queries + kRows - 1) / kRows; tiles > 0; --tiles) {
-      switch ((task.queries - i + tiles - 1) / tiles) {
-        case 6: run(std::integral_constant<int, 6>()); break;
-        case 5: run(std::integral_constant<int, 5>()); break;
-        case 4: run(std::integral_constant<int, 4>()); break;
-        case 3: run(std::integral_constant<int, 3>()); break;
-        case 2: run(std::integral_constant<int, 2>()); break;
-        default: run(std::integral_constant<int, 1>()); break;
-      }
-    }
+    });
   });
   for (size_t at = 0; at < tasks.size(); at += tasks[at].parts) {
     const Task& task = tasks[at];
