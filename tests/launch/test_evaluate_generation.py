@@ -124,3 +124,17 @@ def test_a_score_is_the_mean_of_subtasks(shared: Path):
     found = generation.score(benchmark, many)
     assert found["low"] == pytest.approx(low, abs=0.02)  # without subtasks drawing questions is a plain rate's interval
     assert found["high"] == pytest.approx(high, abs=0.02)
+
+
+def test_the_interval_of_a_few_questions_of_each_subtask(shared: Path):
+    """Where a subtask has one question, nearly every draw leaves some subtask out. The mean over subtasks is then that
+    over questions, and has its interval."""
+    benchmark = generation.read_benchmark("mmlu", shared / "data" / "benchmarks")
+    first = {question.subtask: n for n, question in enumerate(benchmark.questions)}
+    right = {n: i % 3 == 0 for i, n in enumerate(first.values())}
+    bounds = wilson(sum(right.values()), len(right))
+    assert bounds is not None
+    found = generation.score(benchmark, right)
+    assert (found["low"], found["high"]) == pytest.approx(bounds, abs=0.02)
+    row = generation.difference(benchmark, right, dict.fromkeys(right, False))
+    assert (row["low"], row["high"]) == pytest.approx([100 * bound for bound in bounds], abs=2)

@@ -188,28 +188,27 @@ def read_beside(
     return about, found
 
 
-def _counts(benchmark: Benchmark, right: Mapping[int, bool], prefix: str = "") -> list[dict[str, float]]:
-    """By question, counts of its subtask."""
-    names = [benchmark.questions[n].subtask for n in right]
-    return [{f"{prefix}{s}/y": float(r), f"{prefix}{s}/n": 1.0} for s, r in zip(names, right.values(), strict=True)]
+def _mean_of_subtasks(benchmark: Benchmark, values: Mapping[int, float]) -> dict[str, float | None]:
+    """The unweighted mean over subtasks of the means of questions' values, with its 95% interval by drawing questions.
 
+    Each question counts with the weight 1 / (asked questions of its subtask), so that the mean stays defined where a
+    draw leaves out a whole subtask.
+    """
+    names = {n: benchmark.questions[n].subtask for n in values}
+    asked = collections.Counter(names.values())
+    counts = [{"y": value / asked[names[n]], "n": 1 / asked[names[n]]} for n, value in values.items()]
 
-def _total(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(count.get(name, 0) for count in counts) for name in {n for count in counts for n in count}}
+    def mean(sums: Sums) -> Any:
+        return sums["y"] / sums["n"]
 
-
-def _mean_of_subtasks(counts: Sequence[Mapping[str, float]], prefix: str = "") -> Callable[[Sums], Any]:
-    names = {name.removesuffix("/n") for count in counts for name in count if name.endswith("/n")}
-    names = {name for name in names if name.startswith(prefix)}
-    return lambda sums: sum(sums[f"{s}/y"] / sums[f"{s}/n"] for s in names) / len(names)
+    low, high = Bootstrap(counts).interval(mean) or (None, None)
+    total = {name: sum(count[name] for count in counts) for name in ("y", "n")}
+    return {"value": value_of(mean, total), "low": low, "high": high}
 
 
 def score(benchmark: Benchmark, right: Mapping[int, bool]) -> dict[str, float | None]:
     """The unweighted mean over subtasks of the share that is right, with its 95% interval by drawing questions."""
-    counts = _counts(benchmark, right)
-    mean = _mean_of_subtasks(counts)
-    low, high = Bootstrap(counts).interval(mean) or (None, None)
-    return {"value": value_of(mean, _total(counts)), "low": low, "high": high}
+    return _mean_of_subtasks(benchmark, right)
 
 
 def difference(benchmark: Benchmark, ours: Mapping[int, bool], theirs: Mapping[int, bool]) -> dict[str, Any]:
@@ -219,22 +218,13 @@ def difference(benchmark: Benchmark, ours: Mapping[int, bool], theirs: Mapping[i
     Raises:
         ValueError: no question was asked of both.
     """
-    both = [n for n in ours if n in theirs]
-    if not both:
+    points = {n: 100.0 * (ours[n] - theirs[n]) for n in ours if n in theirs}
+    if not points:
         raise ValueError("no question was asked of both")
-    a, b = {n: ours[n] for n in both}, {n: theirs[n] for n in both}
-    counts = [
-        one | other for one, other in zip(_counts(benchmark, a, "a/"), _counts(benchmark, b, "b/"), strict=True)
-    ]  # fmt: skip
-    means = [_mean_of_subtasks(counts, prefix) for prefix in ("a/", "b/")]
-
-    def points(sums: Sums) -> Any:
-        return 100 * (means[0](sums) - means[1](sums))
-
-    low, high = Bootstrap(counts).interval(points) or (None, None)
+    found = _mean_of_subtasks(benchmark, points)
     return {
-        "items": len(both), "points": value_of(points, _total(counts)), "low": low,
-        "high": high, "won": sum(a[n] and not b[n] for n in both), "lost": sum(b[n] and not a[n] for n in both),
+        "items": len(points), "points": found["value"], "low": found["low"], "high": found["high"],
+        "won": sum(p > 0 for p in points.values()), "lost": sum(p < 0 for p in points.values()),
     }  # fmt: skip
 
 
