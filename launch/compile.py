@@ -1,6 +1,9 @@
-"""`duplex-jax compile`: the full training step and the TDM step for hardware that is not here."""
+"""`duplex-jax compile`: the training step and the TDM step for hardware that is not here, and what that can serve."""
 
+import dataclasses
+import json
 import sys
+from typing import Any
 
 from absl import flags, logging
 
@@ -14,7 +17,10 @@ _MESH = flags.DEFINE_string("mesh", "v5e-16", "A mesh of configs/mesh/, or a Pyt
 _DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
 _FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
-_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "Which of train and decode; a comma between them.")
+_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "Some of train, decode and sessions.")
+_PRICE = flags.DEFINE_float("price", 0.0, "train: dollars for an hour of one device.", lower_bound=0.0)
+_CONTEXTS = flags.DEFINE_list("contexts", ["256", "1024", "4096"], "sessions: tokens that each holds.")
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "sessions: a tick of the clock.", lower_bound=0.01)
 _SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for what fits.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Write the reports there, too.")
@@ -26,6 +32,7 @@ def main(argv: list[str]) -> int:
     """Compiles and reports; exit code 1 where something does not fit."""
     app.no_arguments(argv)
     from duplex_jax import parallel
+    from duplex_jax.decode import floor
     from duplex_jax.train import compile as compiling
     from duplex_jax.train import config as configs
 
@@ -34,26 +41,37 @@ def main(argv: list[str]) -> int:
     if not _CONFIG.value:
         raise UserError("compile needs --config=FILE (--help lists the flags)")
     for program in _PROGRAMS.value:
-        if program not in ("train", "decode"):
-            raise UserError(f"--programs={program}: must be train or decode, or both with a comma")
+        if program not in ("train", "decode", "sessions"):
+            raise UserError(f"--programs={program}: must be some of train, decode and sessions, commas between them")
+    if not all(context.isdecimal() and int(context) for context in _CONTEXTS.value):
+        raise UserError(f"--contexts={','.join(_CONTEXTS.value)}: must be numbers of tokens, commas between them")
     if _JSON.value:
         check_writable(_JSON.value)
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
     spec = parallel.load_mesh_spec(_MESH.value)
     spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
     compiling.prepare_environment(spec)
-    reports = []
+    reports: list[dict[str, Any]] = []
     for program in _PROGRAMS.value:
+        if program == "sessions":
+            model = compiling.model_shape(config)
+            plans = floor.plan_sessions(model, spec.chip, [int(n) for n in _CONTEXTS.value], _SLICE_SECONDS.value,
+                                        efficiency=compiling.EFFICIENCY)  # fmt: skip
+            print(f"sessions on one {spec.chip.name}, by formula, a slice each {_SLICE_SECONDS.value:g} s")
+            print("\n".join(floor.sessions_table(plans)), flush=True)
+            rows = [dataclasses.asdict(plan) | {"sessions": plan.sessions} for plan in plans]
+            reports.append({"program": program, "chip": spec.chip.name, "plans": rows, "fits": True})
+            continue
         if program == "train":
-            report = compiling.compile_train(config, spec)
+            report = compiling.compile_train(config, spec, _PRICE.value)
         else:
             report = compiling.compile_decode(config, spec, _SESSIONS.value, _CAPACITY.value)
         print("\n".join(compiling.to_lines(report)), flush=True)
-        reports.append(report)
+        reports.append(dataclasses.asdict(report))
     if _JSON.value:
         with atomic_write(_JSON.value) as f:
-            f.write(compiling.to_json(reports))
-    return 0 if all(r.fits for r in reports) else 1
+            json.dump(reports, f, indent=1)
+    return 0 if all(report["fits"] for report in reports) else 1
 
 
 def start() -> None:

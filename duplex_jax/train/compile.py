@@ -5,7 +5,6 @@ predictions from peak rates. One process compiles one program: the platform is c
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from duplex_jax import parallel
 from duplex_jax.errors import UserError
@@ -117,6 +117,25 @@ def described_devices(spec: MeshSpec) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Run:
+    """A whole run at the predicted step time.
+
+    Attributes:
+        steps: of it.
+        tokens: that they take in.
+        hours: on the clock.
+        device_hours: on all devices.
+        dollars: None without a price.
+    """
+
+    steps: int
+    tokens: float
+    hours: float
+    device_hours: float
+    dollars: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What a compiled program says.
 
@@ -135,6 +154,7 @@ class Report:
         mfu: predicted.
         compile_seconds: what this took.
         advice: what helps where it does not fit.
+        run: all of the config's steps; None for decoding.
     """
 
     program: str
@@ -155,10 +175,16 @@ class Report:
     mfu: float
     compile_seconds: float
     advice: list[str]
+    run: Run | None = None
 
 
-def compile_train(config: Config, spec: MeshSpec) -> Report:
+def compile_train(config: Config, spec: MeshSpec, price: float = 0.0) -> Report:
     """Compiles the whole training step for a mesh.
+
+    Args:
+        config: the run.
+        spec: the mesh.
+        price: dollars for an hour of one device; 0 where nobody asks.
 
     Raises:
         UserError: the mesh does not divide the model or the batch, or its compiler is not installed.
@@ -182,7 +208,11 @@ def compile_train(config: Config, spec: MeshSpec) -> Report:
         passes = 3 if config.compute.remat != "none" else 2
         compute_bytes = 2 if config.compute.dtype == "bfloat16" else 4
         traffic = 2.0 * weights + passes * config.data.micro_batches * compute_bytes * model.num_params / spec.tensor
-        return _report("train", plan, lowered, work, traffic, config)
+        report = _report("train", plan, lowered, work, traffic, config)
+    number, hours = config.optim.steps, config.optim.steps * report.step_seconds / 3600
+    tokens = float(number) * config.data.batch * config.data.length
+    dollars = price * hours * spec.size if price else None
+    return dataclasses.replace(report, run=Run(number, tokens, hours, hours * spec.size, dollars))
 
 
 def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int) -> Report:
@@ -394,9 +424,9 @@ def count_collectives(hlo: str, spec: MeshSpec) -> tuple[dict[str, tuple[int, fl
                     visit(called.strip().lstrip("%"), times)
             for kind in COLLECTIVES:
                 if re.search(rf"\s{kind}(-start)?\(", line):
-                    size, group = _result_bytes(line, kind), _group_size(line, spec)
-                    if group > 1:
-                        sent = size * _SENT[kind](group)
+                    size, group = _result_bytes(line, kind), _group(line, spec)
+                    if len(group) > 1:
+                        sent = size * _SENT[kind](len(group))
                         n, total = counts.get(kind, (0, 0.0))
                         counts[kind] = (n + times, total + times * sent)
                         seconds += times * sent / (spec.chip.link if _local(group, spec) else spec.chip.network)
@@ -436,24 +466,32 @@ def _result_bytes(line: str, kind: str) -> float:
     return float(sum(sizes))
 
 
-def _group_size(line: str, spec: MeshSpec) -> int:
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(found.group(1).split(","))
-    if found := re.search(
-        r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line
-    ):  # 'axis_0'=1,'axis_1'=16 {'axis_1'}
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-        return math.prod(sizes.get(name, 1) for name in re.findall(r"'(\w+)'", found.group(2)))
-    return spec.size
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
 
 
-def _local(group: int, spec: MeshSpec) -> bool:
-    """Whether a group of that size stays within the fast network: a TPU slice, or a GPU host."""
-    if spec.platform == "tpu":
-        return spec.slice == 1 or group != spec.slice
-    return group not in (spec.data, spec.size) or spec.hosts == 1
+def _group(line: str, spec: MeshSpec) -> list[int]:
+    """The first group of devices that a collective joins, by their places in the mesh."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        sizes, order = _numbers(found.group(2)), _numbers(found.group(3) or "") or None
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        return devices.reshape(-1, int(found.group(1)))[0].tolist()
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return _numbers(found.group(1))
+    # mesh['axis_0'=1,'axis_1'=16] {'axis_1'}
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        joined = re.findall(r"'(\w+)'", found.group(2))
+        devices = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        devices = np.moveaxis(devices, [list(axes).index(name) for name in joined], range(-len(joined), 0))
+        return devices.reshape(-1, math.prod(axes[name] for name in joined))[0].tolist()
+    return list(range(spec.size))
+
+
+def _local(group: list[int], spec: MeshSpec) -> bool:
+    """Whether devices reach each other over the fast network: that of one TPU slice, or of one GPU host."""
+    near = spec.size // (spec.slice if spec.platform == "tpu" else spec.hosts)
+    return len({device // near for device in group}) == 1
 
 
 def to_lines(report: Report) -> list[str]:
@@ -471,11 +509,12 @@ def to_lines(report: Report) -> list[str]:
         f"  step     {report.step_seconds:.3f} s predicted (compute {report.compute_seconds:.3f} s at peak, "
         f"memory {report.memory_seconds:.3f} s, network {report.network_seconds:.3f} s), MFU {report.mfu:.0%}"
     )
+    if run := report.run:
+        dollars = "" if run.dollars is None else f", ${run.dollars:,.0f}"
+        lines.append(
+            f"  run      {run.steps:,} steps, {run.tokens / 1e9:,.1f}B tokens: {run.hours:,.1f} h, "
+            f"{run.device_hours:,.0f} device-hours{dollars}"
+        )
     lines.append(f"  compiled in {report.compile_seconds:.0f} s")
     lines += [f"  advice   {line}" for line in report.advice]
     return lines
-
-
-def to_json(reports: list[Report]) -> str:
-    """Reports for a file."""
-    return json.dumps([dataclasses.asdict(r) for r in reports], indent=1)

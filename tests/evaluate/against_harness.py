@@ -123,9 +123,9 @@ def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str,
             apart = float(np.abs(np.subtract(found.all, said)).max())
             where = "apart" if same else "apart_other"
             row[where] = max(row[where], apart)
-            # Ours divides by bytes and the harness by characters.
-            by = {"acc": (None, None), "acc_norm": ([len(c.encode()) for c in item.choices],
-                                                    [len(c) for c in item.choices])}  # fmt: skip
+            # Ours divides by bytes, the harness by characters of its own text.
+            lengths = [len(c.removeprefix(" ") if way == "plain" else c) for c in choices]
+            by = {"acc": (None, None), "acc_norm": ([len(c.encode()) for c in item.choices], lengths)}
             for metric, (our_lengths, their_lengths) in by.items():
                 a, b = answer(found.all, our_lengths), answer(said, their_lengths)
                 row[metric]["ours"] += a == item.gold
