@@ -466,23 +466,28 @@ def _result_bytes(line: str, kind: str) -> float:
     return float(sum(sizes))
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in (text or "").split(",") if number]
+
+
+def _devices(sizes: str | None, order: str | None, count: int = 0) -> np.ndarray:
+    """Places in the mesh as XLA writes them, `[8,8]T(1,0)`: counted in `sizes`, then transposed."""
+    shape = _numbers(sizes) or [count]
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) or None)
 
 
 def _group(line: str, spec: MeshSpec) -> list[int]:
     """The first group of devices that a collective joins, by their places in the mesh."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        sizes, order = _numbers(found.group(2)), _numbers(found.group(3) or "") or None
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return devices.reshape(-1, int(found.group(1)))[0].tolist()
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(rf"replica_groups=\[\d+,(\d+)\]<={order}", line):
+        return _devices(found.group(2), found.group(3)).reshape(-1, int(found.group(1)))[0].tolist()
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
         return _numbers(found.group(1))
-    # mesh['axis_0'=1,'axis_1'=16] {'axis_1'}
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+    # mesh['axis_0'=1,'axis_1'=16], device_ids=([4,4]T(1,0)) {'axis_1'}
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order}\))? \{{([^}}]*)\}}", line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-        joined = re.findall(r"'(\w+)'", found.group(2))
-        devices = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        joined = re.findall(r"'(\w+)'", found.group(4))
+        devices = _devices(found.group(2), found.group(3), math.prod(axes.values())).reshape(list(axes.values()))
         devices = np.moveaxis(devices, [list(axes).index(name) for name in joined], range(-len(joined), 0))
         return devices.reshape(-1, math.prod(axes[name] for name in joined))[0].tolist()
     return list(range(spec.size))

@@ -146,6 +146,8 @@ def test_groups_of_equal_size_are_told_apart():
         "replica_groups={{0,8,16},{1,9,17}}": ([0, 8, 16], False),
         "replica_groups=mesh['a'=8,'b'=8] {'b'}": (list(range(8)), True),
         "replica_groups=mesh['a'=8,'b'=8] {'a'}": (list(range(0, 64, 8)), False),
+        "replica_groups=mesh['a'=1,'b'=8,'c'=8], device_ids=([8,8]T(1,0)) {'b'}, x={}": (list(range(8)), True),
+        "replica_groups=mesh['a'=1,'b'=8,'c'=8], device_ids=([8,8]T(1,0)) {'c'}": (list(range(0, 64, 8)), False),
         "source_target_pairs={{0,1},{1,0}}": ([0, 1], True),
         "channel_id=1": (list(range(64)), False),
     }
