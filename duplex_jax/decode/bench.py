@@ -210,6 +210,7 @@ class _Timings:
     seconds: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     said: list[int] = dataclasses.field(default_factory=list)
+    profile: floor.Profile = dataclasses.field(default_factory=floor.Profile)
 
 
 def bench_decode(
@@ -275,8 +276,8 @@ def run(
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
         reason), `rows` (one for each history and peer: median and least seconds, tokens processed, ratio of the
-        medians to ours, how many of the said tokens are ours; for ours `floor_seconds`, see `floor`), `ceilings`, and
-        `flatness`, for each peer the least seconds at the longest history over those at the shortest.
+        medians to ours, how many of the said tokens are ours; for ours `floor_seconds` and `parts`, see `floor`),
+        `ceilings`, and `flatness`, for each peer the least seconds at the longest history over those at the shortest.
 
     Raises:
         UserError: histories that make no sense or do not fit the model.
@@ -350,7 +351,8 @@ def run(
                 timings = results[history, peer.name]
                 time.sleep(0.05)  # the threads of the one before come to rest
                 began = time.perf_counter()
-                timings.said, timings.tokens = peer.step(user)
+                with timings.profile.slice():
+                    timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")
     say("measuring the machine")
@@ -361,6 +363,7 @@ def run(
             row["floor_seconds"] = floor.slice_floor(
                 config, ceilings, row["history"], USER_TOKENS + 1, said, weights=precision, entries=entries
             )  # fmt: skip
+            row["parts"] = results[row["history"], OurStep.name].profile.parts
     return report | {"precision": precision, "entries": entries, "ceilings": dataclasses.asdict(ceilings)}
 
 
@@ -428,6 +431,8 @@ def table(report: dict[str, Any]) -> list[str]:
         if "floor_seconds" in row:
             share = row["floor_seconds"] / row["median_seconds"]
             lines.append(f"floor at {row['history']}: {row['floor_seconds']:.3f} s, {share:.0%} of ours")
+        if row.get("parts"):
+            lines.append(f"ours at {row['history']}: {floor.parts_line(row['parts'])}")
     flat = dict(report["flatness"])
     first, last = flat.pop("from"), flat.pop("to")
     lines.append(f"least seconds at {last} over those at {first}: "

@@ -5,6 +5,7 @@ same place. Ours is the engine's step of all rows; llama.cpp gets one batch of a
 of each at a time. Both keep their caches, and take turns.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -44,7 +45,8 @@ def bench_batch(
 
     Returns:
         `rows`, one for each side: seconds of each slice, tokens said per second by the median, and how many of the
-        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice, see `floor`; and the machine.
+        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice and the `parts` of ours, see `floor`;
+        and the machine.
 
     Raises:
         UserError: an argument that makes no sense.
@@ -94,11 +96,13 @@ def bench_batch(
         sides[THEIRS] = theirs
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     said: dict[str, list[list[int]]] = {}
+    profile = floor.Profile()
     for repeat in range(repeats + 1):
         for name, side in sides.items():
             time.sleep(0.05)  # the other one's threads come to rest
             began = time.perf_counter()
-            said[name] = side()
+            with profile.slice() if repeat and name == OURS else contextlib.nullcontext():
+                said[name] = side()
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
         print(f"slice {repeat} of {repeats}" if repeat else "warmed up", file=sys.stderr, flush=True)
@@ -121,7 +125,7 @@ def bench_batch(
         "model": model, "sessions": sessions, "history": history, "precision": precision, "entries": entries,
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
         "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
-        "floor_seconds": least, "ceilings": dataclasses.asdict(ceilings),
+        "floor_seconds": least, "parts": profile.parts, "ceilings": dataclasses.asdict(ceilings),
     }  # fmt: skip
 
 
@@ -139,4 +143,6 @@ def table(report: Mapping[str, Any]) -> list[str]:
     ours = next(row for row in report["rows"] if row["side"] == OURS)
     share = report["floor_seconds"] / statistics.median(ours["seconds"])
     lines.append(f"floor: {report['floor_seconds']:.2f} s a slice, {share:.0%} of ours")
+    if report["parts"]:
+        lines.append(f"ours: {floor.parts_line(report['parts'])}")
     return lines + [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]

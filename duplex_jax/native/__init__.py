@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
 _HANDLERS = {"duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock"}
+_registered: list[ctypes.CDLL] = []
+_PARTS = ("products", "attention", "small", "head")
 
 
 def cache_folder() -> Path | None:
@@ -49,6 +51,16 @@ def _compile(compiler: str, library: Path) -> None:
         command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
+
+
+def spent() -> dict[str, float]:
+    """Seconds that this process spent in the kernels until now: on the layers' products, attention, all that is small
+    in a layer (norms, rotation, activation), and products outside of layers; empty where no kernel was called."""
+    if not _registered:
+        return {}
+    nanoseconds = (ctypes.c_int64 * len(_PARTS))()
+    _registered[0].DuplexSpent(nanoseconds)
+    return {part: value / 1e9 for part, value in zip(_PARTS, nanoseconds, strict=True)}
 
 
 @functools.cache
@@ -86,6 +98,7 @@ def _register() -> None:
             library.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, library)
         loaded = ctypes.CDLL(str(library))
+    _registered.append(loaded)
     for target, symbol in _HANDLERS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
 

@@ -6,7 +6,9 @@
 // source serves AVX-512, AVX2 and NEON.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -133,6 +135,24 @@ class Pool {
   std::atomic<int64_t> next_{0};
   const std::function<void(int64_t)>* part_ = nullptr;
   int64_t parts_ = 0;
+};
+
+// Where the time of all calls went, in nanoseconds: a benchmark reads it before and after.
+enum Part { kProducts, kAttention, kSmall, kHead, kParts };
+std::array<std::atomic<int64_t>, kParts> spent{};
+
+class Watch {
+ public:
+  // What passed since the watch was made, or since the last lap, was spent on this.
+  void Lap(Part part) {
+    auto now = Clock::now();
+    spent[part] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_ = Clock::now();
 };
 
 // Memory of a call, as it comes.
@@ -277,8 +297,11 @@ Weight AsWeight(const ffi::AnyBuffer& data, const ffi::Buffer<ffi::F32>& scales)
 
 ffi::Error MatmulImpl(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
                       ffi::ResultBuffer<ffi::F32> out) {
+  Watch watch;
   auto from = x.dimensions(), to = out->dimensions();
-  return Multiply(AsWeight(w, scales), x.typed_data(), from[1], from[0], from[1], to[1], out->typed_data());
+  auto error = Multiply(AsWeight(w, scales), x.typed_data(), from[1], from[0], from[1], to[1], out->typed_data());
+  watch.Lap(kHead);
+  return error;
 }
 
 // exp, to about one unit in the last place: 2^n times a polynomial, |x - n ln 2| <= ln 2 / 2 (Cephes' coefficients).
@@ -606,12 +629,14 @@ struct Layer {
 // One layer on tokens x [n, D], in place, whose rows' entries go into the cache.
 template <typename C>
 ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<Run>& runs, const float* cos,
-                 const float* sin, int64_t n, float* x) {
+                 const float* sin, int64_t n, float* x, Watch& watch) {
   int64_t D = layer.hidden, F = layer.mlp, N = layer.num_heads, K = cache.heads, H = cache.head_dim;
   int64_t width = (N + 2 * K) * H;
   Floats y(n * D), qkv(n * width), attended(n * N * H), gates(n * 2 * F), q(n * N * H);
   ForTokens(n, D, [&](int64_t t) { RmsNorm(&x[t * D], layer.attn_norm, layer.eps, D, &y[t * D]); });
+  watch.Lap(kSmall);
   if (auto e = Multiply(layer.qkv, y.data(), D, n, D, width, qkv.data()); e.failure()) return e;
+  watch.Lap(kProducts);
   std::vector<std::pair<int64_t, int64_t>> places(n);  // row and slot of each token
   for (const Run& run : runs)
     for (int64_t i = 0; i < run.number; ++i) places[run.token + i] = {run.row, run.length + i};
@@ -630,13 +655,18 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
     for (int64_t head = 0; head < K; ++head)
       Append(cache, places[t].first, head, places[t].second, own + (N + head) * H, own + (N + K + head) * H);
   });
+  watch.Lap(kSmall);
   AttendAll(cache, runs, N, q.data(), attended.data());
+  watch.Lap(kAttention);
   if (auto e = Multiply(layer.o, attended.data(), N * H, n, N * H, D, y.data()); e.failure()) return e;
+  watch.Lap(kProducts);
   ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
     RmsNorm(&x[t * D], layer.mlp_norm, layer.eps, D, &y[t * D]);
   });
+  watch.Lap(kSmall);
   if (auto e = Multiply(layer.gate_up, y.data(), D, n, D, 2 * F, gates.data()); e.failure()) return e;
+  watch.Lap(kProducts);
   // SwiGLU, written over the first half of each token's gates.
   ForTokens(n, 10 * F, [&](int64_t t) {
     float* gate = &gates[t * 2 * F];
@@ -646,7 +676,9 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
       return g / (Splat(1.0f) + Exp(-g)) * up;
     });
   });
+  watch.Lap(kSmall);
   if (auto e = Multiply(layer.down, gates.data(), 2 * F, n, F, D, y.data()); e.failure()) return e;
+  watch.Lap(kProducts);
   ForTokens(n, D, [&](int64_t t) {
     for (int64_t i = t * D; i < (t + 1) * D; ++i) x[i] += y[i] * layer.residual_scale;
   });
@@ -670,6 +702,7 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
                      ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::ResultBuffer<ffi::F32> out,
                      ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, ffi::ResultBuffer<ffi::F32> k_scales,
                      ffi::ResultBuffer<ffi::F32> v_scales, int64_t num_heads, float eps, float residual_scale) {
+  Watch watch;
   int64_t D = x.dimensions()[1], half = cos.dimensions()[1];
   Layer layer{attn_norm.typed_data(), mlp_norm.typed_data(), AsWeight(qkv, qkv_scales), AsWeight(o, o_scales),
               AsWeight(gate_up, gate_up_scales), AsWeight(down, down_scales), D, down.dimensions()[1], num_heads, eps,
@@ -694,7 +727,8 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
   ffi::Error error = ffi::Error::Success();
   auto run = [&](auto type) {
     using C = decltype(type);
-    error = Block(layer, AsEntries<C>(k, v, k_scales, v_scales), runs, own_cos.data(), own_sin.data(), n, own.data());
+    error = Block(layer, AsEntries<C>(k, v, k_scales, v_scales), runs, own_cos.data(), own_sin.data(), n, own.data(),
+                  watch);
   };
   switch (k->element_type()) {
     case ffi::F32: run(float()); break;
@@ -704,10 +738,14 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
   }
   std::fill_n(out->typed_data(), out->element_count(), 0.0f);
   for (int64_t t = 0; t < n; ++t) std::memcpy(out->typed_data() + tokens[t] * D, &own[t * D], D * sizeof(float));
+  watch.Lap(kSmall);
   return error;
 }
 
 }  // namespace
+
+// Nanoseconds by part, all calls of this process together.
+extern "C" void DuplexSpent(int64_t* into) { std::copy(spent.begin(), spent.end(), into); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DuplexMatmul, MatmulImpl,
                               ffi::Ffi::Bind()

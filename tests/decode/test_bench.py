@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from duplex_jax import native
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode import bench, bench_batch, floor, llama
 from duplex_jax.decode.engine import Engine
@@ -48,6 +49,10 @@ def test_report_without_torch(talkative: LoadedModel, monkeypatch: pytest.Monkey
         assert ours["ratio"] == 1
     assert report["flatness"]["ours"] > 0
     assert 0 < rows[32, "ours"]["floor_seconds"] < rows[128, "ours"]["floor_seconds"]
+    for history in (32, 128) if native.available() else ():
+        parts = rows[history, "ours"]["parts"]
+        assert list(parts) == ["products", "attention", "small", "head", "rest"]
+        assert min(parts.values()) > 0
     text = "\n".join(bench.table(report))
     assert "left out: cached (torch)" in text
     assert "re-encoding (JAX)" in text
