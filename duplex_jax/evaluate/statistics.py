@@ -35,7 +35,7 @@ def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, floa
     return (0.0 if p <= 0 else centre - half), (1.0 if p >= 1 else centre + half)
 
 
-def paired_difference(both: int, first: int, second: int, neither: int) -> tuple[float, float, float]:
+def paired_difference(both: float, first: float, second: float, neither: float) -> tuple[float, float, float]:
     """The difference of two rates over the same trials with its 95% interval (Newcombe 1998, "Improved confidence
     intervals for the difference between binomial proportions based on paired data", method 10).
 
@@ -45,7 +45,7 @@ def paired_difference(both: int, first: int, second: int, neither: int) -> tuple
     it does not shrink to a point where the two never differ.
 
     Args:
-        both: trials in which both succeeded.
+        both: trials in which both succeeded; fractions where some count more than others.
         first: in which only the first did.
         second: only the second.
         neither: none of the two.

@@ -22,7 +22,7 @@ from duplex_jax.evaluate.benchmarks import ultraeval
 from duplex_jax.evaluate.benchmarks.tasks import chosen
 from duplex_jax.evaluate.conversations import Answer, Asking, SingleTurn, answer_rows, ask_questions
 from duplex_jax.evaluate.reports import columns, share, write
-from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
+from duplex_jax.evaluate.statistics import paired_difference, wilson
 
 TASKS = ultraeval.TASKS
 # Generated programs are run so many at a time, and what came of them is kept.
@@ -188,43 +188,42 @@ def read_beside(
     return about, found
 
 
-def _mean_of_subtasks(benchmark: Benchmark, values: Mapping[int, float]) -> dict[str, float | None]:
-    """The unweighted mean over subtasks of the means of questions' values, with its 95% interval by drawing questions.
+def _weights(benchmark: Benchmark, numbers: Sequence[int]) -> dict[int, float]:
+    """What each question counts for, so that the mean over questions is the unweighted mean over their subtasks.
 
-    Each question counts with the weight 1 / (asked questions of its subtask), so that the mean stays defined where a
-    draw leaves out a whole subtask.
+    They add up to as many questions as would say as much if all counted the same (Kish 1965, "Survey Sampling"): with
+    w = 1 / (asked questions of its subtask) to (sum of w)^2 / (sum of w^2).
     """
-    names = {n: benchmark.questions[n].subtask for n in values}
-    asked = collections.Counter(names.values())
-    counts = [{"y": value / asked[names[n]], "n": 1 / asked[names[n]]} for n, value in values.items()]
-
-    def mean(sums: Sums) -> Any:
-        return sums["y"] / sums["n"]
-
-    low, high = Bootstrap(counts).interval(mean) or (None, None)
-    total = {name: sum(count[name] for count in counts) for name in ("y", "n")}
-    return {"value": value_of(mean, total), "low": low, "high": high}
+    names = [benchmark.questions[n].subtask for n in numbers]
+    asked = collections.Counter(names)
+    scale = len(asked) / sum(1 / n for n in asked.values()) if asked else 0.0
+    return {n: scale / asked[name] for n, name in zip(numbers, names, strict=True)}
 
 
 def score(benchmark: Benchmark, right: Mapping[int, bool]) -> dict[str, float | None]:
-    """The unweighted mean over subtasks of the share that is right, with its 95% interval by drawing questions."""
-    return _mean_of_subtasks(benchmark, right)
+    """The unweighted mean over subtasks of the share that is right, with its 95% interval (Wilson's)."""
+    weights = _weights(benchmark, list(right))
+    total, successes = sum(weights.values()), sum(w for n, w in weights.items() if right[n])
+    low, high = wilson(successes, total) or (None, None)
+    return {"value": successes / total if total else None, "low": low, "high": high}
 
 
 def difference(benchmark: Benchmark, ours: Mapping[int, bool], theirs: Mapping[int, bool]) -> dict[str, Any]:
-    """Our score less theirs on the questions that both were asked, in points, with its 95% interval by drawing
-    questions; `won` and `lost` count those that only we (they) answered right.
+    """Our score less theirs on the questions that both were asked, in points, with its 95% interval (Newcombe's);
+    `won` and `lost` count those that only we (they) answered right.
 
     Raises:
         ValueError: no question was asked of both.
     """
-    points = {n: 100.0 * (ours[n] - theirs[n]) for n in ours if n in theirs}
-    if not points:
-        raise ValueError("no question was asked of both")
-    found = _mean_of_subtasks(benchmark, points)
+    weights = _weights(benchmark, [n for n in ours if n in theirs])
+    outcomes: dict[tuple[bool, bool], float] = collections.defaultdict(float)
+    for n, weight in weights.items():
+        outcomes[ours[n], theirs[n]] += weight
+    points, low, high = paired_difference(*(outcomes[a, b] for a in (True, False) for b in (True, False)))
     return {
-        "items": len(points), "points": found["value"], "low": found["low"], "high": found["high"],
-        "won": sum(p > 0 for p in points.values()), "lost": sum(p < 0 for p in points.values()),
+        "items": len(weights), "points": 100 * points, "low": 100 * low, "high": 100 * high,
+        "won": sum(ours[n] and not theirs[n] for n in weights),
+        "lost": sum(theirs[n] and not ours[n] for n in weights),
     }  # fmt: skip
 
 
