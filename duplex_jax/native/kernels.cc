@@ -67,9 +67,7 @@ class Pool {
     return *pool;
   }
 
-  int threads() const { return helpers_ + 1; }
-
-  // Calls part(0) ... part(parts - 1), in any order, and returns when all are done. Not reentrant; callers queue up.
+    // Calls part(0) ... part(parts - 1), in any order, and returns when all are done. Not reentrant; callers queue up.
   // `work` is about how many numbers are read or multiplied in all: to share out little takes longer than to do it.
   void Run(int64_t parts, int64_t work, const std::function<void(int64_t)>& part) {
     if (helpers_ == 0 || parts <= 1 || work < (1 << 15)) {
@@ -420,7 +418,7 @@ void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, co
   }
 }
 
-constexpr int64_t kKeys = 512;    // keys whose scores are held at once
+constexpr int64_t kKeys = 1024;   // keys whose scores are held at once
 constexpr int64_t kQueries = 48;  // queries of a task
 
 // What a task makes of its queries and its part of the keys: a softmax not divided yet.
@@ -434,8 +432,8 @@ void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int6
   int64_t s = 0;
   if constexpr (Q <= 3) {
     // Few queries wait for memory: keys lie far apart from one dimension to the next, so each is read in one stretch,
-    // four dimensions at a time, and sums stay in the cache of the core.
-    constexpr int kDims = 4;
+    // eight dimensions at a time, and sums stay in the cache of the core.
+    constexpr int kDims = 8;
     int64_t whole = std::min((n + kLanes - 1) / kLanes * kLanes, (slots - first) / kLanes * kLanes);
     if (head_dim % kDims == 0) s = whole;
     for (int64_t h = 0; h < head_dim && s > 0; h += kDims) {
@@ -562,14 +560,12 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
   };
   std::vector<Task> tasks;
   int64_t held = 0;  // queries of all tasks
-  int64_t blocks = 0, work = 0;
+  int64_t work = 0;
   for (const Run& run : runs) work += num_heads * run.number * (run.length + run.number) * H;
-  for (const Run& run : runs) blocks += cache.heads * ((run.number * group + kQueries - 1) / kQueries);
   for (const Run& run : runs) {
     int64_t queries = run.number * group, keys = run.length + run.number;
-    // Where there are few queries, the keys are shared out too.
-    int64_t parts = blocks >= 4 * Pool::Get().threads() ? 1 : (keys + kKeys - 1) / kKeys;
-    int64_t step = ((keys + parts - 1) / parts + kTile - 1) / kTile * kTile;
+    // The keys are shared out, too. How does not depend on other rows: sums are the same to the last bit beside them.
+    int64_t step = keys < 2 * kKeys ? kKeys / 2 : kKeys, parts = (keys + step - 1) / step;
     for (int64_t head = 0; head < cache.heads; ++head)
       for (int64_t query = 0; query < queries; query += kQueries) {
         int64_t number = std::min(kQueries, queries - query);

@@ -101,16 +101,19 @@ def test_panels_multiply_and_give_columns(store: str, rows: int, depth: int, wid
 
 
 @needs_kernels
-def test_a_row_gives_the_same_beside_others():
-    """Bit for bit, whoever is computed in the same call."""
+@pytest.mark.parametrize("held", [2, 900, 2100])
+def test_a_row_gives_the_same_beside_others(held: int):
+    """Bit for bit, whoever is computed in the same call, however much it holds."""
     of = shaped(3, 1, 64, 100)
-    engine = Engine(of.config, of.params, of.template, rows=16, capacity=400, kernels=True)
+    engine = Engine(of.config, of.params, of.template, rows=16, capacity=held + 400, kernels=True)
     rng = np.random.default_rng(2)
+    begin = rng.integers(0, 256, held).tolist()
     slices = [rng.integers(0, 256, rng.integers(1, 16)).tolist() for _ in range(12)]
 
     def lead(beside: int) -> list[list[int]]:
         others = [engine.open([1, 2, 3], seed=i) for i in range(beside)]
         row = engine.open([5, 6], Sampling(1.5, 1.0), seed=3)
+        engine.append(row, begin)
         said = []
         for n, user in enumerate(slices):
             live = rng.permutation(len(others))[: rng.integers(0, len(others) + 1)]
