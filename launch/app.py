@@ -106,7 +106,8 @@ _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=100000000000:gli
 
 
 def keep_memory() -> None:
-    """Begins the process anew with an allocator that keeps freed memory and asks for large pages; Linux with glibc.
+    """Begins the process anew with an allocator that keeps freed memory, in blocks of up to 32 MB (glibc's own bound),
+    and asks for large pages; Linux with glibc.
 
     A step on CPU frees its memory and takes it again; page faults were a third of the time of a training step and a
     fifth of that of a decode step of 32 rows. To be called before anything heavy is imported. A `GLIBC_TUNABLES` of
