@@ -23,6 +23,7 @@ from duplex_jax.evaluate.behaviour_run import Records, check_settings, model_set
 from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions, make_engine
 from duplex_jax.evaluate.judge import judging
 from duplex_jax.evaluate.judge import report as reports
+from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
@@ -55,6 +56,9 @@ _QUIET = flags.DEFINE_integer("quiet", 3, "An answer in slices is over after so 
 _PATIENCE = flags.DEFINE_integer("patience", 10, "Slices to wait for a model that says nothing.", lower_bound=1)
 
 _JUDGE = flags.DEFINE_string("judge_model", "", "The judge's name at --judge_url; without it nothing is judged.")
+_FIELDS = flags.DEFINE_string(
+    "judge_fields", None, "A JSON file of what the judge's requests carry besides, by kind: rating, json, pair."
+)
 _REQUESTS = RequestFlags(__name__, "judge_url", "Replies of the judge that may be unreadable.", "OUT/replies.sqlite")
 
 
@@ -68,12 +72,13 @@ def main(argv: list[str]) -> int:
     if _PAIRWISE.value and not (_JUDGE.value and "mt_bench" in tasks):
         raise UserError("--pairwise needs --judge_model=NAME, and mt_bench among --tasks")
     _REQUESTS.check()
+    judge = JudgeModel(_JUDGE.value, judging.read_fields(_FIELDS.value) if _FIELDS.value else {})
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
     asking = Asking(sampling, _SEED.value, _MAX_TOKENS.value, _QUIET.value, _PATIENCE.value, _SYSTEM.value)
     out = Path(_OUT.value)
     questions = {task: read_questions(task, _DATA.value) for task in tasks}
     prompts = read_prompts(_DATA.value, tasks) if _JUDGE.value else None
-    judges = {task: j for task in tasks if (j := _judge_of(task, prompts)) is not None}
+    judges = {task: found for task in tasks if (found := _judge_of(task, judge, prompts)) is not None}
     beside = [system for folder in _BESIDE.value for system in read_beside(folder, questions, _LIMIT.value, judges)]
     check_writable(out / "settings.json")
     settings, own = _answers(_MODEL.value, out, questions, ways, asking)
@@ -89,18 +94,18 @@ def main(argv: list[str]) -> int:
             stack.callback(cache.close)
             client = _REQUESTS.client(cache, stack)
             try:
-                _judge(questions, own, prompts, client)
+                _judge(questions, own, prompts, judge, client)
                 if _PAIRWISE.value:
-                    outcomes = _pairwise(questions["mt_bench"], pairs, prompts, client)
+                    outcomes = _pairwise(questions["mt_bench"], pairs, prompts, judge, client)
             except (Stopped, judging.NoReply) as e:
                 print("\n".join(client.report.lines("judge")))
                 print(f"unfinished: {e}. Every answer and reply is kept: run again to go on.")
                 return EXIT_UNFINISHED
         client_report = client.report.as_json()
         print("\n".join([*client.report.lines("judge"), ""]))
-    for task, judge in judges.items():
+    for task, whose in judges.items():
         for system in own:
-            judging.write_verdicts(judging.verdicts_path(out, task, system.way), system.verdicts[task], judge)
+            judging.write_verdicts(judging.verdicts_path(out, task, system.way), system.verdicts[task], whose)
     described = reports.describe(questions, _LIMIT.value, own, beside)
     versions = sorted({v.version for s in own for found in s.verdicts.values() for v in found if v.version})
     report: dict[str, Any] = settings | {
@@ -108,13 +113,14 @@ def main(argv: list[str]) -> int:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
         "judge": None if prompts is None else {
-            "model": _JUDGE.value, "versions": versions, "url": _REQUESTS.url.value, "temperature": 0,
-            "attempts": _REQUESTS.attempts.value, "prompts": prompts.sha256, "requests": client_report,
+            "model": judge.name, "fields": judge.fields, "versions": versions, "url": _REQUESTS.url.value,
+            "temperature": 0, "attempts": _REQUESTS.attempts.value, "prompts": prompts.sha256,
+            "requests": client_report,
         },
         "tasks": described,
         "averages": reports.averages(own),
         "comparisons": reports.compare(questions, pairs, outcomes),
-        "not_comparable": reports.not_comparable({t: described[t] for t in judges}, _JUDGE.value, versions),
+        "not_comparable": reports.not_comparable({t: described[t] for t in judges}, judge, versions),
     }  # fmt: skip
     written = reports.write_report(report, out)
     print("\n".join(reports.table(report)))
@@ -122,11 +128,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _judge_of(task: str, prompts: Prompts | None) -> dict[str, str] | None:
+def _judge_of(task: str, judge: JudgeModel, prompts: Prompts | None) -> dict[str, Any] | None:
     """Who judges a task; None where nobody does."""
     if task in RULED:
         return {"judge": judging.RULES}
-    return {"judge": _JUDGE.value, "prompts": prompts.sha256[task]} if prompts is not None else None
+    return judge.identity(prompts.sha256[task]) if prompts is not None else None
 
 
 def _answers(
@@ -175,17 +181,19 @@ def _counting(progress: Progress) -> Callable[[int], None]:
     return done
 
 
-def _judge(questions: Mapping[str, Questions], own: list[System], prompts: Prompts, client: Client) -> None:
+def _judge(
+    questions: Mapping[str, Questions], own: list[System], prompts: Prompts, judge: JudgeModel, client: Client
+) -> None:
     for task in (t for t in questions if t not in RULED):
         for system in own:
             with Progress(f"answers of {task}, {system.way}, judged", len(system.rows[task])) as progress:
                 system.verdicts[task] = judging.judge_answers(
-                    task, questions[task], system.texts[task], prompts, _JUDGE.value, client, progress.add
+                    task, questions[task], system.texts[task], prompts, judge, client, progress.add
                 )
 
 
 def _pairwise(
-    questions: Questions, pairs: list[tuple[System, System]], prompts: Prompts, client: Client
+    questions: Questions, pairs: list[tuple[System, System]], prompts: Prompts, judge: JudgeModel, client: Client
 ) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
     outcomes = {}
     for a, b in pairs:
@@ -193,7 +201,7 @@ def _pairwise(
         both = sum(2 * len(questions.items[n].asked) for n in ours if n in theirs)
         with Progress(f"verdicts on {a.way} against {b.name}", both) as progress:
             outcomes[a.name, b.name] = judging.judge_pairs(
-                questions, ours, theirs, prompts, _JUDGE.value, client, progress.add
+                questions, ours, theirs, prompts, judge, client, progress.add
             )
     return outcomes
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
 from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge import judging, report, rules, scores
-from duplex_jax.evaluate.judge.judging import Verdict
+from duplex_jax.evaluate.judge.judging import JudgeModel, Verdict
 from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_sentences, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside
 from duplex_jax.evaluate.judge.tasks import RULED, TASKS, Questions, read_questions
@@ -476,7 +477,7 @@ def test_judged_over_http(data: Path, server: FakeServer, client: Client):
 
     server.behave = behave
     seen: list[int] = []
-    judge = ("mt_bench", questions, answered(questions), prompts, "gpt-4", client)
+    judge = ("mt_bench", questions, answered(questions), prompts, JudgeModel("gpt-4"), client)
     verdicts = judging.judge_answers(*judge, seen.append)
     assert len(verdicts) == sum(seen) == 12
     assert [v.score for v in verdicts if v.turn == 1] == [9] * 6
@@ -491,6 +492,42 @@ def test_judged_over_http(data: Path, server: FakeServer, client: Client):
     assert sent["messages"] == [{"role": role, "content": text} for role, text in filled.messages]
     assert judging.judge_answers(*judge, seen.append) == verdicts
     assert len(server.bodies) == 15
+
+
+def test_more_fields_reach_the_server(data: Path, server: FakeServer, client: Client, tmp_path: Path):
+    """They are sent with questions of their kind alone, and what was replied without them does not stand for it."""
+    path = tmp_path / "fields.json"
+    path.write_text('{"json": {"grammar": "root ::= \\"a\\""}}')
+    judge = JudgeModel("j", judging.read_fields(path))
+    prompts = read_prompts(data, TASKS)
+    for model in (JudgeModel("j"), judge):
+        for task, fields in (("mt_bench", {}), ("mt_eval_expansion", model.fields.get("json", {}))):
+            server.bodies.clear()
+            questions = read_questions(task, data)
+            server.behave = lambda n, body, t=task: "[[5]]" if t == "mt_bench" else '{"Score": 5}'
+            verdicts = judging.judge_answers(
+                task, questions, answered(questions), prompts, model, client, lambda n: None
+            )
+            assert {v.score for v in verdicts} == {5}
+            assert bool(server.bodies) == (model is not judge or bool(fields))
+            assert [body.get("grammar") for body in server.bodies] == [fields.get("grammar")] * len(server.bodies)
+    assert judge.identity("x") != JudgeModel("j").identity("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object by kind (rating, json, pair)"),
+        ('{"ratings": {}}', "'ratings' must be one of rating, json, pair"),
+        ('{"json": 1}', "'json' must be one of rating, json, pair, and have an object of fields"),
+        ('{"pair": {"seed": 1, "model": "x"}}', "model, seed of 'pair' cannot be set here"),
+    ],
+)
+def test_fields_that_are_refused(text: str, message: str, tmp_path: Path):
+    (tmp_path / "fields.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        judging.read_fields(tmp_path / "fields.json")
 
 
 def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
@@ -510,14 +547,14 @@ def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
         return f"[[{said[n]}]]" if first else f"[[{ {'A': 'B', 'B': 'A'}.get(said[n], '?') }]]"
 
     server.behave = behave
-    outcomes = judging.judge_pairs(questions, ours, theirs, prompts, "j", client, lambda n: None)
+    outcomes = judging.judge_pairs(questions, ours, theirs, prompts, JudgeModel("j"), client, lambda n: None)
     assert outcomes == [
         (n, t, o) for n, o in enumerate(["won", "lost", "tie", "disagree", "unjudged", "disagree"]) for t in (1, 2)
     ]  # fmt: skip
     found = scores.wins(outcomes)
     assert [found[k] for k in ("won", "lost", "tie", "disagree", "unjudged")] == [2, 2, 2, 4, 2]
     assert found["share"]["value"] == pytest.approx((2 + 6 * 0.5) / 10)
-    mirrored = judging.judge_pairs(questions, theirs, ours, prompts, "j", client, lambda n: None)
+    mirrored = judging.judge_pairs(questions, theirs, ours, prompts, JudgeModel("j"), client, lambda n: None)
     swap = {"won": "lost", "lost": "won"}
     assert mirrored == [(n, t, swap.get(o, o)) for n, t, o in outcomes]
 
@@ -525,7 +562,7 @@ def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
 def test_no_reply_and_no_server(data: Path, server: FakeServer, tmp_path: Path):
     questions, prompts = read_questions("mt_bench", data), read_prompts(data, TASKS)
     cache = ReplyCache(tmp_path / "c.sqlite")
-    judge = ("mt_bench", questions, answered(questions), prompts, "gpt-4")
+    judge = ("mt_bench", questions, answered(questions), prompts, JudgeModel("gpt-4"))
     flaky = Client(server.url, cache, backoff=0.001, retries=1, timeout=2)
     server.behave = lambda n, body: 500 if "Why 3?" in body["messages"][-1]["content"] else "[[5]]"
     with pytest.raises(judging.NoReply, match="1 of 12 questions to the judge got no reply"):
@@ -607,14 +644,16 @@ def test_scores_at_equal_length():
 
 def test_only_the_published_judge_on_all_questions_is_comparable():
     row = {"chosen": 80, "published": 80}
-    assert report.not_comparable({"mt_bench": row}, "gpt-4", ["gpt-4-0613"]) == []
-    assert report.not_comparable({RULED[0]: row}, "llama", []) == []
-    (reason,) = report.not_comparable({"mt_bench": row}, "llama", ["llama-3"])
+    assert report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4"), ["gpt-4-0613"]) == []
+    assert report.not_comparable({RULED[0]: row}, JudgeModel("llama"), []) == []
+    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("llama"), ["llama-3"])
     assert reason == "the judge is llama, and that of published scores is gpt-4 or gpt-4-0613"
-    (reason,) = report.not_comparable({"mt_bench": row}, "gpt-4", ["gpt-4-turbo"])
+    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4"), ["gpt-4-turbo"])
     assert "says that it runs gpt-4-turbo" in reason
-    (reason,) = report.not_comparable({"mt_bench": row | {"chosen": 64}}, "gpt-4", [])
+    (reason,) = report.not_comparable({"mt_bench": row | {"chosen": 64}}, JudgeModel("gpt-4"), [])
     assert reason == "mt_bench has 64 of the published 80 questions"
+    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4", {"rating": {"top_p": 0.5}}), [])
+    assert reason == """the judge's requests carry more: {"rating": {"top_p": 0.5}}"""
 
 
 def test_who_is_compared():
@@ -641,6 +680,7 @@ def test_who_is_compared():
         (["--model=m", "--data=OUT", "--out=OUT"], "mt_bench_questions.jsonl: is missing, and task mt_bench reads it"),
         (["--model=none", "--data=DATA", "--out=OUT"], "model 'none': no such file or folder"),
         (["--model=m", "--data=DATA", "--out=OUT", "--pairwise"], "--pairwise needs --judge_model=NAME"),
+        (["--model=m", "--data=DATA", "--out=OUT", "--judge_fields=none.json"], "none.json: cannot be read as JSON"),
         (["--model=m", "--data=DATA", "--out=OUT", "--beside=DATA"], "no results of judged dialogue there"),
     ],
 )

@@ -22,6 +22,48 @@ RULES = "rules"
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeModel:
+    """A judge.
+
+    Attributes:
+        name: as its server knows it.
+        fields: by kind of question (see `READERS`), what its requests carry besides, such as a grammar of the reply.
+    """
+
+    name: str
+    fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def identity(self, prompts: str) -> dict[str, Any]:
+        """What verdicts must agree in to stand beside each other.
+
+        Args:
+            prompts: hash of those it was asked with.
+        """
+        return {"judge": self.name, "prompts": prompts} | ({"fields": dict(self.fields)} if self.fields else {})
+
+
+def read_fields(path: str | Path) -> dict[str, dict[str, Any]]:
+    """`JudgeModel.fields` of a JSON file.
+
+    Raises:
+        UserError: unreadable, another kind, no object of fields, or a field that every request has.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({e}); it holds fields of requests by kind") from e
+    if not isinstance(found, dict):
+        raise UserError(f'{path}: must hold a JSON object by kind ({", ".join(READERS)}), as {{"json": {{...}}}}')
+    own = JudgeRequest(JudgeModel(""), Filled("", "", (), 0)).body(1)
+    for kind, fields in found.items():
+        if kind not in READERS or not isinstance(fields, dict):
+            raise UserError(f"{path}: {kind!r} must be one of {', '.join(READERS)}, and have an object of fields")
+        if fixed := sorted(own.keys() & fields.keys()):
+            raise UserError(f"{path}: {', '.join(fixed)} of {kind!r} cannot be set here; leave it out")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgeRequest:
     """A question to the judge as it is sent: temperature 0, and a seed only where it is asked again.
 
@@ -30,7 +72,7 @@ class JudgeRequest:
         filled: what it is asked.
     """
 
-    model: str
+    model: JudgeModel
     filled: Filled
 
     @property
@@ -47,13 +89,18 @@ class JudgeRequest:
         return hashlib.sha256(json.dumps(self.body(0), sort_keys=True).encode()).hexdigest()[:32]
 
     def body(self, attempt: int) -> dict[str, Any]:
-        """The JSON of a chat completions request."""
-        return {
-            "model": self.model,
-            "messages": [{"role": role, "content": text} for role, text in self.messages],
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
-        } | ({"seed": attempt} if attempt else {})
+        """The arguments of the client's `chat.completions.create`."""
+        more = self.model.fields.get(self.filled.kind)
+        return (
+            {
+                "model": self.model.name,
+                "messages": [{"role": role, "content": text} for role, text in self.messages],
+                "max_tokens": self.max_tokens,
+                "temperature": 0,
+            }
+            | ({"seed": attempt} if attempt else {})
+            | ({"extra_body": dict(more)} if more else {})
+        )
 
     def read(self, text: str, finish_reason: str) -> tuple[str, str | None]:
         """The reply, and why it cannot be read (None where it can)."""
@@ -135,8 +182,8 @@ def settle(
 
 
 def judge_answers(
-    task: str, questions: Questions, answers: Mapping[int, Sequence[str]], prompts: Prompts, model: str, judge: Judge,
-    done: Callable[[int], None],
+    task: str, questions: Questions, answers: Mapping[int, Sequence[str]], prompts: Prompts, model: JudgeModel,
+    judge: Judge, done: Callable[[int], None],
 ) -> list[Verdict]:  # fmt: skip
     """Has a judge score every answer that was asked for.
 
@@ -145,7 +192,7 @@ def judge_answers(
         questions: all of them.
         answers: by number those to all turns.
         prompts: the published ones.
-        model: the judge's name.
+        model: the judge.
         judge: answers requests.
         done: called with how many answers are judged.
 
@@ -183,7 +230,7 @@ def judge_by_rule(questions: Questions, answers: Mapping[int, Sequence[str]]) ->
 
 def judge_pairs(
     questions: Questions, ours: Mapping[int, Sequence[str]], theirs: Mapping[int, Sequence[str]], prompts: Prompts,
-    model: str, judge: Judge, done: Callable[[int], None],
+    model: JudgeModel, judge: Judge, done: Callable[[int], None],
 ) -> list[tuple[int, int, str]]:  # fmt: skip
     """Has a judge say, in both orders, whose answers to MT-Bench are better.
 
@@ -192,7 +239,7 @@ def judge_pairs(
         ours: answers by number.
         theirs: likewise; questions that only one side answered are left out.
         prompts: the published ones.
-        model: the judge's name.
+        model: the judge.
         judge: answers requests.
         done: called with how many replies came.
 
@@ -231,7 +278,7 @@ def verdicts_path(folder: Path, task: str, way: str) -> Path:
     return folder / task / f"{way}.verdicts.jsonl"
 
 
-def write_verdicts(path: Path, verdicts: Sequence[Verdict], judge: Mapping[str, str]) -> None:
+def write_verdicts(path: Path, verdicts: Sequence[Verdict], judge: Mapping[str, Any]) -> None:
     """Writes verdicts behind a line that says whose they are.
 
     Raises:
@@ -242,7 +289,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], judge: Mapping[str, 
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_verdicts(path: Path, judge: Mapping[str, str]) -> list[Verdict]:
+def read_verdicts(path: Path, judge: Mapping[str, Any]) -> list[Verdict]:
     """Verdicts of another run, which must be of the same judge.
 
     Raises:

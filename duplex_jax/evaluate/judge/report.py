@@ -1,13 +1,14 @@
 """What is made of the verdicts: one JSON object, and a table for a terminal."""
 
 import collections
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from duplex_jax.evaluate.conversations import Answer
 from duplex_jax.evaluate.judge import scores
-from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES
+from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES, JudgeModel
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions
 from duplex_jax.evaluate.reports import columns, write
@@ -77,12 +78,16 @@ def compare(
     return rows
 
 
-def not_comparable(tasks: Mapping[str, Any], judge: str, versions: Sequence[str]) -> list[str]:
+def not_comparable(tasks: Mapping[str, Any], judge: JudgeModel, versions: Sequence[str]) -> list[str]:
     """Why the scores do not stand beside published ones; nothing where they may."""
     reasons = []
     if any(task not in RULED for task in tasks):
-        if judge not in PUBLISHED_JUDGES:
-            reasons.append(f"the judge is {judge}, and that of published scores is {' or '.join(PUBLISHED_JUDGES)}")
+        if judge.fields:
+            reasons.append(f"the judge's requests carry more: {json.dumps(judge.fields)}")
+        if judge.name not in PUBLISHED_JUDGES:
+            reasons.append(
+                f"the judge is {judge.name}, and that of published scores is {' or '.join(PUBLISHED_JUDGES)}"
+            )
         elif others := [v for v in versions if v not in PUBLISHED_JUDGES]:
             reasons.append(f"the judge's server says that it runs {', '.join(others)}")
     for task, row in tasks.items():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
@@ -59,7 +60,7 @@ def records_path(folder: Path, task: str, way: str) -> Path:
 
 
 def read_beside(
-    folder: str | Path, questions: Mapping[str, Questions], limit: int, judges: Mapping[str, Mapping[str, str]]
+    folder: str | Path, questions: Mapping[str, Questions], limit: int, judges: Mapping[str, Mapping[str, Any]]
 ) -> list[System]:
     """The systems of another run, as far as they answered these questions.
 

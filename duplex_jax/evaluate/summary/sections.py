@@ -18,7 +18,7 @@ from duplex_jax.evaluate.benchmarks import run as runs
 from duplex_jax.evaluate.benchmarks.scoring import METRICS, differences, is_right
 from duplex_jax.evaluate.benchmarks.tasks import read_benchmark
 from duplex_jax.evaluate.judge import scores
-from duplex_jax.evaluate.judge.judging import RULES, Verdict, read_verdicts, verdicts_path
+from duplex_jax.evaluate.judge.judging import RULES, JudgeModel, Verdict, read_verdicts, verdicts_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5
 from duplex_jax.evaluate.reports import pyplot
 from duplex_jax.evaluate.statistics import paired_difference
@@ -406,11 +406,11 @@ def _judge(sources: Sequence[Source]) -> list[Section]:
     return [section]
 
 
-def _judge_of(source: Source, task: str) -> dict[str, str]:
+def _judge_of(source: Source, task: str) -> dict[str, Any]:
     if task in RULED:
         return {"judge": RULES}
     judge = source.report["judge"]
-    return {"judge": judge["model"], "prompts": judge["prompts"][task]}
+    return JudgeModel(judge["model"], judge.get("fields", {})).identity(judge["prompts"][task])
 
 
 def _verdicts(task: str, source: Source, way: str) -> list[Verdict]:
