@@ -1,7 +1,7 @@
 """Intervals for what is measured: Wilson's for rates, Newcombe's for their paired differences, the bootstrap over
 conversations for everything else."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,21 +82,32 @@ class Bootstrap:
         items: counts of each conversation, by name; a name that is missing counts 0.
         resamples: R, how many times as many conversations as there are get drawn.
         seed: of the draws.
+        strata: of each conversation, to draw as many from each stratum as it has; none: all are of one.
     """
 
-    def __init__(self, items: Sequence[Mapping[str, float]], resamples: int = 1000, seed: int = 0):
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, float]],
+        resamples: int = 1000,
+        seed: int = 0,
+        strata: Sequence[Hashable] | None = None,
+    ):
         names = sorted({name for item in items for name in item})
-        table = np.array([[item.get(name, 0.0) for name in names] for item in items], float)
-        self.items = len(items)
-        if self.items:
-            rng = np.random.default_rng(seed)
-            weights = rng.multinomial(self.items, np.full(self.items, 1 / self.items), size=resamples)
-            self._sums = dict(zip(names, (weights @ table).T, strict=True))
+        rng = np.random.default_rng(seed)
+        groups: dict[Hashable, list[Mapping[str, float]]] = {}
+        for item, stratum in zip(items, [None] * len(items) if strata is None else strata, strict=True):
+            groups.setdefault(stratum, []).append(item)
+        self._least = min(map(len, groups.values()), default=0)
+        sums: Any = 0
+        for found in groups.values():
+            table = np.array([[item.get(name, 0.0) for name in names] for item in found], float)
+            sums += rng.multinomial(len(found), np.full(len(found), 1 / len(found)), size=resamples) @ table
+        self._sums = dict(zip(names, sums.T, strict=True)) if groups else {}
 
     def interval(self, statistic: Callable[[Sums], Any]) -> tuple[float, float] | None:
-        """The middle 95% of a statistic of summed counts; None for fewer than two conversations, or where it is
-        undefined. Draws in which it is undefined are left out."""
-        if self.items < 2:
+        """The middle 95% of a statistic of summed counts; None for fewer than two conversations (of a stratum), or
+        where it is undefined. Draws in which it is undefined are left out."""
+        if self._least < 2:
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.atleast_1d(np.asarray(statistic(Defaulted(self._sums)), float))

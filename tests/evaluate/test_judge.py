@@ -613,7 +613,15 @@ def test_scores_by_hand():
     # One question alone has no interval.
     assert found["by_category"]["math"]["low"] is None
     tasks = {"a": [verdict(0, 1, 5.87), verdict(1, 1, 5.87)], "b": [verdict(0, 1, 6.31)], "c": [verdict(0, 1, 8.48)]}
-    assert scores.mean_of_tasks(tasks)["value"] == pytest.approx((5.87 + 6.31 + 8.48) / 3)
+    mean = scores.mean_of_tasks(tasks)
+    assert mean["value"] == pytest.approx((5.87 + 6.31 + 8.48) / 3)
+    # One conversation of a task says nothing of how its conversations differ.
+    assert mean["low"] is mean["high"] is None
+    # Each task keeps its number of conversations in every draw, however few: the variance is that of the first alone.
+    tasks = {"a": [verdict(i, 1, 1 + 8 * (i % 2)) for i in range(100)], "b": [verdict(i, 1, 6) for i in range(2)]}
+    mean = scores.mean_of_tasks(tasks)
+    half = 1.96 * (4 / math.sqrt(100)) / 2
+    assert (mean["low"], mean["high"]) == pytest.approx((5.5 - half, 5.5 + half), abs=0.06)
     assert scores.mean_score([])["value"] is None
 
 

@@ -25,10 +25,12 @@ def _counted(items: Iterable[tuple[Any, Mapping[str, float]]]) -> dict[Any, dict
     return found
 
 
-def _estimate(items: Sequence[Mapping[str, float]], statistic: Callable[[Sums], Any]) -> dict[str, float | None]:
-    """A statistic of the summed counts with its interval."""
+def _estimate(
+    items: Sequence[Mapping[str, float]], statistic: Callable[[Sums], Any], strata: Sequence[str] | None = None
+) -> dict[str, float | None]:
+    """A statistic of the summed counts with its interval; see `Bootstrap` for the strata."""
     sums = _counted((None, item) for item in items).get(None, {})
-    low, high = Bootstrap(items).interval(statistic) or (None, None)
+    low, high = Bootstrap(items, strata=strata).interval(statistic) or (None, None)
     return {"value": value_of(statistic, sums), "low": low, "high": high}
 
 
@@ -49,13 +51,15 @@ def mean_words(verdicts: Iterable[Verdict]) -> dict[str, float | None]:
 
 
 def mean_of_tasks(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, float | None]:
-    """The plain mean of the tasks' means, as in the paper's Table 5."""
+    """The plain mean of the tasks' means, as in the paper's Table 5; conversations are drawn within each task."""
     items = _counted(
         ((task, v.number), {f"{task}/y": v.score, f"{task}/n": 1})
         for task, found in verdicts.items() for v in found if v.score is not None
     )  # fmt: skip
     return _estimate(
-        list(items.values()), lambda sums: sum(sums[f"{t}/y"] / sums[f"{t}/n"] for t in verdicts) / len(verdicts)
+        list(items.values()),
+        lambda sums: sum(sums[f"{t}/y"] / sums[f"{t}/n"] for t in verdicts) / len(verdicts),
+        [task for task, _ in items],
     )
 
 
