@@ -1,11 +1,12 @@
 """What a slice costs against how much was said before it: our step beside what people would run instead.
 
-Five ways to answer the same slice of the same conversation with the same weights:
+Ways to answer the same slice of the same conversation with the same weights:
 
     ours                     the engine's step: the history lies in the KV cache
     re-encoding (JAX)        the reference's way in the same model: the whole history is encoded anew for each slice
     re-encoding (torch)      the same with transformers' `generate`
     cached (torch)           transformers' `generate` with its own DynamicCache kept from slice to slice
+    compiled (torch)         transformers' model under `torch.compile`, its StaticCache kept; on a CPU only if asked for
     llama.cpp                llama-cpp-python with its own cache (of float16 entries) kept from slice to slice
 
 torch takes part in float32. All draw greedily. The measurements of one repetition follow each other closely, way after
@@ -158,6 +159,51 @@ class Torch:
         return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values.get_seq_length() - before
 
 
+class CompiledTorch:
+    """transformers' model under `torch.compile` behind its StaticCache, which is as long as the longest history needs.
+
+    Args:
+        model: a causal language model of transformers.
+        longest: the longest history; it is encoded once.
+        said: tokens of a slice.
+    """
+
+    name, slow = "compiled (torch)", False
+
+    def __init__(self, model: Any, longest: list[int], said: int = MAX_SLICE_TOKENS):
+        import torch
+        from transformers import StaticCache
+
+        self._torch, self._device, self._said = torch, model.device, said
+        self._cache = StaticCache(config=model.config, max_cache_len=len(longest) + USER_TOKENS + said)
+        with torch.no_grad():
+            model.model(torch.tensor([longest], device=self._device), past_key_values=self._cache, use_cache=True)
+        self._master = [(layer.keys.clone(), layer.values.clone()) for layer in self._cache.layers]
+        # CUDA graphs, which this mode records, are what makes it fast on a GPU.
+        mode = "reduce-overhead" if self._device.type == "cuda" else "default"
+        self._forward = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
+        self._history: list[int] = []
+
+    def prepare(self, history: list[int]) -> None:
+        self._history, n = history, len(history) - 1
+        # In place: the compiled program knows where the entries lie.
+        for layer, (k, v) in zip(self._cache.layers, self._master, strict=True):
+            layer.keys[:, :, :n].copy_(k[:, :, :n])
+            layer.values[:, :, :n].copy_(v[:, :, :n])
+            layer.cumulative_length.fill_(n)
+
+    def step(self, user: list[int]) -> tuple[list[int], int]:
+        torch, said = self._torch, []
+        ids = torch.tensor([[self._history[-1], *user]], device=self._device)
+        with torch.no_grad():
+            for _ in range(self._said):
+                torch.compiler.cudagraph_mark_step_begin()
+                out = self._forward(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                ids = out.logits[:, -1:].argmax(-1)
+                said.append(ids)
+        return torch.cat(said, 1)[0].tolist(), len(user) + self._said
+
+
 class LlamaCpp:
     """llama.cpp behind a cached history."""
 
@@ -221,6 +267,7 @@ def bench_decode(
     png: str = "",
     precision: str = "float32",
     entries: str = "float32",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way, torch's and
     llama.cpp's.
@@ -233,6 +280,7 @@ def bench_decode(
         png: a file to draw the figures into.
         precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp).
         entries: of our cache, one of the same; llama.cpp's are float16, its default.
+        compiled: measure `torch.compile` on a CPU, too.
 
     Raises:
         UserError: an argument that makes no sense, or a PNG without matplotlib.
@@ -244,7 +292,7 @@ def bench_decode(
     if png:
         check_plot()
         check_writable(png)
-    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision, entries)
+    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision, entries, compiled)
     if png:
         plot(report, png)
     return report
@@ -262,6 +310,7 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     precision: str = "float32",
     entries: str = "float32",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Measures every way at every history.
 
@@ -272,6 +321,7 @@ def run(
         slow_repeats: measurements of those that encode the history anew.
         say: is told what goes on, a line at a time.
         precision, entries: each one of `matrix.STORES`.
+        compiled: measure `torch.compile` on a CPU, too.
 
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
@@ -321,6 +371,9 @@ def run(
     else:
         exported = torch_model(model)
         peers += [Torch(exported, longest, cached=False), Torch(exported, longest, cached=True)]
+        if compiled or exported.device.type == "cuda":
+            say("compiling torch's model")
+            peers.append(CompiledTorch(exported, longest))
     if llama.missing():
         leave_out("llama_cpp not installed: pip install llama-cpp-python", LlamaCpp.name)
     else:

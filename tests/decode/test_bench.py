@@ -73,6 +73,15 @@ def test_torch_peers_say_the_same(talkative: LoadedModel) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_torch_says_the_same(talkative: LoadedModel) -> None:
+    """Behind a long history and behind a beginning of it, in either order."""
+    pytest.importorskip("torch")
+    report = bench.run(talkative, [24, 60], repeats=2, slow_repeats=1, compiled=True)
+    rows = [row for row in report["rows"] if row["peer"] == "compiled (torch)"]
+    assert [(row["tokens"], row["same_tokens"], row["repeats"]) for row in rows] == [(16, 10, 2)] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_llama_cpp_does_the_same_work(precision: str) -> None:
     """Its logits behind a cut and copied sequence are ours, within what its float16 entries and Q8_0 allow."""
