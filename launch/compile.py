@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Compiles and reports; exit code 1 where something does not fit."""
     app.no_arguments(argv)
     from duplex_jax import parallel
-    from duplex_jax.decode import floor
+    from duplex_jax.decode import capacity
     from duplex_jax.train import compile as compiling
     from duplex_jax.train import config as configs
 
@@ -50,15 +50,16 @@ def main(argv: list[str]) -> int:
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
     spec = parallel.load_mesh_spec(_MESH.value)
     spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
-    compiling.prepare_environment(spec)
+    if set(_PROGRAMS.value) != {"sessions"}:  # which compiles nothing
+        compiling.prepare_environment(spec)
     reports: list[dict[str, Any]] = []
     for program in _PROGRAMS.value:
         if program == "sessions":
             model = compiling.model_shape(config)
-            plans = floor.plan_sessions(model, spec.chip, [int(n) for n in _CONTEXTS.value], _SLICE_SECONDS.value,
-                                        efficiency=compiling.EFFICIENCY)  # fmt: skip
+            plans = capacity.plan_sessions(model, spec.chip, [int(n) for n in _CONTEXTS.value], _SLICE_SECONDS.value,
+                                           efficiency=compiling.EFFICIENCY)  # fmt: skip
             print(f"sessions on one {spec.chip.name}, by formula, a slice each {_SLICE_SECONDS.value:g} s")
-            print("\n".join(floor.sessions_table(plans)), flush=True)
+            print("\n".join(capacity.sessions_table(plans)), flush=True)
             rows = [dataclasses.asdict(plan) | {"sessions": plan.sessions} for plan in plans]
             reports.append({"program": program, "chip": spec.chip.name, "plans": rows, "fits": True})
             continue

@@ -34,6 +34,7 @@ import numpy as np
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.decode import floor, llama
 from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
@@ -175,13 +176,13 @@ class CompiledTorch:
         from transformers import StaticCache
 
         self._torch, self._device, self._said = torch, model.device, said
-        self._cache = StaticCache(config=model.config, max_cache_len=len(longest) + USER_TOKENS + said)
+        cache: Any = StaticCache(config=model.config, max_cache_len=len(longest) + USER_TOKENS + said)
         with torch.no_grad():
-            model.model(torch.tensor([longest], device=self._device), past_key_values=self._cache, use_cache=True)
-        self._master = [(layer.keys.clone(), layer.values.clone()) for layer in self._cache.layers]
+            model.model(torch.tensor([longest], device=self._device), past_key_values=cache, use_cache=True)
+        self._cache, self._master = cache, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         # CUDA graphs, which this mode records, are what makes it fast on a GPU.
         mode = "reduce-overhead" if self._device.type == "cuda" else "default"
-        self._forward = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
+        self._forward: Any = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
         self._history: list[int] = []
 
     def prepare(self, history: list[int]) -> None:
@@ -256,7 +257,7 @@ class _Timings:
     seconds: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     said: list[int] = dataclasses.field(default_factory=list)
-    profile: floor.Profile = dataclasses.field(default_factory=floor.Profile)
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 def bench_decode(
@@ -326,8 +327,9 @@ def run(
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
         reason), `rows` (one for each history and peer: median and least seconds, tokens processed, ratio of the
-        medians to ours, how many of the said tokens are ours; for ours `floor_seconds` and `parts`, see `floor`),
-        `ceilings`, and `flatness`, for each peer the least seconds at the longest history over those at the shortest.
+        medians to ours, how many of the said tokens are ours; for ours `floor_seconds` and `parts`, see `floor` and
+        `profile`), `ceilings`, and `flatness`, for each peer the least seconds at the longest history over those at
+        the shortest.
 
     Raises:
         UserError: histories that make no sense or do not fit the model.
@@ -485,7 +487,7 @@ def table(report: dict[str, Any]) -> list[str]:
             share = row["floor_seconds"] / row["median_seconds"]
             lines.append(f"floor at {row['history']}: {row['floor_seconds']:.3f} s, {share:.0%} of ours")
         if row.get("parts"):
-            lines.append(f"ours at {row['history']}: {floor.parts_line(row['parts'])}")
+            lines.append(f"ours at {row['history']}: {parts_line(row['parts'])}")
     flat = dict(report["flatness"])
     first, last = flat.pop("from"), flat.pop("to")
     lines.append(f"least seconds at {last} over those at {first}: "

@@ -5,7 +5,6 @@ same place. Ours is the engine's step of all rows; llama.cpp gets one batch of a
 of each at a time. Both keep their caches, and take turns.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -22,6 +21,7 @@ from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.decode import floor, llama
 from duplex_jax.decode.bench import QUESTION, USER_TOKENS, check_stores, conversation, without_end
 from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import MAX_SLICE_TOKENS
@@ -45,8 +45,8 @@ def bench_batch(
 
     Returns:
         `rows`, one for each side: seconds of each slice, tokens said per second by the median, and how many of the
-        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice and the `parts` of ours, see `floor`;
-        and the machine.
+        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice and the `parts` of ours, see `floor`
+        and `profile`; and the machine.
 
     Raises:
         UserError: an argument that makes no sense.
@@ -94,18 +94,18 @@ def bench_batch(
             return [list(words) for words in zip(*said, strict=True)]
 
         sides[THEIRS] = theirs
+    said: dict[str, list[list[int]]] = {name: side() for name, side in sides.items()}
+    print("warmed up", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    said: dict[str, list[list[int]]] = {}
-    profile = floor.Profile()
-    for repeat in range(repeats + 1):
+    profiles = {name: Profile() for name in sides}
+    for repeat in range(repeats):
         for name, side in sides.items():
             time.sleep(0.05)  # the other one's threads come to rest
             began = time.perf_counter()
-            with profile.slice() if repeat and name == OURS else contextlib.nullcontext():
+            with profiles[name].slice():
                 said[name] = side()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-        print(f"slice {repeat} of {repeats}" if repeat else "warmed up", file=sys.stderr, flush=True)
+            seconds[name].append(time.perf_counter() - began)
+        print(f"slice {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
     words = {name: list(itertools.chain(*rows)) for name, rows in said.items()}
     found: list[dict[str, Any]] = [
         {
@@ -125,7 +125,7 @@ def bench_batch(
         "model": model, "sessions": sessions, "history": history, "precision": precision, "entries": entries,
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "backend": jax.default_backend()},
         "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
-        "floor_seconds": least, "parts": profile.parts, "ceilings": dataclasses.asdict(ceilings),
+        "floor_seconds": least, "parts": profiles[OURS].parts, "ceilings": dataclasses.asdict(ceilings),
     }  # fmt: skip
 
 
@@ -144,5 +144,5 @@ def table(report: Mapping[str, Any]) -> list[str]:
     share = report["floor_seconds"] / statistics.median(ours["seconds"])
     lines.append(f"floor: {report['floor_seconds']:.2f} s a slice, {share:.0%} of ours")
     if report["parts"]:
-        lines.append(f"ours: {floor.parts_line(report['parts'])}")
+        lines.append(f"ours: {parts_line(report['parts'])}")
     return lines + [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
