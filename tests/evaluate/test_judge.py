@@ -554,6 +554,10 @@ def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
     found = scores.wins(outcomes)
     assert [found[k] for k in ("won", "lost", "tie", "disagree", "unjudged")] == [2, 2, 2, 4, 2]
     assert found["share"]["value"] == pytest.approx((2 + 6 * 0.5) / 10)
+    ties = scores.wins([(n, 1, "disagree") for n in range(8)])["share"]
+    reach = 1.96 / 2 / (8 + 1.96**2) ** 0.5  # Wilson's at one half
+    assert ties == pytest.approx({"value": 0.5, "low": 0.5 - reach, "high": 0.5 + reach}, rel=1e-4)
+    assert scores.wins([(0, 1, "unjudged")])["share"] == {"value": None, "low": None, "high": None}
     mirrored = judging.judge_pairs(questions, theirs, ours, prompts, JudgeModel("j"), client, lambda n: None)
     swap = {"won": "lost", "lost": "won"}
     assert mirrored == [(n, t, swap.get(o, o)) for n, t, o in outcomes]

@@ -1,6 +1,7 @@
 """What is made of verdicts: means by turn and category, scores at equal length, differences, and wins; with intervals.
 
 All intervals are 95%, by drawing questions with replacement: the answers of one conversation hang together.
+The share of wins has Wilson's.
 """
 
 import collections
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from duplex_jax.evaluate.judge.judging import Verdict
-from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
+from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of, wilson
 
 Counted = Mapping[int, Mapping[str, float]]
 """By question number, counts by name."""
@@ -130,10 +131,17 @@ def difference(ours: Iterable[Verdict], theirs: Iterable[Verdict]) -> dict[str, 
 def wins(outcomes: Sequence[tuple[int, int, str]]) -> dict[str, Any]:
     """Counts of outcomes, and the share of wins: won, and half of what neither side won, of all that was judged.
 
+    Its interval is Wilson's with as many trials as conversations: wider than need be where halves are many or a
+    conversation's turns differ, but not a point where all outcomes are the same.
+
     Args:
         outcomes: (number, turn, outcome) as `judge_pairs` gives them.
     """
     worth = {"won": 1.0, "lost": 0.0, "tie": 0.5, "disagree": 0.5}
     items = _counted((number, {"y": worth[o], "n": 1}) for number, _, o in outcomes if o in worth)
     counts = collections.Counter(o for _, _, o in outcomes)
-    return {name: counts[name] for name in (*worth, "unjudged")} | {"share": _estimate(list(items.values()), _mean())}
+    sums = _counted((None, item) for item in items.values()).get(None, {})
+    share = value_of(_mean(), sums)
+    low, high = (None, None) if share is None else wilson(share * len(items), len(items)) or (None, None)
+    found = {name: counts[name] for name in (*worth, "unjudged")}
+    return found | {"share": {"value": share, "low": low, "high": high}}
