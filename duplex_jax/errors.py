@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read: a single line, exit code 2."""
+"""The one exception that a user is meant to read: a single line, exit code 2; and what such a line says of fields."""
 
 
 class UserError(Exception):
@@ -9,3 +9,12 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading fields raises where they are not what they should be."""
+
+
+def reason(error: Exception) -> str:
+    """Why fields could not be read, in words."""
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -10,6 +10,7 @@ from launch import app
 PARTS = {
     "behaviour": "when it speaks and when it is silent, on held-out timelines",
     "benchmark": "standard benchmarks, by likelihood or generation",
+    "fetch": "the benchmarks' files, from the Hugging Face hub",
     "harness": "any task of EleutherAI's lm-evaluation-harness",
     "judge": "MT-Bench and MT-Eval, judged by a model",
     "study": "two anonymous models in the demo, a questionnaire, and its statistics",

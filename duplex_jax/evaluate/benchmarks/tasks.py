@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from duplex_jax.data.encode import input_lines
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UNREADABLE, UserError, reason
+from duplex_jax.evaluate.benchmarks.hub import source
 
 Parsed = TypeVar("Parsed")
 
@@ -39,13 +40,16 @@ class Task:
 
     Attributes:
         file: how the name of its file begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
-        source: where the file comes from, for people who lack it.
         parse: an item from a line's fields. Raises ValueError, KeyError, TypeError or IndexError for other lines.
     """
 
     file: str
-    source: str
     parse: Callable[[Mapping[str, Any]], Item]
+
+    @property
+    def source(self) -> str:
+        """Where the file comes from, for people who lack it."""
+        return source(self.file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +144,12 @@ def _mmlu_continuation(row: Mapping[str, Any]) -> Item:
     return Item(f"{head}\n\nQuestion: {row['question'].strip()}\nAnswer:", tuple(row["choices"]), mmlu_gold(row))
 
 
-def from_hub(name: str, config: str, split: str) -> str:
-    """A source, for messages."""
-    return f"{name} on Hugging Face ({config}, {split}), written with its to_json"
-
-
 TASKS: dict[str, Task] = {
-    "arc_easy": Task("arc_easy_test", from_hub("allenai/ai2_arc", "ARC-Easy", "test"), _arc),
-    "arc_challenge": Task("arc_challenge_test", from_hub("allenai/ai2_arc", "ARC-Challenge", "test"), _arc),
-    "hellaswag": Task("hellaswag_val", "data/hellaswag_val.jsonl of github.com/rowanz/hellaswag", _hellaswag),
-    "mmlu": Task("mmlu_test", from_hub("cais/mmlu", "all", "test"), _mmlu),
-    "mmlu_continuation": Task("mmlu_test", from_hub("cais/mmlu", "all", "test"), _mmlu_continuation),
+    "arc_easy": Task("arc_easy_test", _arc),
+    "arc_challenge": Task("arc_challenge_test", _arc),
+    "hellaswag": Task("hellaswag_val", _hellaswag),
+    "mmlu": Task("mmlu_test", _mmlu),
+    "mmlu_continuation": Task("mmlu_test", _mmlu_continuation),
 }
 
 
@@ -175,6 +174,11 @@ def read_benchmark(name: str, folder: str | Path) -> Benchmark:
     return Benchmark(path, items, digest.hexdigest())
 
 
+def files_of(folder: Path, file: str) -> list[Path]:
+    """The files of a folder whose name begins with `file` and ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
+    return sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{file}*.jsonl{end}"))
+
+
 def find_file(folder: str | Path, file: str, reader: str, source: str) -> Path:
     """The one file of a folder whose name begins with `file`.
 
@@ -190,7 +194,7 @@ def find_file(folder: str | Path, file: str, reader: str, source: str) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data is a folder of benchmark files such as {file}.jsonl")
-    paths = sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{file}*.jsonl{end}"))
+    paths = files_of(folder, file)
     if not paths:
         raise UserError(f"{folder / file}.jsonl: is missing, and {reader} reads it; it is {source}")
     if len(paths) > 1:
@@ -207,9 +211,8 @@ def parse_line(where: str, line: bytes, parse: Callable[[Mapping[str, Any]], Par
     """
     try:
         return parse(json.loads(line))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        reason = f"field {e} is missing" if isinstance(e, KeyError) else str(e)
-        raise UserError(f"{where}: is no line of {file} ({reason}); it is {source}") from e
+    except UNREADABLE as e:
+        raise UserError(f"{where}: is no line of {file} ({reason(e)}); it is {source}") from e
 
 
 def _item(task: Task, where: str, line: bytes) -> Item:

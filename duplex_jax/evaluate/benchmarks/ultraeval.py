@@ -15,7 +15,8 @@ from typing import Any
 from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import extraction
-from duplex_jax.evaluate.benchmarks.tasks import arc_fields, find_file, from_hub, mmlu_gold, parse_line, text
+from duplex_jax.evaluate.benchmarks.hub import source
+from duplex_jax.evaluate.benchmarks.tasks import arc_fields, find_file, mmlu_gold, parse_line, text
 
 Row = Mapping[str, Any]
 
@@ -54,7 +55,6 @@ class Task:
     Attributes:
         name: of the benchmark.
         file: how the name of its file begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
-        source: where the file comes from, for people who lack it.
         shots: answered questions in front of the one that is asked.
         parse: a question from a line's fields; None for one that UltraEval leaves out. Raises ValueError, KeyError,
             TypeError, IndexError or AttributeError for other lines.
@@ -66,7 +66,6 @@ class Task:
 
     name: str
     file: str
-    source: str
     shots: int
     parse: Callable[[Row], Question | None]
     extract: Callable[[Question, str], str] = _whole
@@ -75,6 +74,11 @@ class Task:
     max_tokens: int = 300
     temperature: float = 0.3
     top_p: float = 0.8
+
+    @property
+    def source(self) -> str:
+        """Where the file comes from, for people who lack it."""
+        return source(self.file)
 
 
 _REQUIREMENT = (
@@ -202,34 +206,24 @@ def _post(extract: Callable[[str], str]) -> Callable[[Question, str], str]:
     return lambda question, output: extract(output)
 
 
-_CHOICES_SOURCE = "a row with subject, question, choices and answer for each question of all subjects"
 _CAREFUL: dict[str, Any] = {"temperature": 0.1, "top_p": 0.95}
 _TASKS = (
-    Task("ceval", "ceval_val", f"{from_hub('ceval/ceval-exam', 'all', 'val')}: {_CHOICES_SOURCE}", 5, _chinese,
-         matches=_prefix, configs="ceval"),
-    Task("cmmlu", "cmmlu_test", f"{from_hub('haonan-li/cmmlu', 'all', 'test')}: {_CHOICES_SOURCE}", 5, _chinese,
-         matches=_prefix, configs="cmmlu"),
-    Task("mmlu", "mmlu_test", from_hub("cais/mmlu", "all", "test"), 5, _mmlu, matches=_prefix),
-    Task("bbh", "bbh", "github.com/suzgunmirac/BIG-Bench-Hard: a row with task, input and target for each example", 3,
-         _bbh, _bbh_extract, _bbh_matches),
-    Task("humaneval", "humaneval", from_hub("openai/openai_humaneval", "openai_humaneval", "test"), 0, _humaneval,
-         _post(extraction.humaneval_post), **_CAREFUL),
-    Task("mbpp", "mbpp", from_hub("google-research-datasets/mbpp", "full", "all splits"), 3, _mbpp,
-         _post(extraction.new_mbpp_post), **_CAREFUL),
-    Task("gsm8k", "gsm8k_test", from_hub("openai/gsm8k", "main", "test"), 8, _gsm8k,
-         _post(extraction.gsm8k_post), _exact, **_CAREFUL),
-    Task("math", "math_test", from_hub("hendrycks/competition_math", "default", "test"), 4, _math,
-         _post(extraction.math_post), _exact, **_CAREFUL),
-    Task("arc_easy", "arc_easy_test", from_hub("allenai/ai2_arc", "ARC-Easy", "test"), 0, _arc, matches=_qa),
-    Task("arc_challenge", "arc_challenge_test", from_hub("allenai/ai2_arc", "ARC-Challenge", "test"), 0, _arc,
-         matches=_qa),
-    Task("hellaswag", "hellaswag_val", "data/hellaswag_val.jsonl of github.com/rowanz/hellaswag", 0, _hellaswag,
-         matches=_qa),
-)  # fmt: skip
+    Task("ceval", "ceval_val", 5, _chinese, matches=_prefix, configs="ceval"),
+    Task("cmmlu", "cmmlu_test", 5, _chinese, matches=_prefix, configs="cmmlu"),
+    Task("mmlu", "mmlu_test", 5, _mmlu, matches=_prefix),
+    Task("bbh", "bbh", 3, _bbh, _bbh_extract, _bbh_matches),
+    Task("humaneval", "humaneval", 0, _humaneval, _post(extraction.humaneval_post), **_CAREFUL),
+    Task("mbpp", "mbpp", 3, _mbpp, _post(extraction.new_mbpp_post), **_CAREFUL),
+    Task("gsm8k", "gsm8k_test", 8, _gsm8k, _post(extraction.gsm8k_post), _exact, **_CAREFUL),
+    Task("math", "math_test", 4, _math, _post(extraction.math_post), _exact, **_CAREFUL),
+    Task("arc_easy", "arc_easy_test", 0, _arc, matches=_qa),
+    Task("arc_challenge", "arc_challenge_test", 0, _arc, matches=_qa),
+    Task("hellaswag", "hellaswag_val", 0, _hellaswag, matches=_qa),
+)
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
-_CONFIGS = "ultraeval_task_configs"
-_CONFIGS_SOURCE = "a row with dataset, task and description for each config in datasets of github.com/OpenBMB/UltraEval"
+CONFIGS = "ultraeval_task_configs"
+CONFIGS_SOURCE = "a row with dataset, task and description for each config in datasets of github.com/OpenBMB/UltraEval"
 
 
 def read_questions(task: Task, folder: str | Path) -> list[Question]:
@@ -253,7 +247,7 @@ def read_questions(task: Task, folder: str | Path) -> list[Question]:
         if task.configs:
             if question.subtask not in descriptions:
                 raise UserError(f"{where}: subject {question.subtask} of {task.configs} is not described in "
-                                f"{_CONFIGS}.jsonl; it is {_CONFIGS_SOURCE}")  # fmt: skip
+                                f"{CONFIGS}.jsonl; it is {CONFIGS_SOURCE}")  # fmt: skip
             question = dataclasses.replace(question, description=descriptions[question.subtask])
         questions.append(question)
     if not questions:
@@ -274,8 +268,8 @@ def _descriptions(task: Task, folder: str | Path) -> dict[str, str]:
     def parse(row: Row) -> tuple[str, str, str]:
         return text(row["dataset"]), text(row["task"]).replace("-", "_"), text(row["description"])
 
-    path = find_file(folder, _CONFIGS, f"task {task.name}", _CONFIGS_SOURCE)
-    rows = [parse_line(where, line, parse, _CONFIGS, _CONFIGS_SOURCE) for where, line in input_lines([path])]
+    path = find_file(folder, CONFIGS, f"task {task.name}", CONFIGS_SOURCE)
+    rows = [parse_line(where, line, parse, CONFIGS, CONFIGS_SOURCE) for where, line in input_lines([path])]
     return {subject: description for dataset, subject, description in rows if dataset == task.configs}
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks.tasks import chosen
+from duplex_jax.evaluate.benchmarks.tasks import chosen, parse_line
 
 # The judge sees a reference answer to these (FastChat).
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -178,13 +178,7 @@ def read_questions(name: str, folder: str | Path) -> Questions:
     """
     task, folder = TASKS[name], Path(folder)
     path = existing(folder, task.file, f"task {name}", task.source)
-    items = []
-    for where, line in input_lines([path]):
-        try:
-            items.append(task.parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            reason = f"field {e} is missing" if isinstance(e, KeyError) else str(e)
-            raise UserError(f"{where}: is no line of {task.file} ({reason}); it is {task.source}") from e
+    items = [parse_line(where, line, task.parse, task.file, task.source) for where, line in input_lines([path])]
     if not items:
         raise UserError(f"{path}: holds no question; it is {task.source}")
     if name == "mt_bench":
@@ -211,14 +205,12 @@ def existing(folder: Path, file: str, who: str, source: str) -> Path:
 def _with_references(items: list[Question], folder: Path) -> list[Question]:
     source = "fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl of github.com/lm-sys/FastChat"
     path = existing(folder, MT_BENCH_REFERENCES, "task mt_bench", source)
-    found: dict[str, tuple[str, ...]] = {}
-    for where, line in input_lines([path]):
-        try:
-            row = json.loads(line)
-            first, second = row["choices"][0]["turns"]
-            found[str(row["question_id"])] = (_text(first), _text(second))
-        except (ValueError, KeyError, TypeError, IndexError) as e:
-            raise UserError(f"{where}: is no line of {path.name} ({e}); it is {source}") from e
+
+    def answers(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        first, second = row["choices"][0]["turns"]
+        return str(row["question_id"]), (_text(first), _text(second))
+
+    found = dict(parse_line(where, line, answers, path.name, source) for where, line in input_lines([path]))
     complete = []
     for item in items:
         if item.turns[0].category in WITH_REFERENCE:

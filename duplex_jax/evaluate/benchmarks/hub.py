@@ -1,0 +1,120 @@
+"""The benchmarks' files from the Hugging Face hub, as the lines that the tasks read."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from duplex_jax.errors import UNREADABLE, UserError, reason
+from duplex_jax.files import atomic_write, check_writable
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Where a file comes from.
+
+    Attributes:
+        name: of the data set, owner and all.
+        configs: which of its configurations; none: all, in the order of their names.
+        splits: which of their splits, in this order.
+        line: the line of a row and its configuration.
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    splits: tuple[str, ...]
+    line: Callable[[str, Row], Row] = lambda config, row: row
+
+    def __str__(self) -> str:
+        return f"{self.name} on Hugging Face ({', '.join(self.configs) or 'all of it'}; {', '.join(self.splits)})"
+
+
+def _chinese(config: str, row: Row) -> Row:
+    """C-Eval's and CMMLU's rows have one field an option, and the subject is their configuration."""
+    question, answer = (row.get(name, row.get(name.capitalize())) for name in ("question", "answer"))
+    return {"subject": config, "question": question, "choices": [row[c] for c in "ABCD"], "answer": answer}
+
+
+FILES: dict[str, Hub] = {
+    "arc_easy_test": Hub("allenai/ai2_arc", ("ARC-Easy",), ("test",)),
+    "arc_challenge_test": Hub("allenai/ai2_arc", ("ARC-Challenge",), ("test",)),
+    "bbh": Hub("SaylorTwift/bbh", (), ("test",), lambda config, row: {"task": config, **row}),
+    "ceval_val": Hub("ceval/ceval-exam", (), ("val",), _chinese),
+    "cmmlu_test": Hub("haonan-li/cmmlu", (), ("test",), _chinese),
+    "gsm8k_test": Hub("openai/gsm8k", ("main",), ("test",)),
+    "hellaswag_val": Hub("Rowan/hellaswag", ("default",), ("validation",)),
+    "humaneval": Hub("openai/openai_humaneval", ("openai_humaneval",), ("test",)),
+    "math_test": Hub("EleutherAI/hendrycks_math", (), ("test",)),
+    "mbpp": Hub("google-research-datasets/mbpp", ("full",), ("prompt", "test", "validation", "train")),
+    "mmlu_test": Hub("cais/mmlu", ("all",), ("test",)),
+}  # fmt: skip
+"""By how the file's name begins."""
+
+
+def source(file: str) -> str:
+    """Where a file comes from, for messages."""
+    return f"{FILES[file]}; `duplex-jax evaluate fetch` gets it"
+
+
+def fetch(file: str, folder: str | Path, parse: Callable[[Row], Any], count: Callable[[int], None]) -> Path:
+    """Writes a file from the hub.
+
+    Args:
+        file: in `FILES`.
+        folder: where to; it is made if it is not there.
+        parse: what a task makes of a line; raises one of `UNREADABLE` for one that it cannot read.
+        count: called with 1 for each line.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: `datasets` is not installed, the hub or the data set cannot be reached or has changed, or the file
+            cannot be written; nothing is left of it then.
+    """
+    hub, path = FILES[file], check_writable(Path(folder) / f"{file}.jsonl")
+    with atomic_write(path) as out:
+        for number, (config, row) in enumerate(_rows(hub), 1):
+            try:
+                parse(line := hub.line(config, row))
+            except UNREADABLE as e:
+                raise UserError(f"{hub}: row {number} is no line of {file}.jsonl ({reason(e)}); the data set is not "
+                                "what it was, and --data takes files got elsewhere, too") from e  # fmt: skip
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count(1)
+    return path
+
+
+def _rows(hub: Hub) -> Iterator[tuple[str, Row]]:
+    """Each row with the name of its configuration."""
+    # It tells which frameworks it found.
+    logging.getLogger("datasets").setLevel(logging.WARNING)
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError("evaluate fetch needs `datasets`: pip install 'duplex-jax[hub]'") from e
+    datasets.disable_progress_bars()
+    with _told(hub):
+        configs = hub.configs or tuple(sorted(datasets.get_dataset_config_names(hub.name)))
+    for config in configs:
+        for split in hub.splits:
+            with _told(hub):
+                found = datasets.load_dataset(hub.name, config, split=split)
+            yield from ((config, row) for row in found)
+
+
+@contextlib.contextmanager
+def _told(hub: Hub) -> Iterator[None]:
+    """Whatever goes wrong with a data set, said in one line that names it."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, DatasetsError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{hub}: cannot be read ({first}); --data takes files got elsewhere, too") from e

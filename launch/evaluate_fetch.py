@@ -1,0 +1,43 @@
+"""`duplex-jax evaluate fetch --data=FOLDER`: the benchmarks' files from the Hugging Face hub, for `evaluate benchmark`.
+
+A file that is there already stays as it is.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from data_gen.progress import Progress
+from duplex_jax.errors import UserError
+from duplex_jax.evaluate.benchmarks import hub, tasks, ultraeval
+from launch import app
+
+_DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks' files; made if it is not there.")
+_TASKS = flags.DEFINE_list("tasks", list(ultraeval.TASKS), f"Some of {', '.join(ultraeval.TASKS)}.")
+
+
+def main(argv: list[str]) -> None:
+    """Fetches what is missing."""
+    app.no_arguments(argv)
+    if not _DATA.value:
+        raise UserError("evaluate fetch needs --data=FOLDER, the folder for the benchmarks' files")
+    chosen = [ultraeval.TASKS[name] for name in app.names("tasks", _TASKS.value, ultraeval.TASKS)]
+    folder = Path(_DATA.value)
+    for task in chosen:
+        if there := tasks.files_of(folder, task.file):
+            print(f"{there[0]}: is there already")
+            continue
+        with Progress(f"questions of {task.name}") as shown:
+            path = hub.fetch(task.file, folder, task.parse, shown.add)
+        print(f"wrote {path}")
+    if any(task.configs for task in chosen) and not tasks.files_of(folder, ultraeval.CONFIGS):
+        print(f"ceval and cmmlu read {folder / ultraeval.CONFIGS}.jsonl, too; it is {ultraeval.CONFIGS_SOURCE}")
+
+
+def start() -> None:
+    """Entry point."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
