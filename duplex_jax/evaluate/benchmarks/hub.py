@@ -99,6 +99,8 @@ def _rows(hub: Hub) -> Iterator[tuple[str, Row]]:
     except ImportError as e:
         raise UserError("evaluate fetch needs `datasets`: pip install 'duplex-jax[hub]'") from e
     datasets.disable_progress_bars()
+    # It prints by itself that it tries again.
+    logging.getLogger("huggingface_hub").propagate = False
     with _told(hub):
         configs = hub.configs or tuple(sorted(datasets.get_dataset_config_names(hub.name)))
     for config in configs:
