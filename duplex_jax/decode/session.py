@@ -155,6 +155,10 @@ class DuplexSession:
         """
         return step_sessions({self: user})[self]
 
+    def fits(self, user: str) -> bool:
+        """Whether the cache has room for the user's slice; a longer one is refused."""
+        return len(self.template.user_part(user)) <= self._longest_part
+
     def say(self, user: str | None, words: Sequence[int]) -> None:
         """Books an interval in which the assistant says `words`, token ids, or nothing; the model is not asked.
 
@@ -298,12 +302,16 @@ class DuplexSession:
         if user == "":
             raise UserError(f"the user's slice {len(self.timeline)} is empty; silence is None (in a file, <idle>)")
         part = self.template.user_part(user)
-        capacity = self.engine.capacity
-        if self._prefix + len(part) > capacity // 2:
-            raise UserError(f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of {capacity} "
-                            f"has room for {capacity // 2 - self._prefix} at once; cut it into slices")  # fmt: skip
+        if len(part) > self._longest_part:
+            raise UserError(f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of "
+                            f"{self.engine.capacity} has room for {self._longest_part} at once; cut it into "
+                            "slices")  # fmt: skip
         self._drop_now(len(part) + self._answer_room)
         return part
+
+    @property
+    def _longest_part(self) -> int:
+        return self.engine.capacity // 2 - self._prefix
 
     @property
     def _answer_room(self) -> int:

@@ -100,7 +100,7 @@ class Answer(TypedDict):
         tokens: of all that was said from the query's first slice on.
         early: how many of them were said before the query's last slice.
         stopped: `end` (turn-based) or `quiet` where the model ended it, `silent` where it said nothing, `length` where
-            the limit or the context did, `too_long` where the query alone does not fit the context.
+            the limit or the context did, `too_long` where the context has no room for the query or one of its slices.
         forgot: whether something of the conversation had been dropped from the context by the answer's end.
     """
 
@@ -143,6 +143,10 @@ def _in_slices(
         texts: list[str] = []
         tokens = early = silent = 0
         slices = [turn.user] if whole else slice_words(turn.user, random.Random(name))
+        if not all(map(session.fits, slices)):
+            forgot = session.dropped > 0
+            answers.append(Answer(answer="", tokens=0, early=0, stopped="too_long", forgot=forgot))
+            continue
         spoken: Iterator[str | None] = iter(slices)
         fed = 0
         while True:

@@ -454,6 +454,20 @@ def test_turns_that_outgrow_the_context(data: Path, tmp_path: Path, model: Engin
     assert third["stopped"] in ("end", "length", "silent")
 
 
+@pytest.mark.parametrize("way", ["duplex", "duplex_whole"])
+def test_a_slice_that_outgrows_the_context(way: str, data: Path, tmp_path: Path, model: Engine):
+    """It is told as too long, and the turn behind it is asked."""
+    turns = [turn("c"), turn("d" * 400), turn("e")]
+    write(data / "mt_eval_follow-up_multi.jsonl", {"id": "1", "conv": turns}, {"id": "2", "conv": [turn("d" * 400)]})
+    questions = read_questions("mt_eval_follow_up", data)
+    records = Records(tmp_path / "answers.jsonl")
+    ask_questions(lambda: model, "x", questions.items, [0, 1], way, ASKING, records, lambda n: None)
+    stopped = [row["stopped"] for row in records.rows[0]["turns"]]
+    assert stopped[1] == "too_long"
+    assert "too_long" not in (stopped[0], stopped[2])
+    assert [(row["stopped"], row["tokens"]) for row in records.rows[1]["turns"]] == [("too_long", 0)]
+
+
 # Verdicts.
 
 
