@@ -30,7 +30,8 @@ Runner = Callable[[], float]
 
 def bench_train(
     batch: int = 4, length: int = 512, rounds: int = 3, rank: int = 16, layers: int = 30, mesh: str = "cpu1",
-    dtype: str = "float32", remat: str = "none", torch: bool = True, full: bool = True, lora: bool = True,
+    dtype: str = "float32", remat: str = "none", micro_batches: int = 1, torch: bool = True, full: bool = True,
+    lora: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Times optimiser steps on random packed rows, ours and torch's in turn, and gives the median of each.
 
@@ -47,7 +48,7 @@ def bench_train(
         rounds: steps timed of each.
         rank: of LoRA.
         layers: of SmolLM2-135M's 30; fewer for a quick look.
-        mesh, dtype, remat: ours.
+        mesh, dtype, remat, micro_batches: ours.
         torch: run the peer, too.
         full, lora: which trainings.
     """
@@ -57,7 +58,7 @@ def bench_train(
     peak = 0.0
     for kind, r in [("full", 0)] * full + [("lora", rank)] * lora:  # one after the other: memory for all would be tight
         wanted: dict[str, tuple[Any, ...]] = {
-            f"duplex_jax {kind}": (_ours, model, rows, batch, length, r, mesh, dtype, remat)
+            f"duplex_jax {kind}": (_ours, model, rows, batch, length, r, mesh, dtype, remat, micro_batches)
         }
         if torch:
             wanted[f"torch {kind}"] = _torch, model, rows, r
@@ -116,12 +117,13 @@ def _rows(model: ModelConfig, batch: int, length: int) -> dict[str, np.ndarray]:
 
 def _ours(
     model: ModelConfig, rows: dict[str, np.ndarray], batch: int, length: int, rank: int, mesh: str, dtype: str,
-    remat: str,
+    remat: str, micro_batches: int,
 ) -> Runner:  # fmt: skip
     spec = parallel.load_mesh_spec(mesh)
     config = Config(
-        "bench", model=Model(shape=model), data=Data(length=length, batch=batch), optim=Optim(),
-        lora=Lora(rank=rank), compute=Compute(dtype=dtype, remat=remat, frozen_dtype=dtype if rank else "float32"),
+        "bench", model=Model(shape=model), data=Data(length=length, batch=batch, micro_batches=micro_batches),
+        optim=Optim(), lora=Lora(rank=rank),
+        compute=Compute(dtype=dtype, remat=remat, frozen_dtype=dtype if rank else "float32"),
     )  # fmt: skip
     ids = (3, 4, 5) if rank else ()
     plan = steps.Plan(fit_batch(config, spec), model, parallel.make_mesh(spec), spec, ids)
