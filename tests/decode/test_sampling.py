@@ -119,7 +119,8 @@ def test_choice_is_that_of_a_running_sum(weights: dict[int, float], at: float):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
+        {"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+        {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
         {"top_k": 2**31}, {"idle_bias": float("nan")}, {"idle_bias": float("inf")},
     ],
 )  # fmt: skip
