@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import importlib.metadata
 import io
 import ipaddress
 import logging as std_logging
@@ -106,16 +107,31 @@ _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=100000000000:gli
 
 
 def keep_memory() -> None:
-    """Begins the process anew with an allocator that keeps freed memory, in blocks of up to 32 MB (glibc's own bound),
-    and asks for large pages; Linux with glibc.
+    """Begins the process anew with an allocator that keeps freed memory and asks for large pages; Linux.
 
-    A step on CPU frees its memory and takes it again; page faults were a third of the time of a training step and a
-    fifth of that of a decode step of 32 rows. To be called before anything heavy is imported. A `GLIBC_TUNABLES` of
-    the user's own stays.
+    A step on a CPU frees gigabytes and takes them again; page faults were a sixth to a third of the time of a training
+    step and a fifth of that of a decode step of 32 rows. The allocator is mimalloc, or, where that is not installed,
+    glibc's, which keeps blocks of up to 32 MB. To be called before anything heavy is imported. Settings of either by
+    the user stay.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = _TUNABLES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if sys.platform != "linux" or not {"GLIBC_TUNABLES", "MIMALLOC_PURGE_DELAY"}.isdisjoint(os.environ):
+        return
+    os.environ["GLIBC_TUNABLES"] = _TUNABLES
+    mimalloc = _mimalloc()
+    if mimalloc is not None:
+        preloaded = [mimalloc, *os.environ.get("LD_PRELOAD", "").split()]
+        os.environ.update(LD_PRELOAD=" ".join(preloaded), MIMALLOC_PURGE_DELAY="-1", MIMALLOC_ALLOW_LARGE_OS_PAGES="1")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _mimalloc() -> str | None:
+    """Where the library lies."""
+    try:
+        path = importlib.metadata.distribution("cmeel-mimalloc").locate_file("cmeel.prefix/lib/libmimalloc.so")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    # LD_PRELOAD separates files by spaces and colons.
+    return str(path) if os.path.exists(path) and not set(str(path)) & set(" :") else None
 
 
 class StoreFlags:

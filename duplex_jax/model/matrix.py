@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from duplex_jax import native
 from duplex_jax.model.config import STORES
 
-_PANEL = 64  # as in native/kernels.cc
+_PANEL = 64  # as in native/common.h
 
 
 @functools.partial(

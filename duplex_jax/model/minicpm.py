@@ -24,6 +24,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.model import attention, matrix, rope
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.matrix import Matrix
+from duplex_jax.native import training
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -314,6 +315,7 @@ def forward(
     backend: str = "xla",
     shard: Shard = _unsharded,
     partition: attention.Partition | None = None,
+    kernels: bool = False,
 ) -> jax.Array:
     """Hidden states for packed rows; `logits` makes logits of them.
 
@@ -328,6 +330,8 @@ def forward(
         backend: of attention.
         shard: puts a sharding constraint on activations by logical axes.
         partition: mesh axes from logical ones, for attention kernels that run on each device's part.
+        kernels: whether the CPU's own kernels run the layers (`native.training`): stacked weights on one device, in
+            float32; `remat` and `backend` are not theirs.
 
     Returns:
         `[B, T, D]`, normalised, ready for `logits`.
@@ -341,6 +345,13 @@ def forward(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     tables = rope.rotary_tables(config, positions, tokens.shape[1])
+    if kernels:
+        x = training.layers(
+            embed(config, params, tokens, jnp.float32), tables,
+            jnp.zeros(tokens.shape, jnp.int32) if segment_ids is None else segment_ids, params["layers"],
+            num_kv_heads=config.num_kv_heads, eps=config.rms_norm_eps, residual_scale=config.residual_scale,
+        )  # fmt: skip
+        return head_input(config, params, x)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, None]:
         q = shard(q, ("batch", "length", "heads", None))

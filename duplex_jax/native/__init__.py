@@ -1,6 +1,6 @@
-"""The CPU kernels in `kernels.cc`: compiled once for this machine by its own C++ compiler, called through JAX's FFI.
+"""The CPU's own kernels: compiled once for this machine by its own C++ compiler, called through JAX's FFI.
 
-Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none, and decoding goes on with XLA's products.
+Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none, and decoding and training go on with XLA's products.
 """
 
 import ctypes
@@ -22,9 +22,12 @@ import numpy as np
 from duplex_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("kernels.cc")
+_SOURCES = [Path(__file__).with_name(name) for name in ("common.h", "decode.cc", "training.cc")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
-_HANDLERS = {"duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock"}
+_HANDLERS = {
+    "duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock", "duplex_jax_layers": "DuplexLayers",
+    "duplex_jax_layers_backward": "DuplexLayersBackward", "duplex_jax_cross_entropy": "DuplexCrossEntropy",
+}  # fmt: skip
 _registered: list[ctypes.CDLL] = []
 _PARTS = ("products", "attention", "small", "head")
 
@@ -48,7 +51,8 @@ def _compile(compiler: str, library: Path) -> None:
     """Compiles the kernels; the library appears complete or not at all."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(made)]
+        units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
 
@@ -91,7 +95,8 @@ def _register() -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++); install one")
-    key = "\0".join([_SOURCE.read_text(encoding="utf-8"), compiler, " ".join(_FLAGS), jax.__version__, _processor()])
+    sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    key = "\0".join([*sources, compiler, " ".join(_FLAGS), jax.__version__, _processor()])
     with tempfile.TemporaryDirectory() as temporary:
         library = (cache_folder() or Path(temporary)) / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not library.exists():

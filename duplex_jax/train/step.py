@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from duplex_jax import parallel
+from duplex_jax import native, parallel
 from duplex_jax.model import lora, minicpm
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params, Weight
@@ -60,6 +60,13 @@ class Plan:
         """Of attention."""
         chosen = self.config.compute.attention
         return self.spec.attention if chosen == "auto" else chosen
+
+    @functools.cached_property
+    def kernels(self) -> bool:
+        """Whether the CPU's own kernels run the layers and the loss: on one device, in float32, nothing done again."""
+        compute = self.config.compute
+        wanted = compute.dtype == "float32" and compute.remat == "none" and self.backend == "xla"
+        return wanted and self.spec.chip is parallel.CPU and self.spec.size == 1 and native.available()
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
@@ -218,7 +225,7 @@ def _hidden(plan: Plan, params: Params, batch: dict[str, jax.Array]) -> jax.Arra
     return minicpm.forward(
         plan.model, params, batch["tokens"], batch["positions"], batch["segment_ids"],
         dtype=jnp.dtype(compute.dtype), remat=compute.remat, backend=plan.backend, shard=parallel.constrain,
-        partition=parallel.partition,
+        partition=parallel.partition, kernels=plan.kernels,
     )  # fmt: skip
 
 
@@ -227,7 +234,8 @@ def loss_sum(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array])
     params = whole_params(plan, trained, frozen)
     targets, weights = targets_and_weights(batch)
     hidden = _hidden(plan, params, batch)
-    return cross_entropy(plan.model, params, hidden, targets, weights, plan.config.compute.loss_chunk)
+    chunk = plan.config.compute.loss_chunk
+    return cross_entropy(plan.model, params, hidden, targets, weights, chunk, plan.kernels)
 
 
 def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
