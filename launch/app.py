@@ -127,11 +127,11 @@ def keep_memory() -> None:
 def _mimalloc() -> str | None:
     """Where the library lies."""
     try:
-        path = importlib.metadata.distribution("cmeel-mimalloc").locate_file("cmeel.prefix/lib/libmimalloc.so")
+        path = str(importlib.metadata.distribution("cmeel-mimalloc").locate_file("cmeel.prefix/lib/libmimalloc.so"))
     except importlib.metadata.PackageNotFoundError:
         return None
     # LD_PRELOAD separates files by spaces and colons.
-    return str(path) if os.path.exists(path) and not set(str(path)) & set(" :") else None
+    return path if os.path.exists(path) and not set(path) & set(" :") else None
 
 
 class StoreFlags:

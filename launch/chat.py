@@ -251,7 +251,7 @@ def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession"
 
 
 def _turns(options: "Replay") -> None:
-    """The baseline: a whole query in, a whole answer out, streamed."""
+    """The baseline: a whole query in, a whole answer out, streamed; the oldest rounds go before the context is full."""
     from duplex_jax.decode.session import TurnSession
 
     engine = _engine(1)
@@ -269,13 +269,15 @@ def _turns(options: "Replay") -> None:
                 return
 
     for query in queries():
-        if not query.strip():
+        asked = query.strip()
+        if not asked:
             continue
         began = time.perf_counter()
         data, words = b"", []
+        limit = session.make_room(asked, options.max_tokens)
         if not _JSON.value:
             print("assistant  ", end="", flush=True)
-        for ids in session.reply(query.strip(), options.max_tokens):
+        for ids in session.reply(asked, limit):
             data += decode_bytes(engine.template.tokenizer, ids)
             whole = complete_utf8(data)
             words.append(data[:whole].decode("utf-8", errors="replace"))

@@ -58,10 +58,12 @@ def main(argv: list[str]) -> int:
             model = compiling.model_shape(config)
             plans = capacity.plan_sessions(model, spec.chip, [int(n) for n in _CONTEXTS.value], _SLICE_SECONDS.value,
                                            efficiency=compiling.EFFICIENCY)  # fmt: skip
-            print(f"sessions on one {spec.chip.name}, by formula, a slice each {_SLICE_SECONDS.value:g} s")
+            fits = any(plan.sessions for plan in plans)
+            print(f"sessions on one {spec.chip.name}, by formula, a slice each {_SLICE_SECONDS.value:g} s"
+                  + ("" if fits else ": NONE FITS"))  # fmt: skip
             print("\n".join(capacity.sessions_table(plans)), flush=True)
             rows = [dataclasses.asdict(plan) | {"sessions": plan.sessions} for plan in plans]
-            reports.append({"program": program, "chip": spec.chip.name, "plans": rows, "fits": True})
+            reports.append({"program": program, "chip": spec.chip.name, "plans": rows, "fits": fits})
             continue
         if program == "train":
             report = compiling.compile_train(config, spec, _PRICE.value)

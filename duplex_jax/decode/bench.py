@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import os
 import platform
 import statistics
@@ -128,14 +129,14 @@ class Torch:
 
         self.name = "cached (torch)" if cached else "re-encoding (torch)"
         self.slow = not cached
-        self._torch, self._model, self._said = torch, model, said
+        self._torch, self._model, self._said, self._name = torch, model, said, _cache_name(model)
         self._master: list[tuple[Any, Any]] | None = None
         self._history: list[int] = []
         self._cache: Any = None
         if cached:
             with torch.inference_mode():
                 out = model.model(self._ids(longest), use_cache=True)
-            self._master = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+            self._master = [(layer.keys, layer.values) for layer in getattr(out, self._name).layers]
 
     def _ids(self, ids: Sequence[int]) -> Any:
         return self._torch.tensor([list(ids)], device=self._model.device)
@@ -153,11 +154,11 @@ class Torch:
     def step(self, user: list[int]) -> tuple[list[int], int]:
         ids = self._ids([*self._history, *user])
         out = self._model.generate(
-            ids, attention_mask=self._torch.ones_like(ids), past_key_values=self._cache, return_dict_in_generate=True,
-            do_sample=False, min_new_tokens=self._said, max_new_tokens=self._said,
+            ids, attention_mask=self._torch.ones_like(ids), return_dict_in_generate=True, do_sample=False,
+            min_new_tokens=self._said, max_new_tokens=self._said, **{self._name: self._cache},
         )  # fmt: skip
         before = 0 if self._cache is None else len(self._history) - 1
-        return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values.get_seq_length() - before
+        return out.sequences[0, ids.shape[1] :].tolist(), getattr(out, self._name).get_seq_length() - before
 
 
 class CompiledTorch:
@@ -178,7 +179,8 @@ class CompiledTorch:
         self._torch, self._device, self._said = torch, model.device, said
         cache: Any = StaticCache(config=model.config, max_cache_len=len(longest) + USER_TOKENS + said)
         with torch.no_grad():
-            model.model(torch.tensor([longest], device=self._device), past_key_values=cache, use_cache=True)
+            model.model(torch.tensor([longest], device=self._device), use_cache=True, **{_cache_name(model): cache})
+        self._arguments: dict[str, Any] = {_cache_name(model): cache, "use_cache": True, "logits_to_keep": 1}
         self._cache, self._master = cache, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         # CUDA graphs, which this mode records, are what makes it fast on a GPU.
         mode = "reduce-overhead" if self._device.type == "cuda" else "default"
@@ -199,7 +201,7 @@ class CompiledTorch:
         with torch.no_grad():
             for _ in range(self._said):
                 torch.compiler.cudagraph_mark_step_begin()
-                out = self._forward(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                out = self._forward(input_ids=ids, **self._arguments)
                 ids = out.logits[:, -1:].argmax(-1)
                 said.append(ids)
         return torch.cat(said, 1)[0].tolist(), len(user) + self._said
@@ -231,6 +233,11 @@ class LlamaCpp:
             said.append(int(self._llama.decode([(1, place, feed)])[0].argmax()))
             place, feed = place + len(feed), said[-1:]
         return said, place - len(self._history) + 1
+
+
+def _cache_name(model: Any) -> str:
+    """How transformers calls the cache among a model's arguments and results: `past_key_values` before 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def conversation(template: Template, length: int) -> list[int]:
@@ -410,7 +417,7 @@ def run(
                 timings = results[history, peer.name]
                 time.sleep(0.05)  # the threads of the one before come to rest
                 began = time.perf_counter()
-                with timings.profile.slice():
+                with timings.profile.one():
                     timings.said, timings.tokens = peer.step(user)
                 timings.seconds.append(time.perf_counter() - began)
         say(f"repetition {repeat + 1} of {max(repeats, slow_repeats)}")

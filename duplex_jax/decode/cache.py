@@ -120,13 +120,14 @@ def take_rows(cache: KVCache, rows: jax.Array | None, slots: int) -> KVCache:
 
 def take_row(cache: KVCache, row: jax.Array, slots: int) -> KVCache:
     """One row's first `slots` slots, as a cache of one row."""
-    _, K, H, _ = cache.k[0].shape
-    return _each(
-        lambda k: lax.dynamic_slice(k, (row, 0, 0, 0), (1, K, H, slots)),
-        lambda v: lax.dynamic_slice(v, (row, 0, 0, 0), (1, K, slots, H)),
-        lambda s: lax.dynamic_slice(s, (row, 0, 0), (1, K, slots)),
-        cache,
-    )
+    return take_rows(_one_row(cache, row), None, slots)
+
+
+def _one_row(cache: KVCache, row: jax.Array) -> KVCache:
+    def cut(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, row, 1, 0)
+
+    return _each(cut, cut, cut, cache)
 
 
 def put_row(cache: KVCache, row: jax.Array, new: KVCache, start: jax.Array | int = 0) -> KVCache:
@@ -151,10 +152,7 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
 
     def row_by_row(cache: KVCache, new: KVCache, lengths: jax.Array) -> KVCache:
         def one(i: jax.Array, cache: KVCache) -> KVCache:
-            def cut(x: jax.Array) -> jax.Array:
-                return lax.dynamic_slice_in_dim(x, i, 1, 0)
-
-            return put_row(cache, i if rows is None else rows[i], _each(cut, cut, cut, new), lengths[i])
+            return put_row(cache, i if rows is None else rows[i], _one_row(new, i), lengths[i])
 
         return lax.fori_loop(0, new.rows, one, cache)
 

@@ -29,6 +29,9 @@ from duplex_jax.model.minicpm import Params
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
 
+CHUNK = 64
+"""Tokens that are encoded at once, by default."""
+
 
 class EngineFull(UserError):
     """Every row is taken."""
@@ -101,6 +104,19 @@ def never_sampled(config: ModelConfig, template: Template) -> np.ndarray:
     return suppress
 
 
+def cache_sizes(rows: int, capacity: int, slack: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and slots of an engine's cache, and of the shadow cache in which contexts are encoded afresh.
+
+    Args:
+        rows: B.
+        capacity: most tokens of a context.
+        slack: slots behind it, for one chunk and one slice.
+    """
+    # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
+    # much may come in while they are encoded.
+    return (rows, capacity + slack), (max(1, rows // 8), capacity * 3 // 4 + slack)
+
+
 class Engine:
     """Rows of a fixed-shape KV cache and the compiled programs over them. Not thread-safe.
 
@@ -139,7 +155,7 @@ class Engine:
         kernels: bool | None = None,
         max_feed_tokens: int = 16,
         row_buckets: Sequence[int] | None = None,
-        chunk: int = 64,
+        chunk: int = CHUNK,
         max_slice_tokens: int = MAX_SLICE_TOKENS,
     ):
         capacity = capacity or min(4096, config.max_position_embeddings)
@@ -171,15 +187,13 @@ class Engine:
         self._few_rows = bool(row_buckets)
         self._row_buckets = (*sorted(b for b in row_buckets if b < rows), rows)
         self.chunk = max(chunk, max_feed_tokens)
-        slack = self.chunk + max_slice_tokens
-        self.cache = kv.zeros(config, rows, capacity + slack, self._entries_dtype)
-        # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
-        # much may come in while they are encoded.
-        self._shadow_slots = capacity * 3 // 4 + slack
+        size, (self._n_shadows, self._shadow_slots) = cache_sizes(rows, capacity, self.chunk + max_slice_tokens)
+        self.cache = kv.zeros(config, *size, self._entries_dtype)
+        powers = itertools.takewhile(lambda n: n * 4 < self.cache.slots * 3, (2**p for p in itertools.count(8)))
+        self._slot_buckets = (*powers, self.cache.slots)
         self._shadow_cache: KVCache | None = None
         self._free = list(range(rows))[::-1]
-        self._free_shadows = list(range(max(1, rows // 8)))[::-1]
-        self._n_shadows = len(self._free_shadows)
+        self._free_shadows = list(range(self._n_shadows))[::-1]
         self.rows: set[Row] = set()
         self.compilations: collections.Counter[str] = collections.Counter()
         self._suppress = jnp.asarray(never_sampled(config, template))
@@ -493,24 +507,30 @@ class Engine:
 
     def _slots(self, length: int) -> int:
         """The bucket of slots to read for a length: powers of two from 256; everything, where that is little more."""
-        for power in itertools.count(8):
-            if 2**power * 4 >= self.cache.slots * 3:
-                return self.cache.slots
-            if 2**power >= length:
-                return 2**power
-        raise AssertionError
+        return next(n for n in self._slot_buckets if n >= length)
+
+    def _slots_up_to(self, length: int) -> list[int]:
+        """The buckets of all lengths up to this one."""
+        return [n for n in self._slot_buckets if n <= self._slots(length)]
 
     def _read(self, length: int) -> int:
         """How many slots a program reads of rows that hold as many as `length`. The kernels go by each row's own."""
         return self.cache.slots if self._by_kernels else self._slots(length)
+
+    def _reads_up_to(self, length: int) -> list[int]:
+        """What `_read` gives for all lengths up to this one."""
+        return sorted({self._read(n) for n in self._slots_up_to(length)})
 
     def _padded(self, tokens: Sequence[int]) -> np.ndarray:
         padded = np.zeros((1, self.chunk), np.int32)
         padded[0, : len(tokens)] = tokens
         return padded
 
-    def _extend(self, cache: KVCache, index: int, tokens: Sequence[int], length: int) -> KVCache:
-        program = self._program("extend", min(self._read(length), cache.slots), cache)
+    def _extend(
+        self, cache: KVCache, index: int, tokens: Sequence[int], length: int, slots: int | None = None
+    ) -> KVCache:
+        """Encodes a chunk of a row; reads so many slots of it, by default as many as its length needs."""
+        program = self._program("extend", min(slots or self._read(length), cache.slots), cache)
         return program(self.params, cache, index, self._padded(tokens), len(tokens), length)
 
     def _program(
@@ -565,8 +585,8 @@ class Engine:
         if everything and self.rows:
             raise UserError("an engine is warmed up before it has sessions")
         began = time.perf_counter()
-        lengths = {self._read(n) for n in range(0, min(length or self.capacity, self.capacity) + 1, 128)}
-        for slots, R in itertools.product(sorted(lengths), self._row_buckets):
+        read = self._reads_up_to(min(length or self.capacity, self.capacity))
+        for slots, R in itertools.product(read, self._row_buckets):
             index = np.arange(R, dtype=np.int32)
             rows = programs.RowsInput(
                 index if self._few_rows else None, self._lengths()[:R], np.zeros(R, bool), np.zeros(R, np.uint32),
@@ -587,11 +607,12 @@ class Engine:
             if self._shadow_cache is None:
                 self._shadow_cache = kv.zeros(self.config, self._n_shadows, self._shadow_slots, self._entries_dtype)
             # Nothing is lost: what lies behind a row's length is nobody's, and row 0 of both has length 0 here.
-            for n in sorted(lengths):
-                self.cache = self._extend(self.cache, 0, [0], n - self.chunk if n > self.chunk else 0)
-                shadow = min(n, self._shadow_cache.slots) - self.chunk
-                self._shadow_cache = self._extend(self._shadow_cache, 0, [0], max(0, shadow))
-            for n in sorted({self._slots(n) for n in range(0, self.capacity + 1, 128)}):
+            longest = self._shadow_slots - self.chunk
+            for n in read:
+                self.cache = self._extend(self.cache, 0, [0], 0, n)
+            for n in self._reads_up_to(longest):
+                self._shadow_cache = self._extend(self._shadow_cache, 0, [0], 0, n)
+            for n in self._slots_up_to(longest):
                 self.cache = self._program("switch", n, self.cache)(self.cache, 0, self._shadow_cache, 0)
         return time.perf_counter() - began
 

@@ -3,7 +3,7 @@
 A slice of M tokens takes M passes: one over the T tokens that come in, which gives the first, and one for each other
 token. With R rows, each holding n tokens, a pass over t tokens a row takes at least
 
-    bytes  = weights + R n * 2 L K H * (bytes of an entry)
+    bytes  = weights + R n * 2 L K * (H * bytes of an entry, and 4 where it is int8: its scale)
     flops  = 2 (R t * matrices + R * head) + 4 R t n L N H
     floor  = max(bytes / bandwidth, flops / rate)
 
@@ -27,6 +27,12 @@ from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def token_bytes(config: ModelConfig, entries: str) -> int:
+    """Bytes that a token takes in the cache: 2 L K * (H * bytes of an entry, and 4 where it is int8: its scale)."""
+    scale = BYTES["float32"] if entries == "int8" else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * BYTES[entries] + scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +109,7 @@ def slice_floor(
     tables = c.hidden_size * c.vocab_size * (1 if c.tie_word_embeddings else 2)
     matrices = c.num_params - tables
     read = (matrices + head) * BYTES[weights]
-    read += rows * history * 2 * c.num_layers * c.num_kv_heads * c.head_dim * BYTES[entries]
+    read += rows * history * token_bytes(c, entries)
 
     def one(tokens: int) -> float:
         flops = 2 * rows * (tokens * matrices + head)

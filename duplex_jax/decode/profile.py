@@ -1,4 +1,4 @@
-"""Where a slice's seconds go."""
+"""Where the seconds of a slice, or of a training step, go."""
 
 import collections
 import contextlib
@@ -9,30 +9,30 @@ from duplex_jax import native
 
 
 class Profile:
-    """Where the seconds of several slices went, by the kernels' own clock (`native.spent`)."""
+    """Where the seconds of several slices or steps went, by the kernels' own clock (`native.spent`)."""
 
     def __init__(self) -> None:
-        self._slices, self._seconds, self._parts = 0, 0.0, collections.Counter[str]()
+        self._number, self._seconds, self._parts = 0, 0.0, collections.Counter[str]()
 
     @contextlib.contextmanager
-    def slice(self) -> Iterator[None]:
-        """Counts what is done inside as one slice."""
+    def one(self) -> Iterator[None]:
+        """Counts what is done inside as one slice or step."""
         before, began = native.spent(), time.perf_counter()
         yield
         self._seconds += time.perf_counter() - began
-        self._slices += 1
+        self._number += 1
         self._parts.update({part: total - before.get(part, 0.0) for part, total in native.spent().items()})
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean seconds of a slice by part, the `rest` outside of the kernels; empty without kernels."""
+        """Mean seconds of one by part, the `rest` outside of the kernels; empty without kernels."""
         if not self._parts:
             return {}
-        parts = {part: total / self._slices for part, total in self._parts.items()}
-        return parts | {"rest": self._seconds / self._slices - sum(parts.values())}
+        parts = {part: total / self._number for part, total in self._parts.items()}
+        return parts | {"rest": self._seconds / self._number - sum(parts.values())}
 
 
 def parts_line(parts: Mapping[str, float]) -> str:
-    """Parts of a slice as text."""
+    """The parts as text."""
     total = sum(parts.values())
     return ", ".join(f"{part} {seconds:.3f} s ({seconds / total:.0%})" for part, seconds in parts.items())

@@ -98,7 +98,11 @@ def _result(timeline: Timeline, pairs: list[SlicePair], meta: dict[str, object])
 def replay_turns(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> Iterator[tuple[int, Timeline]]:
     """The turn-based baseline on the same timelines: a pause ends a query, and its answer comes whole.
 
-    While it answers it does not listen: the answer stands in the pair that carries the query's last words.
+    While it answers it does not listen: the answer stands in the pair that carries the query's last words. The oldest
+    rounds are dropped before the context is full.
+
+    Raises:
+        UserError: a query that does not fit the context.
     """
     for number, timeline in enumerate(timelines):
         session = TurnSession(engine, system=options.system, seed=options.seed + number, sampling=options.sampling)
@@ -111,7 +115,9 @@ def replay_turns(engine: Engine, timelines: Iterable[Timeline], options: Replay)
                     query.append(user)
                     ends = i + 1 == len(timeline.pairs) or timeline.pairs[i + 1].user is None
                     if ends:
-                        ids = [t for part in session.reply(" ".join(query), options.max_tokens) for t in part]
+                        asked = " ".join(query)
+                        limit = session.make_room(asked, options.max_tokens)
+                        ids = [t for part in session.reply(asked, limit) for t in part]
                         answer = decode(engine.template.tokenizer, ids) or None
                         query.clear()
                 pairs.append(SlicePair(user, answer))

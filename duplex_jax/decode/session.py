@@ -16,6 +16,9 @@ from duplex_jax.errors import UserError
 from duplex_jax.timeline import SlicePair
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
+# A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
+_LEAST_ROOM = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -475,6 +478,8 @@ class TurnSession:
         self.engine = engine
         self._row = engine.open(engine.template.turn_start(system) if start is None else start, sampling, seed)
         self._rounds: list[int] = []  # where each one begins in the context
+        self.dropped = 0
+        """How many of the oldest rounds were dropped from the context."""
         self._feed: Sequence[int] = []  # what the next step appends
         self._left = 0  # tokens that the answer may still take
 
@@ -486,9 +491,17 @@ class TurnSession:
     def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
         """Answers a query; yields the answer's ids as they come, without the end token.
 
+        Args:
+            query: what is asked.
+            max_tokens: of the answer, as `make_room` gives them where old rounds are to be dropped for it.
+
         Raises:
-            UserError: the conversation outgrows the capacity.
+            UserError: the conversation outgrows the capacity, or an answer may take no token.
         """
+        if max_tokens < 1:
+            taken = len(self.engine.template.user_part(query))
+            raise UserError(f"the query takes {taken} tokens; a context of {self.engine.capacity} has no room for it "
+                            "and an answer")  # fmt: skip
         self.ask(query, max_tokens)
         while self.answering:
             yield step_turns([self])[self]
@@ -514,6 +527,18 @@ class TurnSession:
         taken = len(self._row.ids) + len(self.engine.template.user_part(query))
         return self.engine.capacity - taken - self.engine.max_slice_tokens + 1
 
+    def make_room(self, query: str, max_tokens: int) -> int:
+        """Drops the oldest rounds that leave an answer to `query` too little room: less than it may take, than 256
+        tokens and than a quarter of the capacity.
+
+        Returns:
+            The most tokens that the answer may take, up to `max_tokens`; below 1 where the query itself does not fit.
+        """
+        least = min(max_tokens, _LEAST_ROOM, self.engine.capacity // 4)
+        while self.room(query) < least and self.forget():
+            pass
+        return min(max_tokens, self.room(query))
+
     def forget(self) -> bool:
         """Drops the oldest round from the context; False where there is none."""
         if not self._rounds:
@@ -522,6 +547,7 @@ class TurnSession:
         end = rest[0] if rest else len(ids)
         self.engine.truncate(self._row, first, ids[end:])
         self._rounds = [place - (end - first) for place in rest]
+        self.dropped += 1
         return True
 
     def close(self) -> None:

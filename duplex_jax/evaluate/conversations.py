@@ -67,10 +67,6 @@ class SingleTurn(NamedTuple):
         return cls(name, (_Query(query),))
 
 
-# A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
-_LEAST_ROOM = 256
-
-
 @dataclasses.dataclass(frozen=True)
 class Asking:
     """How a model is asked; the numbers are the paper's (section 4.3.1) where it has any.
@@ -184,24 +180,21 @@ def _by_turns(session: TurnSession, question: Question, asking: Asking, seed: in
     """Yields None for each step, is sent the ids that it gave."""
     answers: Answers = []
     template = session.engine.template
-    forgot = False
     for turn in question.turns:
         if turn.answered:
             session.say(turn.user, turn.given)
             answers.append(None)
             continue
-        while session.room(turn.user) < min(_LEAST_ROOM, asking.max_tokens) and session.forget():
-            forgot = True
-        room = session.room(turn.user)
+        limit = session.make_room(turn.user, asking.max_tokens)
         ids: list[int] = []
         stopped = "too_long"
-        if room > 0:
-            limit = min(room, asking.max_tokens)
+        if limit > 0:
             session.ask(turn.user, limit)
             while session.answering:
                 ids += yield None
             stopped = "length" if len(ids) >= limit else "end" if ids else "silent"
         text = decode(template.tokenizer, ids).strip() if ids else ""
+        forgot = session.dropped > 0
         answers.append(Answer(answer=text, tokens=len(ids), early=0, stopped=stopped, forgot=forgot))
     return answers
 

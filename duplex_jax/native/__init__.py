@@ -1,6 +1,6 @@
 """The CPU's own kernels: compiled once for this machine by its own C++ compiler, called through JAX's FFI.
 
-Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none, and decoding and training go on with XLA's products.
+Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none: XLA's products do the work.
 """
 
 import ctypes

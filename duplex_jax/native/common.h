@@ -171,11 +171,19 @@ inline Vec Load(const float* p) {
   return v;
 }
 
+// Of narrow numbers by the instructions' names: __builtin_convertvector makes four of one, and four fifths of the time.
+
 inline Vec Load(const uint16_t* p) {  // bfloat16
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec)_mm512_slli_epi32(wide, 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   ShortVec s;
   std::memcpy(&s, p, sizeof(s));
-  IntVec wide = __builtin_convertvector(s, IntVec) << 16;
-  return (Vec)wide;
+  return (Vec)(__builtin_convertvector(s, IntVec) << 16);
+#endif
 }
 
 inline Vec Load(const int8_t* p) {
@@ -264,20 +272,28 @@ inline float Sum(Vec v) {
   return total;
 }
 
+// Four vectors at a time, so that one need not wait for the one before.
+
 inline float Sum(const float* x, int64_t n) {
-  Vec sum = Vec{};
+  Vec sums[4] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += Load(x + i);
-  float total = Sum(sum);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sums[j] += Load(x + i + j * kLanes);
+  float total = Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < n; ++i) total += x[i];
   return total;
 }
 
 inline float Max(const float* x, int64_t n, float most) {
-  Vec tops = Splat(most);
+  Vec tops[4] = {Splat(most), Splat(most), Splat(most), Splat(most)};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) tops = Load(x + i) > tops ? Load(x + i) : tops;
-  for (int j = 0; j < kLanes; ++j) most = std::max(most, tops[j]);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) {
+      Vec v = Load(x + i + j * kLanes);
+      tops[j] = v > tops[j] ? v : tops[j];
+    }
+  for (const Vec& top : tops)
+    for (int j = 0; j < kLanes; ++j) most = std::max(most, top[j]);
   for (; i < n; ++i) most = std::max(most, x[i]);
   return most;
 }

@@ -137,56 +137,69 @@ void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, co
 
 constexpr int64_t kKeys = 1024;   // keys whose scores are held at once
 constexpr int64_t kQueries = 48;  // queries of a task
+constexpr int kFew = 3;           // queries that keys are read for as they lie
 
 // What a task makes of its queries and its part of the keys: a softmax not divided yet.
 struct Partial {
   float *out, *top, *total;  // [queries, H], [queries], [queries]
 };
 
-// Scores [Q, kKeys] of Q queries with keys [first, first + n), of which n may be less than kKeys.
+// Keys [first, first + n) of one head as float32 panels [ceil(n / 64), H, 64]: many queries multiply with them.
+template <typename C>
+void PackKeys(const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* panels) {
+  constexpr int64_t kSpan = 4 * kPanel;  // panels lie a multiple of 4 KiB apart: more at once would push each other out
+  for (int64_t begin = 0; begin < n; begin += kSpan)
+    for (int64_t h = 0; h < head_dim; ++h) {
+      const C* from = keys + h * slots + first;
+      float* to = panels + begin * head_dim + h * kPanel;
+      int64_t s = begin, end = std::min(n, begin + kSpan);
+      for (; s + kPanel <= end; s += kPanel, to += head_dim * kPanel)
+        for (int64_t j = 0; j < kPanel; j += kLanes) Store(to + j, Load(from + s + j));
+      if (s == end) continue;
+      std::fill_n(to, kPanel, 0.0f);
+      for (int64_t j = 0; s + j < end; ++j) to[j] = Read(from[s + j]);
+    }
+}
+
+// Scores [Q, kKeys] of Q queries with n keys in panels.
+template <int Q>
+void PanelScores(const float* q, const float* panels, int64_t head_dim, int64_t n, float* scores) {
+  for (int64_t s = 0; s < n; s += kPanel, panels += head_dim * kPanel)
+    for (int64_t at = 0; at < kPanel; at += kTile) {
+      Vec sums[Q][kVecs];
+      Tile<Q, kVecs, false>(panels + at, q, head_dim, head_dim, sums);
+      for (int i = 0; i < Q; ++i)
+        for (int j = 0; j < kVecs; ++j) Store(scores + i * kKeys + s + at + j * kLanes, sums[i][j]);
+    }
+}
+
+// The same of few queries, with keys [first, first + n) as they lie. Few queries wait for memory: keys lie far apart from
+// one dimension to the next, so each is read in one stretch, eight dimensions at a time, and sums stay in the cache of the
+// core.
 template <int Q, typename C>
 void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* scores) {
-  int64_t s = 0;
-  if constexpr (Q <= 3) {
-    // Few queries wait for memory: keys lie far apart from one dimension to the next, so each is read in one stretch,
-    // eight dimensions at a time, and sums stay in the cache of the core.
-    constexpr int kDims = 8;
-    int64_t whole = std::min((n + kLanes - 1) / kLanes * kLanes, (slots - first) / kLanes * kLanes);
-    if (head_dim % kDims == 0) s = whole;
-    for (int64_t h = 0; h < head_dim && s > 0; h += kDims) {
-      Vec values[Q][kDims];
-      for (int i = 0; i < Q; ++i)
-        for (int u = 0; u < kDims; ++u) values[i][u] = Splat(q[i * head_dim + h + u]);
-      const C* at = keys + h * slots + first;
-      for (int64_t j = 0; j < whole; j += kLanes) {
-        Vec k[kDims];
-        for (int u = 0; u < kDims; ++u) {
-          k[u] = Load(at + u * slots + j);
-          __builtin_prefetch(at + (u + kDims) * slots + j);
-        }
-        for (int i = 0; i < Q; ++i) {
-          Vec sum = h == 0 ? Vec{} : Load(scores + i * kKeys + j);
-          for (int u = 0; u < kDims; ++u) sum += values[i][u] * k[u];
-          Store(scores + i * kKeys + j, sum);
-        }
-      }
-    }
-  }
-  for (; s < n && first + s + kTile <= slots; s += kTile) {
-    Vec sums[Q][kVecs] = {};
-    const C* at = keys + first + s;
-    for (int64_t h = 0; h < head_dim; ++h, at += slots) {
-      Vec k[kVecs];
-      for (int j = 0; j < kVecs; ++j) k[j] = Load(at + j * kLanes);
-      for (int i = 0; i < Q; ++i) {
-        Vec value = Splat(q[i * head_dim + h]);
-        for (int j = 0; j < kVecs; ++j) sums[i][j] += value * k[j];
-      }
-    }
+  constexpr int kDims = 8;
+  int64_t whole = head_dim % kDims != 0 ? 0
+                  : std::min((n + kLanes - 1) / kLanes * kLanes, (slots - first) / kLanes * kLanes);
+  for (int64_t h = 0; h < head_dim && whole > 0; h += kDims) {
+    Vec values[Q][kDims];
     for (int i = 0; i < Q; ++i)
-      for (int j = 0; j < kVecs; ++j) Store(scores + i * kKeys + s + j * kLanes, sums[i][j]);
+      for (int u = 0; u < kDims; ++u) values[i][u] = Splat(q[i * head_dim + h + u]);
+    const C* at = keys + h * slots + first;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      Vec k[kDims];
+      for (int u = 0; u < kDims; ++u) {
+        k[u] = Load(at + u * slots + j);
+        __builtin_prefetch(at + (u + kDims) * slots + j);
+      }
+      for (int i = 0; i < Q; ++i) {
+        Vec sum = h == 0 ? Vec{} : Load(scores + i * kKeys + j);
+        for (int u = 0; u < kDims; ++u) sum += values[i][u] * k[u];
+        Store(scores + i * kKeys + j, sum);
+      }
+    }
   }
-  for (; s < n; ++s)
+  for (int64_t s = whole; s < n; ++s)
     for (int i = 0; i < Q; ++i) {
       float sum = 0;
       for (int64_t h = 0; h < head_dim; ++h) sum += q[i * head_dim + h] * Read(keys[h * slots + first + s]);
@@ -207,7 +220,7 @@ void Weigh(const float* probs, const C* values, int64_t head_dim, int64_t n, flo
       Vec v[kVecs];
       for (int j = 0; j < kVecs; ++j) v[j] = Load(at + j * kLanes);
       for (int i = 0; i < Q; ++i) {
-        Vec p = Splat(probs[i * kKeys + s]);
+        Vec p = InRegister(Splat(probs[i * kKeys + s]));
         for (int j = 0; j < kVecs; ++j) sums[i][j] += p * v[j];
       }
     }
@@ -219,10 +232,11 @@ void Weigh(const float* probs, const C* values, int64_t head_dim, int64_t n, flo
       for (int64_t s = 0; s < n; ++s) out[i * head_dim + h] += probs[i * kKeys + s] * Read(values[s * head_dim + h]);
 }
 
-// Q queries, each of which sees the keys before its own limit, over keys [first, last).
+// Q queries, each of which sees the keys before its own limit, over keys [first, last), at most kKeys of them; many
+// queries get them as panels.
 template <int Q, typename C>
 void Attend(const Entries<C>& cache, int64_t row, int64_t head, const float* q, const int64_t* limits, int64_t first,
-            int64_t last, Partial into) {
+            int64_t last, const float* panels, Partial into) {
   const C *keys = cache.Keys(row, head), *values = cache.Values(row, head);
   int64_t H = cache.head_dim;
   alignas(64) float scores[Q * kKeys];
@@ -231,34 +245,32 @@ void Attend(const Entries<C>& cache, int64_t row, int64_t head, const float* q, 
     into.total[i] = 0;
     std::fill_n(into.out + i * H, H, 0.0f);
   }
-  last = std::min(last, *std::max_element(limits, limits + Q));
-  for (int64_t at = first; at < last; at += kKeys) {
-    int64_t n = std::min(kKeys, last - at);
-    Scores<Q, C>(q, keys, H, cache.slots, at, n, scores);
-    for (int i = 0; i < Q; ++i) {
-      float* own = scores + i * kKeys;
-      int64_t seen = std::clamp<int64_t>(limits[i] - at, 0, n);
-      std::fill(own + seen, own + n, 0.0f);
-      if (seen == 0) continue;
-      if constexpr (std::is_same_v<C, int8_t>) {
-        const float* scales = cache.KeyScales(row, head) + at;
-        for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
-      }
-      float top = Max(own, seen, into.top[i]);
-      float kept = std::exp(into.top[i] - top);
-      Map(own, own, seen, [&](int64_t, Vec x) { return Exp(x - Splat(top)); });
-      float total = Sum(own, seen);
-      if constexpr (std::is_same_v<C, int8_t>) {
-        const float* scales = cache.ValueScales(row, head) + at;
-        for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
-      }
-      into.top[i] = top;
-      into.total[i] = into.total[i] * kept + total;
-      if (kept != 1)
-        for (int64_t h = 0; h < H; ++h) into.out[i * H + h] *= kept;
-    }
-    Weigh<Q, C>(scores, values + at * H, H, n, into.out);
+  int64_t n = std::min(last, *std::max_element(limits, limits + Q)) - first;
+  if (n <= 0) return;
+  if (panels != nullptr) {
+    PanelScores<Q>(q, panels, H, n, scores);
+  } else if constexpr (Q <= kFew) {
+    Scores<Q, C>(q, keys, H, cache.slots, first, n, scores);
   }
+  for (int i = 0; i < Q; ++i) {
+    float* own = scores + i * kKeys;
+    int64_t seen = std::clamp<int64_t>(limits[i] - first, 0, n);
+    std::fill(own + seen, own + n, 0.0f);
+    if (seen == 0) continue;
+    if constexpr (std::is_same_v<C, int8_t>) {
+      const float* scales = cache.KeyScales(row, head) + first;
+      for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
+    }
+    float top = Max(own, seen, into.top[i]);
+    Map(own, own, seen, [&](int64_t, Vec x) { return Exp(x - Splat(top)); });
+    into.top[i] = top;
+    into.total[i] = Sum(own, seen);
+    if constexpr (std::is_same_v<C, int8_t>) {
+      const float* scales = cache.ValueScales(row, head) + first;
+      for (int64_t s = 0; s < seen; ++s) own[s] *= scales[s];
+    }
+  }
+  Weigh<Q, C>(scores, values + first * H, H, n, into.out);
 }
 
 // Tokens of one row: where they stand among all, how many, the row of the cache, and how much that holds before them.
@@ -307,11 +319,17 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
       std::memcpy(own.data() + i * H, q + token_head(task, i) * H, H * sizeof(float));
       limits[i] = task.run->length + (task.query + i) / group + 1;
     }
+    int64_t keys = task.last - task.first;
+    std::unique_ptr<Floats> panels;
+    if (task.queries > kFew) {
+      panels = std::make_unique<Floats>((keys + kPanel - 1) / kPanel * kPanel * H);
+      PackKeys(cache.Keys(task.run->row, task.head), H, cache.slots, task.first, keys, panels->data());
+    }
     ForTiles(task.queries, [&](auto height, int64_t i) {
       constexpr int Q = decltype(height)::value;
       int64_t place = task.place + i;
       Attend<Q, C>(cache, task.run->row, task.head, own.data() + i * H, limits.data() + i, task.first, task.last,
-                   {sums + place * H, tops + place, totals + place});
+                   panels == nullptr ? nullptr : panels->data(), {sums + place * H, tops + place, totals + place});
     });
   });
   for (size_t at = 0; at < tasks.size(); at += tasks[at].parts) {

@@ -4,7 +4,7 @@ Each is one call forward and one backward (`training.cc`). Letters as in `model.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,7 +114,7 @@ def _attributes(settings: Settings) -> dict[str, Any]:
 
 def _forward(
     settings: Settings, x: jax.Array, tables: Tables, segment_ids: jax.Array, weights: Mapping[str, Any], keep: bool
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """`x` behind the layers, and, to `keep`, what the backward pass needs of every layer."""
     B, T, D = x.shape
     L, _, q = weights["q"].shape
@@ -130,11 +130,10 @@ def _forward(
 def _backward(
     settings: Settings, tables: Tables, segment_ids: jax.Array, weights: Mapping[str, Any], kept: Any,
     d_out: jax.Array, updates: Any, rank: int, shapes: list[Any],
-) -> list[jax.Array]:  # fmt: skip
+) -> Sequence[jax.Array]:  # fmt: skip
     """d x, and gradients of these shapes."""
-    call = jax.ffi.ffi_call(
-        "duplex_jax_layers_backward", [jax.ShapeDtypeStruct(d_out.shape, jnp.float32), *shapes]
-    )  # fmt: skip
+    d_x = jax.ShapeDtypeStruct(d_out.shape, jnp.float32)
+    call = jax.ffi.ffi_call("duplex_jax_layers_backward", [d_x, *shapes])
     parts = (weights[name] for name in (*_NORMS, *MATRICES))
     return call(*tables, segment_ids, *parts, *kept, d_out, *updates, **_attributes(settings), rank=np.int64(rank))
 
@@ -142,7 +141,7 @@ def _backward(
 def cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, ids: jax.Array, *,
     vocab: int, chunk: int, d_hidden: bool, d_head: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """sum(weights * nll), and its gradients.
 
     Args:
@@ -161,4 +160,5 @@ def cross_entropy(
     (n, D), V = hidden.shape, head.shape[0]
     shapes = [(), (n * d_hidden, D), (V * d_head, D), (ids.shape[0], D)]
     call = jax.ffi.ffi_call("duplex_jax_cross_entropy", [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
-    return tuple(call(hidden, head, targets, weights, ids, vocab=np.int64(vocab), chunk=np.int64(chunk)))
+    loss, *gradients = call(hidden, head, targets, weights, ids, vocab=np.int64(vocab), chunk=np.int64(chunk))
+    return loss, *gradients

@@ -1,8 +1,9 @@
 """How many conversations at once keep the clock: a real server, real websockets, real time, 1 session to saturation.
 
-Every session speaks all the time: its user interrupts in turn with questions from the packaged conversation, so
-nearly every slice makes the model answer. Beside it, one session at a time: the reference's way (the whole history
-encoded anew for each slice) and transformers with a cache of its own for each session, one step after the other.
+Every user speaks in two slices of five, two successive lines of the packaged conversation, and is silent in three. In
+how many slices the model speaks is up to it, and reported (`spoken_share`). Beside it, one session at a time: the
+reference's way (the whole history encoded anew for each slice) and transformers with a cache of its own for each
+session, one step after the other.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ def bench_serve(
     slice_seconds: float = 2.0, capacity: int = 1024, peers: bool = True,
     weights: str = "float32", entries: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
-    """Latency of slices and deadlines missed against the number of speaking sessions, beside one-by-one ways.
+    """Latency of slices and deadlines missed against the number of sessions at once, beside one-by-one ways.
 
     Args:
         model: as `load_model` takes it.
@@ -141,7 +142,7 @@ async def _measure(engine: Engine, name: str, count: int, seconds: float, slice_
 async def _talk(
     http: aiohttp.ClientSession, port: int, seconds: float, slice_seconds: float, start: float, seed: int
 ) -> _Seen:
-    """A user who speaks in two slices of five."""
+    """A user who speaks in the first slice, and then in two of five."""
     await asyncio.sleep(start)
     seen, words = _Seen(), _script()
     async with http.ws_connect(f"ws://localhost:{port}/v1/duplex") as ws:

@@ -141,7 +141,7 @@ def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...], 
     """A field of a message, checked.
 
     Raises:
-        UserError: missing where it has no default, or of another type; names it.
+        UserError: missing where it has no default, of another type, or a number beyond 64 bits; names it.
     """
     if name not in message:
         if default is ...:
@@ -154,4 +154,6 @@ def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...], 
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
         raise UserError(f"{name}: is {json.dumps(value)[:40]}; must be {wanted}")
+    if isinstance(value, int) and abs(value) >= 2**63:  # JSON knows no bound; floats and arrays do
+        raise UserError(f"{name}: is a number of {len(str(abs(value)))} digits; must be within 64 bits")
     return value

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from duplex_jax import parallel
+from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, to_hf
 from duplex_jax.train import flops
@@ -55,6 +56,7 @@ def bench_train(
     model = dataclasses.replace(SMOLLM2_135M, num_layers=layers)
     rows = _rows(model, batch, length)
     seconds: dict[str, list[float]] = {}
+    parts: dict[str, list[dict[str, float]]] = {}
     peak = 0.0
     for kind, r in [("full", 0)] * full + [("lora", rank)] * lora:  # one after the other: memory for all would be tight
         wanted: dict[str, tuple[Any, ...]] = {
@@ -70,12 +72,17 @@ def bench_train(
             for _ in range(rounds):
                 for name, runner in runners.items():  # in turn, so that a busy moment of the machine hits both
                     runner.submit(_run).result()
-                    seconds.setdefault(name, []).append(runner.submit(_run).result())
+                    taken, went = runner.submit(_run).result()
+                    seconds.setdefault(name, []).append(taken)
+                    parts.setdefault(name, []).append(went)
     result: dict[str, Any] = {"peak_gflops": peak / 1e9}
     for name, times in seconds.items():
         rate = batch * length / statistics.median(times)
         used = flops.mfu(rate, model, length, name.endswith("lora"), peak)
         result[name] = {"tokens_per_second": rate, "mfu": used, "seconds": times}
+        if parts[name][0]:
+            means = {part: statistics.mean(went[part] for went in parts[name]) for part in parts[name][0]}
+            result[name]["parts"] = parts_line(means)
     for name in ("full", "lora"):
         if f"torch {name}" in result:
             ours, theirs = (result[f"{who} {name}"]["tokens_per_second"] for who in ("duplex_jax", "torch"))
@@ -98,8 +105,12 @@ def _prepare(make: Callable[..., Runner], *arguments: Any) -> None:
     _runner = make(*arguments)
 
 
-def _run() -> float:
-    return _runner()
+def _run() -> tuple[float, dict[str, float]]:
+    """Seconds of a step, and where they went; nowhere in particular without the CPU's own kernels."""
+    profile = Profile()
+    with profile.one():
+        seconds = _runner()
+    return seconds, profile.parts
 
 
 def _rows(model: ModelConfig, batch: int, length: int) -> dict[str, np.ndarray]:

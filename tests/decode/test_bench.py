@@ -112,6 +112,9 @@ def test_the_floor_of_a_slice() -> None:
     slow_memory = floor.Ceilings(read=1e6, copy=1e6, flops=1e18)
     found = floor.slice_floor(c, slow_memory, 50, 7, 10, rows=3, weights="int8", entries="bfloat16")
     assert found == pytest.approx(10 * (weights + 3 * entries * 2) / 1e6, rel=0.01)  # norms are read, too
+    scales = entries // c.head_dim * 4
+    with_scales = floor.slice_floor(c, slow_memory, 50, 7, 10, rows=3, weights="int8", entries="int8")
+    assert found - with_scales == pytest.approx(10 * 3 * (entries - scales) / 1e6)
     slow_sums = floor.Ceilings(read=1e18, copy=1e18, flops=1e6)
     head = model.params["head"].size
     scores = 4 * 50 * c.num_layers * c.num_heads * c.head_dim

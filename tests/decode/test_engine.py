@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,41 @@ def test_no_step_compiles_after_warm_up(kernels: bool | None):
     assert set(engine.compilations.values()) == {1}
     rest = [k.split()[0] for k in engine.compilations if k not in steps]
     assert {kind: rest.count(kind) <= (4 if kind == "extend" else 2) for kind in rest} == dict.fromkeys(rest, True)
+
+
+@pytest.mark.parametrize("sizes", [{"capacity": 300}, {"capacity": 620, "chunk": 256, "row_buckets": []}])
+def test_every_bucket_is_warmed_up(sizes: dict[str, Any]):
+    """By XLA: contexts that grow to the capacity, word by word or at once, and old pairs that go, compile nothing."""
+    model = tiny_model()
+    engine = Engine(model.config, model.params, model.template, kernels=False, **sizes)
+    engine.warm_up()
+
+    def fill(words: int) -> None:
+        row = engine.open(sampling=Sampling(temperature=1, idle_bias=-1e4))
+        while len(row.ids) + words + engine.max_slice_tokens <= engine.capacity:
+            engine.advance({row: Request([65] * words)})
+        assert len(row.ids) > engine.capacity - words - 2 * engine.max_slice_tokens
+        engine.close(row)
+
+    compiled = dict(engine.compilations)
+    fill(6)
+    assert engine.compilations == compiled
+    engine.warm_up(everything=True)
+    compiled = dict(engine.compilations)
+    fill(engine.capacity - 30)
+    fill(90)
+    session = DuplexSession(engine, sampling=Sampling(temperature=1, idle_bias=-1e4))
+    rng = random.Random(0)
+    while session.dropped < 12:
+        session.step("w" * rng.choice([3, 8, 20, 90, engine.capacity // 2 - 10]))
+    for users in (8, 20):  # a switch that was done ahead, too
+        dropped = session.dropped
+        while session.dropped < dropped + 12:
+            session.step("w" * users)
+    snapshot = session.snapshot(entries=False)
+    session.close()
+    DuplexSession.restore(engine, snapshot).step("hello")
+    assert engine.compilations == compiled
 
 
 def test_only_what_may_be_said_is_said(engine: Engine):

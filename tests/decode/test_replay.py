@@ -70,7 +70,7 @@ def test_rows_come_back():
     with pytest.raises(UserError, match="slice 0 takes 302 tokens"):
         list(replay(engine(3), bad, OPTIONS))
     assert not engine(3).rows
-    with pytest.raises(UserError, match="slice brings"):
+    with pytest.raises(UserError, match="the query takes 302 tokens"):
         list(replay_turns(engine(1), bad, OPTIONS))
     assert not engine(1).rows
 
@@ -88,3 +88,12 @@ def test_a_pause_ends_a_query():
     assert [other.pairs[0].assistant, other.pairs[2].assistant] == [
         timeline.pairs[1].assistant, timeline.pairs[4].assistant,
     ]  # fmt: skip
+
+
+def test_turns_outlast_the_context():
+    """Twenty queries, of which the context holds four or five: the oldest rounds go, and every query is answered."""
+    said = [f"question {n} {'x' * 20}" if i == 0 else None for n in range(20) for i in range(2)]
+    options = Replay(Sampling(1.0, 1.0), max_tokens=20)
+    [(_, timeline)] = replay_turns(engine(1), [Timeline([SlicePair(user, None) for user in said])], options)
+    assert [p.user for p in timeline.pairs] == said
+    assert sum(p.assistant is not None for p in timeline.pairs[20:]) > 5

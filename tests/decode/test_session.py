@@ -580,3 +580,30 @@ def test_turns_and_their_refusals(engine: Engine):
         )  # fmt: skip
     with pytest.raises(UserError, match="exceed the capacity of 256"):
         list(itertools.chain.from_iterable(session.reply("d" * 60, 1000) for _ in range(4)))
+    with pytest.raises(UserError, match="no room for it and an answer"):
+        list(session.reply("e", session.make_room("e" * 300, 20)))
+
+
+def test_turns_go_on_without_end(engine: Engine):
+    """Whole old rounds go before the context is full, no more of them than the answer needs."""
+    engine.template = tiny_model("chatml").template
+    session = TurnSession(engine, sampling=Sampling(temperature=1, top_p=1))
+    start, part = engine.template.turn_start(), engine.template.user_part
+    rounds: list[list[int]] = []
+    for number in range(12):
+        query = f"{number} " + "q" * 10 * (number % 4)
+        before, room = session.dropped, session.room(query)
+        limit = session.make_room(query, 40)
+        assert limit == 40
+        assert (session.dropped > before) == (room < 40)
+        answer = [i for ids in session.reply(query, limit) for i in ids]
+        assert len(answer) <= 40
+        rounds.append([*part(query), *answer, *engine.template.turn_closing()])
+        kept = list(itertools.chain.from_iterable(rounds[session.dropped :]))
+        assert session._row.ids == [*start, *kept]
+        np.testing.assert_allclose(
+            engine.logits(session._row)[:262], fresh_forward()(session._row.ids)[:262], atol=2e-4, rtol=2e-4
+        )  # fmt: skip
+    assert session.dropped > 3
+    assert session.make_room("q", 1000) >= engine.capacity // 4  # a long answer takes no more room than that
+    assert session._row.ids != start

@@ -160,9 +160,11 @@ def test_turn_based(chat, model: Path, timelines: Path, tmp_path: Path):
         assert [p.user for p in timeline.pairs] == [p.user for p in given.pairs]
         assert all(p.assistant is None for p in timeline.pairs if p.user is None)
     assert any(p.assistant for t in written for p in t.pairs)
-    done = chat(*flags, "--json", stdin=b"hello\n\nand you?\n")
+    asked = [f"and you, number {n}?" for n in range(12)]  # more than the context holds
+    done = chat(*flags, "--capacity=256", "--json", stdin="\n\n".join(asked).encode())
+    assert (done.returncode, done.stderr) == (0, b"")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [r["user"] for r in rows] == ["hello", "and you?"]
+    assert [r["user"] for r in rows] == asked
     assert all(len(r["assistant"].encode()) <= 24 * 3 for r in rows)
 
 

@@ -52,6 +52,9 @@ def test_completions_are_the_turn_based_baseline_whole_and_streamed():
                 ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
                 ({"messages": messages, "n": 3}, "one choice"),
                 ({"messages": messages, "temperature": -1}, "negative"),
+                ({"messages": messages, "temperature": 10**400}, "temperature: is a number of 401 digits"),
+                ({"messages": messages, "top_p": -(10**400)}, "top_p: is a number of 401 digits"),
+                ({"messages": messages, "seed": 10**400}, "seed: is a number of 401 digits"),
                 ({"messages": [{"role": "user", "content": "x" * 5000}]}, "the context holds"),
             ):
                 with pytest.raises(openai.BadRequestError, match=words.replace("[", r"\[")):

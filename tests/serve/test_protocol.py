@@ -214,6 +214,10 @@ def test_turn_based_answers_after_a_pause():
         ('{"type": "start", "seed": "x"}', "seed: is"),
         ('{"type": "start", "temperature": -1}', "negative"),
         ('{"type": "start", "slice_seconds": 0}', "0.1 to 60"),
+        *(pytest.param(f'{{"type": "start", "{name}": -{10**400}}}', f"{name}: is a number of 401 digits", id=name)
+          for name in ("temperature", "top_p", "top_k", "idle_bias", "slice_seconds", "seed", "max_tokens")),
+        ('{"type": "start", "temperature": 1e999}', "beyond 1e6"),
+        ('{"type": "start", "temperature": NaN}', "beyond 1e6"),
         ('{"type": "start", "audio": true}', "has no speech"),
         ('{"type": "start", "system": "\\ud800"}', "surrogate"),
         ('{"type": "start", "system": 7}', "must be str or null"),

@@ -70,6 +70,9 @@ def test_truncated_words_leave_the_context():
             await connection.conversation.item.create(item=user("hello there"))
             await connection.response.create()
             delta = await until(connection, "response.output_text.delta", seen)
+            cut = {"type": "conversation.item.truncate", "item_id": delta.item_id, "content_index": 0}
+            await connection.send(cut | {"audio_end_ms": 10**400})
+            assert "audio_end_ms: is a number of 401 digits" in (await until(connection, "error", seen)).error.message
             await connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=50)
             truncated = await until(connection, "conversation.item.truncated", seen)
             assert (truncated.item_id, truncated.audio_end_ms) == (delta.item_id, 50)
@@ -110,6 +113,8 @@ def test_cancel_silences_until_the_user_speaks():
         ({"type": "session.update", "session": {"tools": [{"type": "function"}]}}, "calls no tools"),
         ({"type": "session.update", "session": {"output_modalities": ["audio"]}}, "has no speech"),
         ({"type": "session.update", "session": {"duplex": {"slice_secnds": 1}}}, "slice_secnds: is unknown"),
+        *(({"type": "session.update", "session": {"duplex": {name: 10**400}}}, f"{name}: is a number of 401 digits")
+          for name in ("temperature", "top_p", "idle_bias", "slice_seconds", "seed")),
         ({"type": "session.update", "session": {"audio": {"input": {"format": {"type": "audio/pcmu"}}}}}, "24000"),
         ({"type": "conversation.item.create", "item": {"type": "function_call"}}, "takes messages"),
         ({"type": "conversation.item.truncate", "item_id": "x", "audio_end_ms": 1}, "no message of the assistant"),

@@ -45,7 +45,8 @@ def test_pretended_devices(tmp_path: Path):
 
 
 def test_sessions_of_an_accelerator(tmp_path: Path):
-    """MiniCPM-2.4B on a v5e: a token takes 368,640 bytes (40 layers, 36 heads of 64, keys and values, bfloat16)."""
+    """MiniCPM-2.4B on a v5e: a token takes 368,640 bytes (40 layers, 36 heads of 64, keys and values, bfloat16), a
+    session 74 slots more than it holds, and an eighth of a row of 3/4."""
     result = run(
         "--config=configs/minicpm_2b_duplex.py", "--mesh=v5e-16", "--programs=sessions", "--contexts=100,4000",
         f"--json={tmp_path / 'r.json'}",
@@ -53,14 +54,22 @@ def test_sessions_of_an_accelerator(tmp_path: Path):
     assert result.returncode == 0, result.stderr
     (report,) = json.loads((tmp_path / "r.json").read_text())
     short, long, *_ = report["plans"]
-    assert short["session_bytes"] == 100 * 368_640
+    assert report["fits"]
+    assert short["session_bytes"] == (8 * 174 + 149) * 368_640 // 8
     weights = 2 * 2_725_080_000
-    assert long["by_memory"] == int((0.85 * 15.75 * 2**30 - weights) // (4000 * 368_640)) == long["sessions"]
+    room = (0.85 * 15.75 * 2**30 - weights) // 368_640
+    assert long["by_memory"] == int((room - 3074) // 4074) == long["sessions"]  # one shadow row for all of them
     assert long["by_clock"] > long["by_memory"]
+    scaled = report["plans"][2]
+    assert scaled["session_bytes"] == short["session_bytes"] * (64 + 4) // (2 * 64)
     eager = run(
-        "--config=configs/minicpm_2b_duplex.py", "--mesh=v5e-16", "--programs=sessions", "--slice_seconds=0.05"
+        "--config=configs/minicpm_2b_duplex.py", "--mesh=v5e-16", "--programs=sessions", "--slice_seconds=0.05",
+        f"--json={tmp_path / 'r.json'}",
     )  # fmt: skip
     assert " 0  " in eager.stdout  # ten passes over 5.45 GB of weights alone take 95 ms at 0.7 of 819 GB/s
+    assert "NONE FITS" in eager.stdout
+    assert not json.loads((tmp_path / "r.json").read_text())[0]["fits"]
+    assert eager.returncode == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'duplex-jax[tpu]'")

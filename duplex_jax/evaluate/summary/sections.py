@@ -172,6 +172,13 @@ def _system(source: Source, way: str) -> str:
     return f"{source.model}, {way}"
 
 
+def _asked(source: Source) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """Each task of a report and each way it was asked: both, its column, and what was found."""
+    for task, of in source.report["tasks"].items():
+        for way, row in of["ways"].items():
+            yield task, way, _system(source, way), row
+
+
 def _ordered(tasks: Sequence[str]) -> list[str]:
     """In the paper's order, others behind."""
     return [t for t in NAMES if t in tasks] + [t for t in dict.fromkeys(tasks) if t not in NAMES]
@@ -221,10 +228,9 @@ def _generation(sources: Sequence[Source]) -> list[Section]:
     rights: dict[tuple[str, str], tuple[Source, Mapping[str, bool]]] = {}
     for source in sources:
         with _fields_of(source):
-            for task, of in source.report["tasks"].items():
-                for way, row in of["ways"].items():
-                    grid.put(_system(source, way), task, source, row["score"])
-                    rights.setdefault((task, _system(source, way)), (source, row["right"]))
+            for task, _, column, row in _asked(source):
+                grid.put(column, task, source, row["score"])
+                rights.setdefault((task, column), (source, row["right"]))
     tasks = _ordered(list(grid.rows))
     rows = [(task, NAMES.get(task, task), "high") for task in tasks]
     caption = "Benchmarks by generation (the paper's Table 2): scores in %, 95% intervals. Higher is better."
@@ -276,15 +282,12 @@ def _benchmark(sources: Sequence[Source]) -> list[Section]:
     where: dict[tuple[str, str], tuple[Source, str]] = {}
     for source in sources:
         with _fields_of(source):
-            for task, of in source.report["tasks"].items():
-                for way, row in of["ways"].items():
-                    where.setdefault((task, _system(source, way)), (source, way))
-                    for metric in METRICS:
-                        grid.put(_system(source, way), (task, metric), source, row[metric])
-                for column in list(grid.columns):
-                    if column.startswith(f"{source.model}, "):
-                        guess = {"value": of["chance"], "low": None, "high": None}
-                        grid.rows.setdefault((task, "chance"), {}).setdefault(column, _Found(source, guess))
+            for task, way, column, row in _asked(source):
+                where.setdefault((task, column), (source, way))
+                for metric in METRICS:
+                    grid.put(column, (task, metric), source, row[metric])
+                guess = {"value": source.report["tasks"][task]["chance"], "low": None, "high": None}
+                grid.put(column, (task, "chance"), source, guess)
     tasks = _ordered([task for task, _ in grid.rows])
     rows = [((t, m), f"{NAMES.get(t, t)}, {m}", "high" if m in METRICS else "")
             for t in tasks for m in (*METRICS, "chance")]  # fmt: skip
@@ -339,17 +342,15 @@ def _judge(sources: Sequence[Source]) -> list[Section]:
     where: dict[tuple[str, str], tuple[Source, str]] = {}
     for source in sources:
         with _fields_of(source):
-            for task, of in source.report["tasks"].items():
-                for way, row in of["ways"].items():
-                    column = _system(source, way)
-                    if row.get("score") is None:
-                        continue
-                    where.setdefault((task, column), (source, way))
-                    grid.put(column, (task, "score"), source, row["score"])
-                    grid.put(column, (task, "words"), source, row["words"])
-                    for kind in ("turn", "category"):
-                        for name, figure in row[f"by_{kind}"].items():
-                            grid.put(column, (task, kind, name), source, figure)
+            for task, way, column, row in _asked(source):
+                if row.get("score") is None:
+                    continue
+                where.setdefault((task, column), (source, way))
+                grid.put(column, (task, "score"), source, row["score"])
+                grid.put(column, (task, "words"), source, row["words"])
+                for kind in ("turn", "category"):
+                    for name, figure in row[f"by_{kind}"].items():
+                        grid.put(column, (task, kind, name), source, figure)
             for way, mean in source.report.get("averages", {}).items():
                 grid.put(_system(source, way), "average", source, mean)
     section = Section("Judged dialogue")
