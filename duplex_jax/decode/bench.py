@@ -212,9 +212,9 @@ class LlamaCpp:
 
     name, slow = "llama.cpp", False
 
-    def __init__(self, model: LoadedModel, precision: str, longest: list[int]):
+    def __init__(self, model: LoadedModel, precision: str, longest: list[int], gguf: str):
         # One sequence keeps the longest history; the other one answers.
-        self._llama = llama.Llama(model, precision, 2, len(longest) + USER_TOKENS + MAX_SLICE_TOKENS)
+        self._llama = llama.Llama(model, precision, 2, len(longest) + USER_TOKENS + MAX_SLICE_TOKENS, gguf)
         self._llama.encode(0, longest)
         self._history: list[int] = []
 
@@ -280,6 +280,7 @@ def bench_decode(
     precision: str = "float32",
     entries: str = "float32",
     compiled: bool = False,
+    gguf: str = "",
 ) -> dict[str, Any]:
     """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way, torch's and
     llama.cpp's.
@@ -293,6 +294,7 @@ def bench_decode(
         precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp).
         entries: of our cache, one of the same; llama.cpp's are float16, its default.
         compiled: measure `torch.compile` on a CPU, too.
+        gguf: a file of the same model that llama.cpp runs in place of one of our precision, as one of Q4_1.
 
     Raises:
         UserError: an argument that makes no sense, or a PNG without matplotlib.
@@ -304,7 +306,10 @@ def bench_decode(
     if png:
         check_plot()
         check_writable(png)
-    report = run(load_model(model, dtype="float32"), lengths, repeats, slow_repeats, _say, precision, entries, compiled)
+    if gguf and not Path(gguf).is_file():
+        raise UserError(f"gguf={gguf}: no such file")
+    loaded = load_model(model, dtype="float32")
+    report = run(loaded, lengths, repeats, slow_repeats, _say, precision, entries, compiled, gguf)
     if png:
         plot(report, png)
     return report
@@ -323,6 +328,7 @@ def run(
     precision: str = "float32",
     entries: str = "float32",
     compiled: bool = False,
+    gguf: str = "",
 ) -> dict[str, Any]:
     """Measures every way at every history.
 
@@ -334,6 +340,7 @@ def run(
         say: is told what goes on, a line at a time.
         precision, entries: each one of `matrix.STORES`.
         compiled: measure `torch.compile` on a CPU, too.
+        gguf: a file that llama.cpp runs in place of one of our precision.
 
     Returns:
         A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
@@ -391,8 +398,10 @@ def run(
         leave_out("llama_cpp not installed: pip install llama-cpp-python", LlamaCpp.name)
     else:
         try:
-            peers.append(LlamaCpp(model, precision, longest))
+            peers.append(LlamaCpp(model, precision, longest, gguf))
         except UserError as e:  # a tokenizer that its files cannot hold
+            if gguf:
+                raise
             leave_out(str(e), LlamaCpp.name)
 
     for history in histories:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
+from duplex_jax.errors import UserError
 
 # Of a file's matrices, for what we store.
 FILES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
@@ -30,21 +31,30 @@ class Llama:
         precision: a key of `FILES`.
         sequences: how many.
         slots: tokens that each may hold.
+        gguf: a file of the same model in other precision, in place of the one that is written.
+
+    Raises:
+        UserError: a model that its files cannot hold, a file that cannot be loaded, or more sequences than it has.
     """
 
-    def __init__(self, model: LoadedModel, precision: str, sequences: int, slots: int):
+    def __init__(self, model: LoadedModel, precision: str, sequences: int, slots: int, gguf: str = ""):
         import llama_cpp
 
         self._api: Any = llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         self._vocab_size = model.config.vocab_size
+        if sequences > llama_cpp.llama_max_parallel_sequences():
+            raise UserError(f"{sequences} sequences: llama.cpp has {llama_cpp.llama_max_parallel_sequences()} at most")
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
-            save_model(model, path, format="gguf", dtype=FILES[precision])
+            path = Path(gguf or Path(folder) / "model.gguf")
+            if not gguf:
+                save_model(model, path, format="gguf", dtype=FILES[precision])
             self._model = llama_cpp.llama_model_load_from_file(
                 str(path).encode(), llama_cpp.llama_model_default_params()
             )
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {path}; it must be a GGUF file")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = sequences * (-(-slots // 256) * 256), sequences, False
         settings.n_batch = _AT_ONCE

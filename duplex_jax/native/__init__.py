@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -52,7 +53,7 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(made)]
+        command = [*shlex.split(compiler), *_FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
 
@@ -77,13 +78,17 @@ def available() -> bool:
     wanted = os.environ.get("DUPLEX_JAX_NATIVE", "")
     if wanted not in ("", "on", "off"):
         raise UserError(f"DUPLEX_JAX_NATIVE={wanted}: must be on or off; unset takes the kernels where they compile")
-    if wanted == "off" or jax.default_backend() != "cpu":
+    if wanted == "off":
+        return False
+    if jax.default_backend() != "cpu":
+        if wanted == "on":
+            raise UserError(f"DUPLEX_JAX_NATIVE=on: the kernels are the CPU's, and JAX runs on {jax.default_backend()}")
         return False
     try:
         _register()
     except (OSError, subprocess.SubprocessError, AttributeError) as e:
         why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[:1]
-        message = f"no native kernels for the CPU, decoding is slower: {''.join(why)}"
+        message = f"no native kernels for the CPU, decoding and training are slower: {''.join(why)}"
         if wanted == "on":
             raise UserError(f"DUPLEX_JAX_NATIVE=on: {message}") from e
         _log.warning(message)

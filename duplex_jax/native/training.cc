@@ -429,12 +429,11 @@ void AttendBackward(const Shape& s, const Places& places, const Kept& kept, cons
   ForTokens(s.tokens(), 2 * wide, [&](int64_t t) {
     float* to = d_qkv + t * s.width() + wide;
     for (const float* from : {d_keys + t * wide, d_values + t * wide})
-      for (int64_t head = 0; head < s.kv_heads; ++head, to += H)
-        for (int64_t h = 0; h < H; ++h) {
-          float sum = 0;
-          for (int64_t g = 0; g < group; ++g) sum += from[(head * group + g) * H + h];
-          to[h] = sum;
-        }
+      for (int64_t head = 0; head < s.kv_heads; ++head, to += H, from += group * H) {
+        std::memcpy(to, from, H * sizeof(float));
+        for (int64_t g = 1; g < group; ++g)
+          for (int64_t h = 0; h < H; ++h) to[h] += from[g * H + h];
+      }
   });
 }
 

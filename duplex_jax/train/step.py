@@ -245,21 +245,26 @@ def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]
     """
     dtype = jnp.dtype(plan.config.compute.dtype)
     total = jnp.sum(jax.vmap(lambda b: targets_and_weights(b)[1])(batch))
+    divisor = jnp.maximum(total, 1e-9)
     computed = _computed(trained, dtype)
     frozen = _computed(frozen, dtype)
-    value_and_grad = jax.value_and_grad(functools.partial(loss_sum, plan))
+
+    def loss_share(trained: Any, micro: dict[str, jax.Array]) -> jax.Array:
+        # Divided here and not behind: that would read and write every gradient once more.
+        return loss_sum(plan, trained, frozen, micro) / divisor
+
+    value_and_grad = jax.value_and_grad(loss_share)
     if plan.batch_shape[0] == 1:
-        loss, grads = value_and_grad(computed, frozen, jax.tree.map(lambda x: x[0], batch))
+        loss, grads = value_and_grad(computed, jax.tree.map(lambda x: x[0], batch))
     else:
 
         def body(carry: Any, micro: Any) -> tuple[Any, None]:
-            loss, grads = value_and_grad(computed, frozen, micro)
+            loss, grads = value_and_grad(computed, micro)
             return (carry[0] + loss, jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[1], grads)), None
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
         (loss, grads), _ = jax.lax.scan(body, zero, batch)
-    divisor = jnp.maximum(total, 1e-9)
-    return loss / divisor, total, jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+    return loss, total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def train_step(plan: Plan, state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, dict[str, Any]]:
