@@ -267,9 +267,25 @@ inline Vec Exp(Vec x) {
 }
 
 inline float Sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
+}
+
+inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float Max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, v[i]);
+  return most;
+#endif
 }
 
 // Four vectors at a time, so that one need not wait for the one before.
@@ -288,12 +304,8 @@ inline float Max(const float* x, int64_t n, float most) {
   Vec tops[4] = {Splat(most), Splat(most), Splat(most), Splat(most)};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) {
-      Vec v = Load(x + i + j * kLanes);
-      tops[j] = v > tops[j] ? v : tops[j];
-    }
-  for (const Vec& top : tops)
-    for (int j = 0; j < kLanes; ++j) most = std::max(most, top[j]);
+    for (int j = 0; j < 4; ++j) tops[j] = Larger(tops[j], Load(x + i + j * kLanes));
+  most = Max(Larger(Larger(tops[0], tops[1]), Larger(tops[2], tops[3])));
   for (; i < n; ++i) most = std::max(most, x[i]);
   return most;
 }

@@ -324,46 +324,53 @@ struct Head {
   }
 };
 
-// FlashAttention (Dao et al. 2022, algorithm 1): a running softmax over blocks of keys.
+// FlashAttention (Dao et al. 2022, algorithm 1): a running softmax over blocks of keys, which all heads that share them
+// see one after the other.
 void Attend(const Shape& s, const Places& places, const Kept& kept) {
-  const int64_t H = s.head_dim, blocks = places.blocks();
+  const int64_t H = s.head_dim, blocks = places.blocks(), group = s.num_heads / s.kv_heads;
   const float scale = 1 / std::sqrt(static_cast<float>(H));
-  Pool::Get().Run(s.rows * s.num_heads * blocks, s.tokens() * s.q_width() * kBlock, [&](int64_t task) {
-    int64_t i = task % blocks, number = task / blocks;
-    Head at(s, kept.qkv, number / s.num_heads, number % s.num_heads);
+  Pool::Get().Run(s.rows * s.kv_heads * blocks, s.tokens() * s.q_width() * kBlock, [&](int64_t task) {
+    int64_t i = task % blocks, kv = task / blocks % s.kv_heads, row = task / blocks / s.kv_heads;
     int64_t queries = places.size(i);
-    Floats own(H * kBlock + kBlock * Padded(H) + kBlock * kBlock + kBlock * H);
+    Floats own(H * kBlock + kBlock * Padded(H) + kBlock * kBlock + group * kBlock * (H + 2));
     float *keys = own.data(), *values = keys + H * kBlock, *scores = values + kBlock * Padded(H);
-    float* out = scores + kBlock * kBlock;
-    float tops[kBlock], totals[kBlock];
-    std::fill_n(tops, kBlock, kMasked);
-    std::fill_n(totals, kBlock, 0.0f);
-    std::fill_n(out, queries * H, 0.0f);
+    float *outs = scores + kBlock * kBlock, *tops = outs + group * kBlock * H, *totals = tops + group * kBlock;
+    std::fill_n(outs, group * kBlock * H, 0.0f);
+    std::fill_n(tops, group * kBlock, kMasked);
+    std::fill_n(totals, group * kBlock, 0.0f);
     for (int64_t j = 0; j <= i; ++j) {
-      if (!places.Meet(at.row, i, j)) continue;
+      if (!places.Meet(row, i, j)) continue;
       int64_t n = places.size(j);
-      PackPanel(at.k.From(j * kBlock, 0).Transposed(), H, n, keys);
-      PackPanels(at.v.From(j * kBlock, 0), n, H, values);
-      MultiplyHere(queries, H, at.q.From(i * kBlock, 0), keys, n, {scores, kBlock, scale}, nullptr);
-      places.Mask(at.row, i, j, kMasked, scores);
-      for (int64_t r = 0; r < queries; ++r) {
-        float* row = scores + r * kBlock;
-        float top = Max(row, n, tops[r]);
-        float before = std::exp(tops[r] - top);  // 0 where nothing before could be seen, which forgets it
-        Map(row, row, n, [&](int64_t, Vec x) { return Exp(x - Splat(top)); });
-        totals[r] = totals[r] * before + Sum(row, n);
-        tops[r] = top;
-        if (before != 1)
-          for (int64_t h = 0; h < H; ++h) out[r * H + h] *= before;
+      for (int64_t g = 0; g < group; ++g) {
+        Head at(s, kept.qkv, row, kv * group + g);
+        if (g == 0) {
+          PackPanel(at.k.From(j * kBlock, 0).Transposed(), H, n, keys);
+          PackPanels(at.v.From(j * kBlock, 0), n, H, values);
+        }
+        float* out = outs + g * kBlock * H;
+        MultiplyHere(queries, H, at.q.From(i * kBlock, 0), keys, n, {scores, kBlock, scale}, nullptr);
+        places.Mask(row, i, j, kMasked, scores);
+        for (int64_t r = 0; r < queries; ++r) {
+          float *own_scores = scores + r * kBlock, &top = tops[g * kBlock + r], &total = totals[g * kBlock + r];
+          float new_top = Max(own_scores, n, top);
+          float before = std::exp(top - new_top);  // 0 where nothing before could be seen, which forgets it
+          Map(own_scores, own_scores, n, [&](int64_t, Vec x) { return Exp(x - Splat(new_top)); });
+          total = total * before + Sum(own_scores, n);
+          top = new_top;
+          if (before != 1)
+            for (int64_t h = 0; h < H; ++h) out[r * H + h] *= before;
+        }
+        MultiplyHere(queries, n, {scores, kBlock, 1}, values, H, {out, H, 1, true}, nullptr);
       }
-      MultiplyHere(queries, n, {scores, kBlock, 1}, values, H, {out, H, 1, true}, nullptr);
     }
-    for (int64_t r = 0; r < queries; ++r) {
-      int64_t token = at.row * s.length + i * kBlock + r;
-      float* to = kept.attended + token * s.q_width() + at.head * H;
-      for (int64_t h = 0; h < H; ++h) to[h] = out[r * H + h] / totals[r];
-      kept.totals[token * s.num_heads + at.head] = tops[r] + std::log(totals[r]);
-    }
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t r = 0; r < queries; ++r) {
+        int64_t token = row * s.length + i * kBlock + r, head = kv * group + g, place = g * kBlock + r;
+        float* to = kept.attended + token * s.q_width() + head * H;
+        float factor = 1 / totals[place];
+        for (int64_t h = 0; h < H; ++h) to[h] = outs[place * H + h] * factor;
+        kept.totals[token * s.num_heads + head] = tops[place] + std::log(totals[place]);
+      }
   });
 }
 
@@ -387,10 +394,8 @@ void AttendBackward(const Shape& s, const Places& places, const Kept& kept, cons
       Vec sum{};
       ForVecs(H, [&](int64_t h, auto n) { sum += Some(a + h, n) * Some(b + h, n); });
       along[t] = Sum(sum);
-      std::fill_n(d_qkv + (first + t) * s.width() + at.head * H, H, 0.0f);
-      std::fill_n(d_keys + (first + t) * wide + at.head * H, H, 0.0f);
-      std::fill_n(d_values + (first + t) * wide + at.head * H, H, 0.0f);
     }
+    std::vector<bool> begun(blocks);  // queries that some keys were seen by
     for (int64_t j = 0; j < blocks; ++j) {
       int64_t n = places.size(j);
       View k = at.k.From(j * kBlock, 0), v = at.v.From(j * kBlock, 0);
@@ -418,10 +423,11 @@ void AttendBackward(const Shape& s, const Places& places, const Kept& kept, cons
         }
         PackPanels(d, m, H, outs);
         PackPanels(q, m, H, queries);
-        MultiplyHere(n, m, {probs, 1, kBlock}, outs, H, {d_values + token, wide, 1, true}, tiles);
-        MultiplyHere(n, m, {d_scores, 1, kBlock}, queries, H, {d_keys + token, wide, scale, true}, tiles);
+        MultiplyHere(n, m, {probs, 1, kBlock}, outs, H, {d_values + token, wide, 1, i > j}, tiles);
+        MultiplyHere(n, m, {d_scores, 1, kBlock}, queries, H, {d_keys + token, wide, scale, i > j}, tiles);
         float* d_q = d_qkv + (first + i * kBlock) * s.width() + at.head * H;
-        MultiplyHere(m, n, {d_scores, kBlock, 1}, keys, H, {d_q, s.width(), scale, true}, nullptr);
+        MultiplyHere(m, n, {d_scores, kBlock, 1}, keys, H, {d_q, s.width(), scale, begun[i]}, nullptr);
+        begun[i] = true;
       }
     }
   });

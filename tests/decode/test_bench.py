@@ -102,6 +102,11 @@ def test_llama_cpp_does_the_same_work(precision: str) -> None:
     assert theirs[0].argmax() == ours.argmax()
 
 
+def test_a_file_for_llama_cpp_must_be_there() -> None:
+    with pytest.raises(UserError, match=r"gguf=/nowhere.gguf: no such file"):
+        bench.bench_decode(gguf="/nowhere.gguf")
+
+
 def test_the_floor_of_a_slice() -> None:
     """Counted from the arrays of a model, for memory that is slow and for arithmetic that is."""
     model = tiny_model()
