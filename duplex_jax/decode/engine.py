@@ -138,7 +138,7 @@ class Engine:
         max_slice_tokens: M, most tokens of an assistant slice.
 
     Raises:
-        UserError: a size that makes no sense, or more capacity than the model has positions.
+        UserError: a size that makes no sense, more capacity than the model has positions, or kernels that are not here.
     """
 
     def __init__(
@@ -176,9 +176,10 @@ class Engine:
             if how is not None and how not in STORES:
                 raise UserError(f"{name} {how!r} cannot be stored; one of {', '.join(STORES)}")
         self._entries_dtype = jnp.dtype(entries or dtype)
-        self.params = self._stored(
-            params, weights or self.dtype.name, native.available() if kernels is None else kernels
-        )
+        if kernels and not native.available():
+            raise UserError("kernels=True: the CPU's own kernels cannot be had here")
+        kernels = native.available() if kernels is None else kernels
+        self.params = self._stored(params, weights or self.dtype.name, kernels)
         self._by_kernels = programs.by_native_kernels(self.params)
         self._max_feed = max_feed_tokens
         if row_buckets is None:

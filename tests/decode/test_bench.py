@@ -84,7 +84,8 @@ def test_compiled_torch_says_the_same(talkative: LoadedModel) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_llama_cpp_does_the_same_work(precision: str) -> None:
-    """Its logits behind a cut and copied sequence are ours, within what its float16 entries and Q8_0 allow."""
+    """Its logits behind a cut and copied sequence are ours, but for a constant that changes no probability, within what
+    its float16 entries and Q8_0 allow."""
     pytest.importorskip("llama_cpp")
     model = load_model("smollm2-135m-instruct", dtype="float32")
     ids = bench.conversation(model.template, 120)
@@ -98,7 +99,8 @@ def test_llama_cpp_does_the_same_work(precision: str) -> None:
     theirs = peer.decode([(1, 100, ids[10:13]), (0, 120, ids[20:22])])
     ours = engine.logits(row)[: model.config.vocab_size]
     peer.close()
-    assert np.abs(theirs[0] - ours).mean() < {"float32": 0.01, "int8": 0.5}[precision]
+    apart = theirs[0] - ours
+    assert np.abs(apart - apart.mean()).mean() < {"float32": 0.01, "int8": 0.5}[precision]
     assert theirs[0].argmax() == ours.argmax()
 
 
