@@ -1,0 +1,205 @@
+"""Dialogues that a chat model writes by itself: its user's messages as well as its answers.
+
+Given only what its template puts in front of a user's message, a chat model writes the message (Xu et al. 2024,
+"Magpie", arXiv 2406.08464). This module says what is asked for and which words are kept; it knows no model: a writer
+yields an `Ask` and is sent the words.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
+
+from data_gen import spoken
+from data_gen.examples import examples, options, sums
+from data_gen.questions import Opening, turns
+from data_gen.sentences import sentences
+
+Messages = tuple[tuple[str, str], ...]
+
+
+class Ask(NamedTuple):
+    """Words that a dialogue needs next.
+
+    Attributes:
+        role: who says them, `user` or `assistant`.
+        messages: (role, text) of everything in front of them.
+        begin: how they begin; the model goes on from there.
+        max_tokens: most tokens of what follows `begin`.
+    """
+
+    role: str
+    messages: Messages
+    begin: str
+    max_tokens: int
+
+
+class Words(NamedTuple):
+    """What the model wrote, `begin` included, and whether it ended the message itself."""
+
+    text: str
+    ended: bool
+
+
+class Refused(Exception):
+    """The words cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of dialogue.
+
+    Attributes:
+        name: kept with each dialogue.
+        begins: where the model writes the first message: the words that it begins with; "" leaves all to the model.
+        composed: where the first message is composed, by which of `examples.py`'s functions, or `opening`.
+        brief: whether answers are short and spoken; otherwise the model answers as it is used to.
+        rounds: how often a dialogue has one round, two, three.
+        answer_tokens: most tokens of an answer.
+    """
+
+    name: str
+    begins: tuple[str, ...] = ()
+    composed: str = ""
+    brief: bool = True
+    rounds: tuple[float, ...] = (0.4, 0.4, 0.2)
+    answer_tokens: int = spoken.MAX_TOKENS
+
+
+_QUESTIONS = tuple(
+    "What is|What's|What are|What does|What do|What should I|What would|What kind of|How do I|How do|How can I|How does|"
+    "How long|How much|How many|How often|Why do|Why is|Why are|Why does|When is|When did|Where can I|Where is|Who was|"
+    "Who is|Which|Is it|Is there|Are there|Do you|Does|Can I|Can you|Can you explain|Can you tell me|Could you|Should I|"
+    "Tell me|Tell me about|Give me|Give me a|Explain|Describe|Name|List|Help me|I need|I want to|I'd like|I have|I'm|"
+    "I am|I just|I don't|I can't|I think|I feel|I was|I've|My|My friend|My mother|My son|My dog|We|Let's|There is|"
+    "Today|Yesterday|Tomorrow|It's|Please|Hi|Hello|Hey|So|If I|In|Do people|Does anyone|Count|Translate|Write|Spell|"
+    "Suggest|Recommend|Compare|Imagine|Remind me|Teach me".split("|")
+)
+_NATURAL = ("", "", "", "", "Read the following text", "Here is a", "Given the", "Summarize", "Which of the following",
+            "Choose", "Complete the", "Is the following", "Solve", "Calculate", "Explain why", "Write a short",
+            "What is the difference between", "Classify", "Rewrite")  # fmt: skip
+
+KINDS: Mapping[str, tuple[float, Kind]] = {
+    kind.name: (weight, kind)
+    for weight, kind in (
+        (0.30, Kind("everyday", composed="opening")),
+        (0.32, Kind("asked", begins=_QUESTIONS)),
+        (0.18, Kind("natural", begins=_NATURAL, brief=False, rounds=(0.8, 0.2), answer_tokens=160)),
+        (0.08, Kind("options", composed="options", brief=False, rounds=(1.0,), answer_tokens=60)),
+        (0.06, Kind("sums", composed="sums", brief=False, rounds=(1.0,), answer_tokens=100)),
+        (0.06, Kind("examples", composed="examples", brief=False, rounds=(1.0,), answer_tokens=60)),
+    )
+}
+_COMPOSED = {"options": options, "sums": sums, "examples": examples}
+# What a user says next without being asked by the model: it fits any answer.
+_QUERY_TOKENS = 70
+_WORDS = (1, 70)
+_LIKE_AN_ASSISTANT = re.compile(
+    r"^(?:i(?:'d| would) be (?:happy|glad)|sure[,!.]|of course|certainly|absolutely|unfortunately|as an ai|"
+    r"you(?:'re| are) welcome|i(?:'m| am) sorry|thank you for|here(?:'s| is| are) (?:a|the|some|my)\b.*:|the user|"
+    r"hi there! i'm|yes,|no,|great question|that's a)",
+    re.IGNORECASE,
+)
+_ODD = re.compile(
+    r"[^\x20-\x7e\n]|https?:|www\.|```|\b(?:smollm|hugging ?face|language model|chatbot)\b", re.IGNORECASE
+)
+_WORD = re.compile(r"[a-z0-9']+")
+
+
+def plan(number: int, seed: int, openings: Sequence[Opening]) -> "Generator[Ask, Words, list[str]]":
+    """The writer of a dialogue; returns what is said, user first, or raises `Refused`."""
+    rng = random.Random(f"{seed}/self-written/{number}")
+    [kind] = rng.choices([k for _, k in KINDS.values()], [w for w, _ in KINDS.values()])
+    [rounds] = rng.choices(range(1, len(kind.rounds) + 1), kind.rounds)
+    return _dialogue(kind, rounds, openings[number % len(openings)], rng)
+
+
+def kind_of(number: int, seed: int) -> str:
+    """The name of the kind that `plan` draws for a number."""
+    rng = random.Random(f"{seed}/self-written/{number}")
+    [kind] = rng.choices([k for _, k in KINDS.values()], [w for w, _ in KINDS.values()])
+    return kind.name
+
+
+def _dialogue(kind: Kind, rounds: int, opening: Opening, rng: random.Random) -> Generator[Ask, Words, list[str]]:
+    said: list[str] = []
+    planned = turns(opening, rounds, rng) if kind.composed == "opening" else []
+    for number in range(rounds):
+        try:
+            if planned:
+                query = planned[number]
+            elif number == 0 and kind.composed:
+                query = _COMPOSED[kind.composed](rng)
+            else:
+                begin = rng.choice(kind.begins) if number == 0 else ""
+                words = yield Ask("user", _chat(said), begin, _QUERY_TOKENS if kind.brief else 2 * _QUERY_TOKENS)
+                query = query_of(words, said, kind.brief)
+            front = spoken.messages([*said, query]) if kind.brief else _chat([*said, query])
+            words = yield Ask("assistant", front, "", kind.answer_tokens)
+            said += [query, answer_of(words, [*said, query], kind)]
+        except Refused:
+            if not said:
+                raise
+            break
+    return said
+
+
+def _chat(said: Sequence[str]) -> Messages:
+    return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(said))
+
+
+def query_of(words: Words, said: Sequence[str], brief: bool) -> str:
+    """A user's message as it is used.
+
+    Raises:
+        Refused: it is cut short, empty, too long, garbled, a repetition, or what an assistant would say.
+    """
+    text = words.text.strip()
+    if brief and "\n" in text:
+        text = text.split("\n")[0].strip()
+    elif not words.ended:
+        raise Refused("query cut short")
+    found = _WORD.findall(text.lower())
+    if not _WORDS[0] <= len(found) <= (_WORDS[1] if not brief else 40):
+        raise Refused("query of odd length")
+    if _ODD.search(text) or _LIKE_AN_ASSISTANT.search(text):
+        raise Refused("query of odd words")
+    if brief and (sum(c.isdigit() for c in text) > 8 or re.search(r"[\[\]{}<>|\\#*_=]", text)):
+        raise Refused("query of odd words")
+    if text.lower() in (s.lower() for s in said) or _loops(found):
+        raise Refused("query repeats")
+    if brief and text[-1] not in ".?!":
+        raise Refused("query without an end")
+    return text
+
+
+def answer_of(words: Words, said: Sequence[str], kind: Kind) -> str:
+    """An answer as it is used: spoken ones cut behind a sentence, others kept as the model is used to answer.
+
+    Raises:
+        Refused: see `spoken.fault`, or it is empty, cut short in its first sentence, garbled or a repetition.
+    """
+    if kind.brief:
+        text = spoken.trim(words.text)
+        if reason := spoken.fault(text, said):
+            raise Refused(reason)
+        return text
+    text = words.text.strip()
+    if not words.ended:
+        ends = [s.end for s in sentences(text)][:-1]
+        if not ends:
+            raise Refused("answer cut short")
+        text = text[: ends[-1]].rstrip()
+    found = _WORD.findall(text.lower())
+    if not found or _ODD.search(text):
+        raise Refused("answer of odd words")
+    if _loops(found):
+        raise Refused("answer repeats")
+    return text
+
+
+def _loops(words: Sequence[str]) -> bool:
+    """Whether a run of five words comes twice, or a word three times in a row."""
+    runs = [tuple(words[i : i + 5]) for i in range(len(words) - 4)]
+    return len(set(runs)) < len(runs) or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))

@@ -1,0 +1,68 @@
+"""Has a chat model write dialogues by itself, in blocks that a run which was stopped does not write again."""
+
+import collections
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from data_gen.questions import openings
+from data_gen.self_written import Ask, Refused, Words, kind_of, plan
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.writing import Draw, Drawn, write
+from duplex_jax.files import atomic_write
+from duplex_jax.template import Template
+from duplex_jax.tokenizer import decode
+
+BLOCK = 128
+# Queries are drawn widely, so that they differ; answers near the model's best, since they are what is learned.
+QUERIES, ANSWERS = Sampling(temperature=0.9, top_p=0.9), Sampling(temperature=0.6, top_p=0.8)
+
+
+def _front(template: Template, ask: Ask) -> tuple[list[int], int]:
+    """Ids in front of the words that are asked for, and how many of them depend on no word of the conversation."""
+    messages = list(ask.messages)
+    system = messages[:1] if messages and messages[0][0] == "system" else []
+    shared = template.turn_start(system[0][1] if system else None)
+    if ask.role == "assistant":
+        return template.turn_prompt(messages), len(shared)
+    a, b = (template.turn_prompt([*messages, ("user", x)]) for x in ("A", "B"))
+    same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[:same] + template.tokenizer.encode(ask.begin), len(shared)
+
+
+def _writer(template: Template, talk: Generator[Ask, Words, list[str]]) -> Generator[Draw, Drawn, list[str] | str]:
+    """A dialogue's words by ids: what was said, or why there is no dialogue."""
+    try:
+        ask = next(talk)
+        while True:
+            prompt, shared = _front(template, ask)
+            drawn = yield Draw(prompt, ask.max_tokens, QUERIES if ask.role == "user" else ANSWERS, shared)
+            text = ask.begin + decode(template.tokenizer, drawn.ids)
+            ask = talk.send(Words(text, drawn.ended))
+    except StopIteration as stop:
+        return stop.value
+    except Refused as e:
+        return str(e)
+
+
+def self_write(engine: Engine, out: Path, count: int, seed: int, rows: int) -> Iterator[int]:
+    """Writes `count` dialogues' blocks of `out/dialogues-NNNNN.jsonl`; yields how many are tried after each block."""
+    starts = list(openings(seed))
+    for block in range(-(-count // BLOCK)):
+        path = out / f"dialogues-{block:05d}.jsonl"
+        numbers = range(block * BLOCK, min(count, (block + 1) * BLOCK))
+        if not path.exists():
+            writers = ((n, _writer(engine.template, plan(n, seed, starts))) for n in numbers)
+            made = dict(write(engine, writers, rows))
+            refused = collections.Counter(r for r in made.values() if isinstance(r, str))
+            lines = [
+                json.dumps({"id": f"self-{seed}-{n:06d}", "kind": kind_of(n, seed), "data": said})
+                for n, said in sorted(made.items())
+                if not isinstance(said, str)
+            ]
+            with atomic_write(out / f"refused-{block:05d}.json") as f:
+                json.dump(dict(refused.most_common()), f)
+            with atomic_write(path) as f:
+                f.write("".join(line + "\n" for line in lines))
+        yield numbers.stop
