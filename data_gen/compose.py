@@ -2,13 +2,15 @@
 
 import dataclasses
 import hashlib
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from data_gen import events
+from data_gen.hearing import hear, is_open, is_statement, pause_filler
 from data_gen.rewriter import LeftOut
-from duplex_jax.slicing import slice_tokens, slice_words
+from duplex_jax.slicing import USER_WORDS, count_words, slice_tokens, slice_words
 from duplex_jax.timeline import Event, SlicePair, Timeline
 from duplex_jax.tokenizer import Tokenizer
 
@@ -46,12 +48,14 @@ class Conversation:
         tokenizer: cuts assistant messages.
         max_idle_pairs: most silent pairs between an answer and the next query; small numbers come more often.
             0 is the paper's data; silence teaches a model to be quiet when it has finished.
+        style: how the user's words arrive, one of `hearing.STYLES`; "" is as they are written.
     """
 
-    def __init__(self, rng: random.Random, tokenizer: Tokenizer, max_idle_pairs: int = 0):
+    def __init__(self, rng: random.Random, tokenizer: Tokenizer, max_idle_pairs: int = 0, style: str = ""):
         self.rng = rng
         self.tokenizer = tokenizer
         self.max_idle_pairs = max_idle_pairs
+        self.style = style
         self.pairs: list[SlicePair] = []
         self.events: list[Event] = []
         self.messages: list[Message] = []
@@ -68,19 +72,45 @@ class Conversation:
             hesitate: probability of a pause of 1-3 pairs at each slice end that is not the end of a sentence.
         """
         first = len(self.pairs)
-        slices = slice_words(text, self.rng)
+        slices, may_pause = self._arrive(text)
+        said = ""
         for i, part in enumerate(slices):
+            inside = may_pause[i] and i + 1 < len(slices)
+            pauses = bool(hesitate) and inside and self.rng.random() < hesitate
+            if pauses and self.style and count_words(part) < USER_WORDS[1]:
+                part = f"{part} {pause_filler(self.rng)}".rstrip()
             self.pairs.append(SlicePair(part, None))
-            inside = i + 1 < len(slices) and part[-1] not in ".?!…。？！"
-            if hesitate and inside and self.rng.random() < hesitate:
+            said += part
+            if pauses:
                 self.mark(events.HESITATION, len(self.pairs))
-                self.rest(self.rng.randint(1, 3))
-        self.messages.append(Message("user", first, len(self.pairs) - 1, digest("user", text)))
+                self.rest(self.rng.randint(1, 3) if not self.style or is_open(part) else 1)
+        self.messages.append(Message("user", first, len(self.pairs) - 1, digest("user", said)))
         return first
+
+    def _arrive(self, text: str) -> tuple[list[str], list[bool]]:
+        """The message's slices as they arrive, and behind which of them a speaker may pause within a sentence."""
+        if not self.style:
+            slices = slice_words(text, self.rng)
+            return slices, [part[-1] not in ".?!…。？！" for part in slices]
+        heard = hear(text, self.style, self.rng)
+        slices = slice_words(heard.text, self.rng)
+        ends = itertools.accumulate(len(part.split()) for part in slices)
+        # Behind a question that is over the user would be answered; behind a statement they may go on.
+        return slices, ["?" not in heard.marks[end - 1] for end in ends]
+
+    def _patience(self, text: str) -> int:
+        """Silent slices that a listener lets pass before it answers.
+
+        A statement without a full stop may go on: whether it is over, only silence tells.
+        """
+        if not self.style or not is_statement(text) or (self.pairs[-1].user or "")[-1:] in ".?!":
+            return 0
+        return self.rng.choices((0, 1, 2, 3), (0.25, 0.5, 0.2, 0.05))[0]
 
     def query(self, text: str, hesitate: float = 0.0) -> None:
         """The user asks while the assistant is not speaking; the answer may start in the last pair."""
         self.listen(text, hesitate)
+        self.rest(self._patience(text))
         self.mark(events.QUERY_END, len(self.pairs) - 1)
         self._open = True
 
@@ -125,6 +155,12 @@ class Conversation:
         said = "".join(slices[:kept])
         self.say(said, whole=False, slices=slices[:kept])
         return said
+
+    def backchannel(self, words: str, pair: int) -> None:
+        """The user says a word or two while the assistant goes on."""
+        heard = hear(words, self.style, self.rng).text if self.style else words
+        self.pairs[pair] = SlicePair(heard, self.pairs[pair].assistant)
+        self.mark(events.BACKCHANNEL, pair)
 
     def rest(self, pairs: int) -> None:
         """Nobody speaks."""

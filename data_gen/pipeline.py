@@ -56,6 +56,7 @@ class Recipe:
         versions: of the programs that have a say.
         transitions: which sentences users break in with.
         selection: which dialogues are taken.
+        spoken: share of the timelines whose user's words arrive as they are spoken or typed.
     """
 
     input: str
@@ -71,9 +72,10 @@ class Recipe:
     versions: Mapping[str, str]
     transitions: str = "paper"
     selection: Selection = EVERYTHING
+    spoken: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """What recipe.json holds. What is as usual goes unsaid, as before there was anything else."""
+        """What recipe.json holds. Fields at their defaults are omitted, so old recipe hashes stay valid."""
         return {k: v for k, v in dataclasses.asdict(self).items() if _USUAL.get(k) != v}
 
     @property
@@ -82,7 +84,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_USUAL: Mapping[str, Any] = {"transitions": "paper", "selection": dataclasses.asdict(EVERYTHING)}
+_USUAL: Mapping[str, Any] = {"transitions": "paper", "selection": dataclasses.asdict(EVERYTHING), "spoken": 0.0}
 
 
 def make_recipe(
@@ -99,6 +101,7 @@ def make_recipe(
     compress: bool = False,
     transitions: str = "paper",
     selection: Selection = EVERYTHING,
+    spoken: float = 0.0,
 ) -> Recipe:
     """The recipe of a data set from the dialogues at `path`."""
     packages = ("duplex-jax", "tokenizers", "sentencepiece", *(["zstandard"] if compress else []))
@@ -119,6 +122,7 @@ def make_recipe(
         },
         transitions=transitions,
         selection=selection,
+        spoken=spoken,
     )
 
 

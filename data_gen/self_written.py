@@ -15,6 +15,7 @@ from data_gen import spoken
 from data_gen.examples import examples, options, sums
 from data_gen.questions import Opening, turns
 from data_gen.sentences import sentences
+from data_gen.situations import SAME, Turn, situation
 
 Messages = tuple[tuple[str, str], ...]
 
@@ -42,6 +43,20 @@ class Words(NamedTuple):
     ended: bool
 
 
+class Written(NamedTuple):
+    """A dialogue.
+
+    Attributes:
+        kind: the name of its kind.
+        said: what was said, user first.
+        again: for each round another answer to the same query, where one was written.
+    """
+
+    kind: str
+    said: list[str]
+    again: list[str | None]
+
+
 class Refused(Exception):
     """The words cannot be used; the message says why."""
 
@@ -53,7 +68,8 @@ class Kind:
     Attributes:
         name: kept with each dialogue.
         begins: where the model writes the first message: the words that it begins with; "" leaves all to the model.
-        composed: where the first message is composed, by which of `examples.py`'s functions, or `opening`.
+        composed: where the first message is composed, by which of `examples.py`'s functions; `opening` and
+            `situation` compose all messages of the user.
         brief: whether answers are short and spoken; otherwise the model answers as it is used to.
         rounds: how often a dialogue has one round, two, three.
         answer_tokens: most tokens of an answer.
@@ -83,17 +99,19 @@ _NATURAL = ("", "", "", "", "Read the following text", "Here is a", "Given the",
 KINDS: Mapping[str, tuple[float, Kind]] = {
     kind.name: (weight, kind)
     for weight, kind in (
-        (0.30, Kind("everyday", composed="opening")),
-        (0.32, Kind("asked", begins=_QUESTIONS)),
-        (0.18, Kind("natural", begins=_NATURAL, brief=False, rounds=(0.8, 0.2), answer_tokens=160)),
-        (0.08, Kind("options", composed="options", brief=False, rounds=(1.0,), answer_tokens=60)),
-        (0.06, Kind("sums", composed="sums", brief=False, rounds=(1.0,), answer_tokens=100)),
+        (0.20, Kind("everyday", composed="opening")),
+        (0.20, Kind("situation", composed="situation")),
+        (0.26, Kind("asked", begins=_QUESTIONS)),
+        (0.16, Kind("natural", begins=_NATURAL, brief=False, rounds=(0.8, 0.2), answer_tokens=160)),
+        (0.07, Kind("options", composed="options", brief=False, rounds=(1.0,), answer_tokens=60)),
+        (0.05, Kind("sums", composed="sums", brief=False, rounds=(1.0,), answer_tokens=100)),
         (0.06, Kind("examples", composed="examples", brief=False, rounds=(1.0,), answer_tokens=60)),
     )
 }
 _COMPOSED = {"options": options, "sums": sums, "examples": examples}
-# What a user says next without being asked by the model: it fits any answer.
 _QUERY_TOKENS = 70
+# How often a spoken answer is drawn twice.
+AGAIN = 0.3
 _WORDS = (1, 70)
 _LIKE_AN_ASSISTANT = re.compile(
     r"^(?:i(?:'d| would) be (?:happy|glad)|sure[,!.]|of course|certainly|absolutely|unfortunately|as an ai|"
@@ -107,42 +125,61 @@ _ODD = re.compile(
 _WORD = re.compile(r"[a-z0-9']+")
 
 
-def plan(number: int, seed: int, openings: Sequence[Opening]) -> "Generator[Ask, Words, list[str]]":
-    """The writer of a dialogue; returns what is said, user first, or raises `Refused`."""
+def plan(number: int, seed: int, openings: Sequence[Opening]) -> Generator[Ask, Words, Written]:
+    """The writer of a dialogue, which raises `Refused` where not even its first round can be used."""
     rng = random.Random(f"{seed}/self-written/{number}")
     [kind] = rng.choices([k for _, k in KINDS.values()], [w for w, _ in KINDS.values()])
     [rounds] = rng.choices(range(1, len(kind.rounds) + 1), kind.rounds)
     return _dialogue(kind, rounds, openings[number % len(openings)], rng)
 
 
-def kind_of(number: int, seed: int) -> str:
-    """The name of the kind that `plan` draws for a number."""
-    rng = random.Random(f"{seed}/self-written/{number}")
-    [kind] = rng.choices([k for _, k in KINDS.values()], [w for w, _ in KINDS.values()])
-    return kind.name
-
-
-def _dialogue(kind: Kind, rounds: int, opening: Opening, rng: random.Random) -> Generator[Ask, Words, list[str]]:
+def _dialogue(kind: Kind, rounds: int, opening: Opening, rng: random.Random) -> Generator[Ask, Words, Written]:
     said: list[str] = []
-    planned = turns(opening, rounds, rng) if kind.composed == "opening" else []
-    for number in range(rounds):
+    again: list[str | None] = []
+    planned: list[Turn] = []
+    if kind.composed == "situation":
+        planned = situation(rng)
+    elif kind.composed == "opening":
+        planned = [Turn(text) for text in turns(opening, rounds, rng)]
+    elif kind.composed:
+        planned = [Turn(_COMPOSED[kind.composed](rng))]
+    for number in range(len(planned) or rounds):
         try:
             if planned:
-                query = planned[number]
-            elif number == 0 and kind.composed:
-                query = _COMPOSED[kind.composed](rng)
+                turn = planned[number]
             else:
                 begin = rng.choice(kind.begins) if number == 0 else ""
                 words = yield Ask("user", _chat(said), begin, _QUERY_TOKENS if kind.brief else 2 * _QUERY_TOKENS)
-                query = query_of(words, said, kind.brief)
-            front = spoken.messages([*said, query]) if kind.brief else _chat([*said, query])
-            words = yield Ask("assistant", front, "", kind.answer_tokens)
-            said += [query, answer_of(words, [*said, query], kind)]
+                turn = Turn(query_of(words, said, kind.brief))
+            answer, other = said[-1] if turn.answer == SAME else turn.answer, None
+            if not answer:
+                context = [*said, turn.asked or turn.said]
+                front = spoken.messages(context) if kind.brief else _chat(context)
+                ask = Ask("assistant", front, "", kind.answer_tokens)
+                answer = answer_of((yield ask), context, kind)
+                if kind.brief and rng.random() < AGAIN:
+                    other = _another(answer, (yield ask), context, kind)
+            said += [turn.said, answer]
+            again.append(other)
         except Refused:
             if not said:
                 raise
             break
-    return said
+    return Written(kind.name, said, again)
+
+
+def _another(answer: str, words: Words, said: Sequence[str], kind: Kind) -> str | None:
+    """A second answer that is not the first one in nearly the same words."""
+    try:
+        other = answer_of(words, said, kind)
+    except Refused:
+        return None
+    runs, known = ({tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in map(_tokens, (other, answer)))
+    return other if runs and len(runs & known) < 0.5 * len(runs) else None
+
+
+def _tokens(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
 
 
 def _chat(said: Sequence[str]) -> Messages:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import zstandard
 
 from data_gen.categories import CATEGORIES
+from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
+from data_gen.hearing import draw_style
 from data_gen.rewriter import Answer, LeftOut, ModelRewriter, Pending, Request, Rewriter, Sampling, TemplateRewriter
 from data_gen.transitions import Transitions
 from duplex_jax.timeline import dump_line
@@ -30,6 +32,7 @@ class Context:
         sampling: how the model is asked; None takes the templates.
         compress: shards are zstd frames.
         transitions: name of the sentences that users break in with.
+        spoken: share of the timelines whose user's words arrive as a recogniser or a chat window gives them.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +41,7 @@ class Context:
     sampling: Sampling | None = None
     compress: bool = False
     transitions: str = "paper"
+    spoken: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,9 @@ def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Ma
             rng = random.Random(f"{context.seed}/{name}")
             try:
                 dialogues = _draw(unit.dialogues, place, rng.randint(*category.dialogues), rng)
-                timeline = category.make(dialogues, rng, context.tokenizer, rewriter, context.max_idle_pairs)
+                style = draw_style(context.spoken, random.Random(f"{context.seed}/{name}/style"))
+                talk = Conversation(rng, context.tokenizer, context.max_idle_pairs, style)
+                timeline = category.make(dialogues, talk, rewriter)
             except LeftOut as e:
                 left_out[str(e)] += 1
                 continue
@@ -113,6 +119,8 @@ def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Ma
                 pending |= {r.key: r for r in e.requests}
                 continue
             timeline.id = name
+            if style:
+                timeline.meta["style"] = style
             if not pending:
                 out.write(dump_line(timeline).encode())
             rows += 1

@@ -57,6 +57,10 @@ _SPOKEN_WORDS = flags.DEFINE_integer(
     "spoken_words", 0, "End a dialogue before the first message that nobody would speak: of more words than this, of "
     "several lines, or not ASCII; 0 keeps all.", lower_bound=0,
 )  # fmt: skip
+_SPOKEN = flags.DEFINE_float(
+    "spoken", 0.0, "Share of the timelines whose user is heard as a recogniser or a chat window gives it: lower case, "
+    "few marks or none, fillers, restarts, typos.", 0.0, 1.0,
+)  # fmt: skip
 _FOLD = flags.DEFINE_string(
     "fold", "", "K/N: only dialogues whose id falls in part K of N; -K/N: all others. Splits by source dialogue."
 )
@@ -158,9 +162,11 @@ def _generate(dialogues: Path, out: Path) -> int:
         dialogues, shares, tokenizer, _TOKENIZER.value,
         seed=_SEED.value, sampling=sampling, attempts=_REQUESTS.attempts.value, max_idle_pairs=_IDLE.value,
         block=_BLOCK.value, limit=_LIMIT.value, compress=_ZSTD.value, transitions=_TRANSITIONS.value,
-        selection=Selection(_SPOKEN_WORDS.value, _FOLD.value),
+        selection=Selection(_SPOKEN_WORDS.value, _FOLD.value), spoken=_SPOKEN.value,
     )  # fmt: skip
-    context = Context(tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress, recipe.transitions)
+    context = Context(
+        tokenizer, recipe.seed, recipe.max_idle_pairs, sampling, recipe.compress, recipe.transitions, recipe.spoken
+    )
     answers: Client | BatchWriter | None = None
     with contextlib.ExitStack() as stack:
         engine = make_engine(_ENGINE.value, make_unit, context, _WORKERS.value)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from data_gen.questions import openings
-from data_gen.self_written import Ask, Refused, Words, kind_of, plan
+from data_gen.self_written import Ask, Refused, Words, Written, plan
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.writing import Draw, Drawn, write
@@ -31,8 +31,8 @@ def _front(template: Template, ask: Ask) -> tuple[list[int], int]:
     return a[:same] + template.tokenizer.encode(ask.begin), len(shared)
 
 
-def _writer(template: Template, talk: Generator[Ask, Words, list[str]]) -> Generator[Draw, Drawn, list[str] | str]:
-    """A dialogue's words by ids: what was said, or why there is no dialogue."""
+def _writer(template: Template, talk: Generator[Ask, Words, Written]) -> Generator[Draw, Drawn, Written | str]:
+    """A dialogue's words by ids: the dialogue, or why there is none."""
     try:
         ask = next(talk)
         while True:
@@ -57,9 +57,9 @@ def self_write(engine: Engine, out: Path, count: int, seed: int, rows: int) -> I
             made = dict(write(engine, writers, rows))
             refused = collections.Counter(r for r in made.values() if isinstance(r, str))
             lines = [
-                json.dumps({"id": f"self-{seed}-{n:06d}", "kind": kind_of(n, seed), "data": said})
-                for n, said in sorted(made.items())
-                if not isinstance(said, str)
+                json.dumps({"id": f"self-{seed}-{n:06d}", "kind": w.kind, "data": w.said, "again": w.again})
+                for n, w in sorted(made.items())
+                if isinstance(w, Written)
             ]
             with atomic_write(out / f"refused-{block:05d}.json") as f:
                 json.dump(dict(refused.most_common()), f)

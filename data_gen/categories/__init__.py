@@ -1,7 +1,6 @@
 """The categories of Duplex-UltraChat, one module each: a pure function from dialogues to a timeline."""
 
 import dataclasses
-import random
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,19 +16,17 @@ from data_gen.categories import (
     silence,
     topic_interweaving,
 )
+from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import Rewriter
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 
 class Make(Protocol):
-    """Equal arguments give equal timelines; raises LeftOut where the dialogues do not serve."""
+    """Writes a timeline into an empty `talk`, which brings the random draws; raises LeftOut where the dialogues do not
+    serve. Equal arguments give equal timelines."""
 
-    def __call__(
-        self, dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-        max_idle_pairs: int = 0,
-    ) -> Timeline: ...  # fmt: skip
+    def __call__(self, dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ A place within an answer is chosen behind a finished statement. The user asks ab
 yields, answers, and in the same breath takes its message up again at the sentence that was left unfinished.
 """
 
-import random
 from collections.abc import Sequence
 
 from data_gen import events
@@ -14,14 +13,11 @@ from data_gen.rewriter import Interruption, LeftOut, Rewriter
 from data_gen.sentences import is_statement, sentences
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue with one answer interrupted by a question."""
+    rng, tokenizer = talk.rng, talk.tokenizer
     rounds = dialogues[0].rounds
     places = list(range(len(rounds)))
     rng.shuffle(places)
@@ -41,7 +37,6 @@ def make(
     moment = Interruption(rounds[:at], query, said, statement, answer[unfinished:])
     question, reply, resumed = rewriter.back_on_topic(moment, rng)
 
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     for earlier in rounds[:at]:
         talk.round(*earlier)
     talk.query(query)

@@ -1,14 +1,11 @@
 """Backchannel (an extra): the user says "mm-hm" while the assistant speaks, and the assistant goes on."""
 
-import random
 from collections.abc import Sequence
 
-from data_gen import events
 from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
-from duplex_jax.timeline import SlicePair, Timeline
-from duplex_jax.tokenizer import Tokenizer
+from duplex_jax.timeline import Timeline
 
 WORDS = (
     "mm-hm", "Mm-hm.", "uh-huh", "Uh-huh.", "mhm", "yeah", "Yeah.", "right", "Right.", "okay", "Okay.", "I see.",
@@ -22,12 +19,9 @@ MORE_WORDS = (
 )  # fmt: skip
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue with one to three backchannels, each while a message goes on before and after it."""
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
+    rng = talk.rng
     for query, answer in dialogues[0].rounds:
         talk.round(query, answer)
     places = [
@@ -42,6 +36,5 @@ def make(
         raise LeftOut("no answer of three slices")
     words = WORDS if rewriter.transitions.name == "paper" else WORDS + MORE_WORDS
     for pair in sorted(rng.sample(places, min(len(places), rng.randint(1, 3)))):
-        talk.pairs[pair] = SlicePair(rng.choice(words), talk.pairs[pair].assistant)
-        talk.mark(events.BACKCHANNEL, pair)
+        talk.backchannel(rng.choice(words), pair)
     return talk.timeline("backchannel", [dialogues[0].id])

@@ -21,16 +21,13 @@ from duplex_jax.tokenizer import Tokenizer
 EARLY = 0.75
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """All dialogues but the last truncated, the last whole."""
+    rng, tokenizer = talk.rng, talk.tokenizer
     places = [_pick_answer(d, rng, tokenizer) for d in dialogues[:-1]]
     sentences = [rewriter.transitions.reset(rng) for _ in places]
     starts = rewriter.fuse([(sentence, d.rounds[0][0]) for sentence, d in zip(sentences, dialogues[1:], strict=True)])
 
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     talk.query(dialogues[0].rounds[0][0])
     for (at, slices), dialogue, start in zip(places, dialogues[:-1], starts, strict=True):
         for (_, answer), (query, _) in zip(dialogue.rounds[:at], dialogue.rounds[1:], strict=False):

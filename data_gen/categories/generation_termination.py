@@ -7,7 +7,6 @@ the pairs of basic). Sentences that ask for silence stand alone: a question in t
 After them the assistant is idle for 4-10 pairs, and the next query, if it comes, is answered.
 """
 
-import random
 from collections.abc import Sequence
 
 from data_gen import events
@@ -17,16 +16,13 @@ from data_gen.rewriter import LeftOut, Rewriter
 from data_gen.transitions import QUIET, number
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 QUIET_PAIRS = (4, 10)
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue up to the termination and what follows it."""
+    rng, tokenizer = talk.rng, talk.tokenizer
     rounds = dialogues[0].rounds
     choose = rewriter.transitions.termination if len(rounds) > 1 else rewriter.transitions.silence
     sentence = choose(rng)
@@ -40,7 +36,6 @@ def make(
     kept = pick_cut(slices, rng, tokenizer)
     following = rounds[at + 1 : at + 2]
 
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     if asks_for_silence:
         said = sentence
         following = following if rng.random() < 0.5 else ()

@@ -1,23 +1,17 @@
 """Hesitation (an extra): the user pauses inside a sentence, and the assistant waits."""
 
-import random
 from collections.abc import Sequence
 
 from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 PROBABILITY = 0.4
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue; its user pauses for 1-3 pairs at some slice ends that end no sentence."""
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     for query, answer in dialogues[0].rounds:
         talk.round(query, answer, hesitate=PROBABILITY)
     if not any(e.kind == "hesitation" for e in talk.events):

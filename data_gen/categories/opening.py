@@ -1,6 +1,5 @@
 """Opening (an extra): nobody has spoken yet, and the assistant speaks first."""
 
-import random
 from collections.abc import Sequence
 
 from data_gen import events
@@ -8,19 +7,15 @@ from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import Rewriter
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 PAIRS = (3, 8)
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue after 3-8 silent pairs, an opening by the assistant, and at least one silent pair."""
+    rng = talk.rng
     rounds = dialogues[0].rounds
     greeting = rewriter.opening(rounds[0][0], rng)
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     talk.rest(rng.randint(*PAIRS))
     talk.mark(events.OPENING, talk.say(greeting))
     talk.rest(1)

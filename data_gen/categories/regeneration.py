@@ -4,7 +4,6 @@ A user message is repeated with one of the 15 sentences of A.2 (or of our own) w
 makes one input of both. The answer is generated anew from the history and the repetition, and the dialogue goes on.
 """
 
-import random
 from collections.abc import Sequence
 
 from data_gen.compose import Conversation, pick_cut
@@ -13,14 +12,11 @@ from data_gen.rewriter import LeftOut, Rewriter
 from data_gen.transitions import number
 from duplex_jax.slicing import slice_tokens
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue with one answer given twice."""
+    rng, tokenizer = talk.rng, talk.tokenizer
     rounds = dialogues[0].rounds
     places = list(range(len(rounds)))
     rng.shuffle(places)
@@ -33,7 +29,6 @@ def make(
     [repetition] = rewriter.fuse([(sentence, query)])
     anew = rewriter.regenerate(rounds[:at], query, "".join(slices[:kept]), repetition, answer)
 
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
     for earlier in rounds[:at]:
         talk.round(*earlier)
     talk.query(query)

@@ -1,6 +1,5 @@
 """Silence (an extra): nobody speaks for long, and the assistant does not babble."""
 
-import random
 from collections.abc import Sequence
 
 from data_gen import events
@@ -8,17 +7,13 @@ from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import Rewriter
 from duplex_jax.timeline import Timeline
-from duplex_jax.tokenizer import Tokenizer
 
 PAIRS = (8, 30)
 
 
-def make(
-    dialogues: Sequence[Dialogue], rng: random.Random, tokenizer: Tokenizer, rewriter: Rewriter,
-    max_idle_pairs: int = 0,
-) -> Timeline:  # fmt: skip
+def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
     """The first dialogue with 8-30 silent pairs (16 s to a minute) after one of its answers."""
-    talk = Conversation(rng, tokenizer, max_idle_pairs)
+    rng = talk.rng
     rounds = dialogues[0].rounds
     at = rng.randrange(len(rounds))
     for i, (query, answer) in enumerate(rounds):

@@ -1,0 +1,160 @@
+"""Users' words as a recogniser or a chat window gives them: without capitals and marks, with fillers, restarts, typos.
+
+A style is drawn once for a timeline and changes every message of its user. Words alone then have to say whether a
+request is over, as they do for a listener.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Mapping
+
+# How often each style is drawn among spoken timelines.
+STYLES: Mapping[str, float] = {"bare": 0.5, "some_marks": 0.1, "no_marks": 0.1, "disfluent": 0.15, "typed": 0.15}
+
+_FILLERS = ("um", "uh", "so", "like", "well", "you know", "I mean", "hmm")
+_PAUSE_FILLERS = ("um", "uh", "so", "and um", "hmm", "like")
+_MARKS = re.compile(r"[.,;:!?…\"“”()\[\]]+")
+_SHORT = {
+    "you": "u", "are": "r", "please": "pls", "thanks": "thx", "because": "cuz", "about": "abt", "with": "w",
+    "okay": "ok", "tomorrow": "tmrw", "people": "ppl", "don't": "dont", "what's": "whats", "can't": "cant",
+    "i'm": "im", "it's": "its", "i've": "ive", "doesn't": "doesnt", "going": "goin", "though": "tho",
+}  # fmt: skip
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+# Behind these a listener knows that more is to come.
+_OPEN = frozenset(
+    """
+    a an the my your his her its our their this that these those of to in on at for from with by about into than and or
+    but so because if when while as is are was were be been am do does did have has had can could will would should may
+    might must very really more most some any no not i you he she we they who which what how there it's i'm um uh like
+    """.split()  # noqa: SIM905
+)
+_REQUEST = re.compile(
+    r"^(?:(?:please|okay|ok|and|so|um|uh|hi|hello|hey|then|now|well|thanks|stop|wait|no)\W+)*(?:tell|give|explain|"
+    r"describe|name|list|help|show|count|translate|write|spell|suggest|recommend|compare|imagine|remind|teach|repeat|"
+    r"say|go on|continue|let's|what|who|why|how|when|where|which|can|could|would|do|does|did|is|are|should|will|any)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """A message as it arrives.
+
+    Attributes:
+        text: the words.
+        marks: for each word the punctuation that stood behind it where it was written.
+        told: whether the end of the message can still be told by its last mark.
+    """
+
+    text: str
+    marks: tuple[str, ...]
+    told: bool
+
+
+def draw_style(share: float, rng: random.Random) -> str:
+    """The style of a timeline: "" (as written) or, for a share of them, one of `STYLES`."""
+    if rng.random() >= share:
+        return ""
+    return rng.choices(list(STYLES), list(STYLES.values()))[0]
+
+
+def hear(text: str, style: str, rng: random.Random) -> Heard:
+    """A message as written to one in a style."""
+    marks: list[str] = []
+    words: list[str] = []
+    for word in text.split():
+        mark = _MARKS.search(word[::-1])
+        behind = mark.group()[::-1] if mark and mark.start() == 0 else ""
+        heard = _WORDS[style](word, rng)
+        for i, part in enumerate(heard):
+            words.append(part)
+            marks.append(behind if i == len(heard) - 1 else "")
+    if not words:  # nothing but marks
+        return Heard(text, ("",) * len(text.split()), True)
+    if style == "disfluent":
+        words, marks = _stumble(words, marks, rng)
+    return Heard(" ".join(words), tuple(marks), words[-1][-1] in ".?!")
+
+
+def pause_filler(rng: random.Random) -> str:
+    """What a speaker says in front of a pause, mostly nothing."""
+    return rng.choice(_PAUSE_FILLERS) if rng.random() < 0.4 else ""
+
+
+def is_open(words: str) -> bool:
+    """Whether the last word shows that the sentence goes on."""
+    return words.split()[-1].lower().strip(".,") in _OPEN
+
+
+def is_statement(text: str) -> bool:
+    """Whether a message as written states something at length and asks for nothing in words."""
+    last = re.split(r"(?<=[.!?])\s+", text.strip())[-1]
+    return text.rstrip()[-1:] != "?" and len(last.split()) > 4 and not _REQUEST.match(last)
+
+
+def _bare(word: str, rng: random.Random) -> list[str]:
+    return _in_words(_MARKS.sub("", word)).lower().split()
+
+
+def _some_marks(word: str, rng: random.Random) -> list[str]:
+    kept = word if rng.random() < 0.5 else _MARKS.sub("", word)
+    return kept.lower().split()
+
+
+def _no_marks(word: str, rng: random.Random) -> list[str]:
+    return _in_words(_MARKS.sub("", word)).split()
+
+
+def _typed(word: str, rng: random.Random) -> list[str]:
+    word = (word if word[-1:] == "?" and rng.random() < 0.3 else _MARKS.sub("", word)).lower()
+    if word in _SHORT and rng.random() < 0.4:
+        word = _SHORT[word]
+    elif len(word) > 4 and word.isalpha() and rng.random() < 0.04:
+        i = rng.randrange(1, len(word) - 2)
+        word = (
+            word[:i] + rng.choice((word[i + 1] + word[i], word[i + 1], word[i] + word[i] + word[i + 1])) + word[i + 2 :]
+        )
+    return word.split()
+
+
+_WORDS: Mapping[str, Callable[[str, random.Random], list[str]]] = {
+    "bare": _bare, "some_marks": _some_marks, "no_marks": _no_marks, "disfluent": _bare, "typed": _typed,
+}  # fmt: skip
+
+
+def _stumble(words: list[str], marks: list[str], rng: random.Random) -> tuple[list[str], list[str]]:
+    """Fillers in front of words, and beginnings said twice."""
+    new_words: list[str] = []
+    new_marks: list[str] = []
+    for i, (word, mark) in enumerate(zip(words, marks, strict=True)):
+        if rng.random() < 0.08:
+            filler = rng.choice(_FILLERS).split()
+            new_words += filler
+            new_marks += [""] * len(filler)
+        if i + 2 < len(words) and rng.random() < 0.06:
+            again = words[i : i + rng.randint(1, 2)]
+            new_words += again
+            new_marks += [""] * len(again)
+        new_words.append(word)
+        new_marks.append(mark)
+    return new_words, new_marks
+
+
+def _in_words(word: str) -> str:
+    """A whole number below 10,000 in words, as it is said; anything else as it is."""
+    if not word.isdigit() or len(word) > 4 or (len(word) > 1 and word[0] == "0"):
+        return word
+    n = int(word)
+    if 1100 <= n < 2000 and n % 100:  # a year, mostly
+        return f"{_in_words(str(n // 100))} {'oh ' if n % 100 < 10 else ''}{_in_words(str(n % 100))}"
+    if n < 20:
+        return _ONES[n]
+    if n < 100:
+        return _TENS[n // 10 - 2] + (f" {_ONES[n % 10]}" if n % 10 else "")
+    size, name = (100, "hundred") if n < 1000 else (1000, "thousand")
+    return f"{_in_words(str(n // size))} {name}" + (f" {_in_words(str(n % size))}" if n % size else "")

@@ -1,0 +1,137 @@
+"""What users do beside asking: correct themselves, ask for more, less or the same again, ask two things, have it count.
+
+Each situation is a short plan of turns. Where the words that are said are no question by themselves ("No, I meant
+Austria."), `asked` says what the model is asked in their place.
+"""
+
+import random
+from typing import NamedTuple
+
+from data_gen.questions import topics
+
+
+class Turn(NamedTuple):
+    """A user's turn.
+
+    Attributes:
+        said: the words.
+        asked: what a model answers in their place; the words themselves by default.
+        answer: an answer that needs no model; `SAME` is the answer before.
+    """
+
+    said: str
+    asked: str = ""
+    answer: str = ""
+
+
+SAME = "\0"
+_MORE = ("Go on.", "Please go on.", "Tell me more.", "More, please.", "And then?", "Continue, please.", "What else?",
+         "Can you go on?", "Keep going.", "Is there more?", "And?", "Say more about that.")  # fmt: skip
+_SHORTER = ("Shorter, please.", "Can you make it shorter?", "The short version, please.", "In one sentence, please.",
+            "Too long. Say it shorter.", "Briefly, please.", "Just the main point.", "Can you sum that up?",
+            "That was a lot. What's the main thing?")  # fmt: skip
+_AGAIN = ("What did you say?", "Sorry, can you repeat that?", "Say that again, please.", "Pardon?", "Sorry, what?",
+          "I didn't hear you.", "Can you say that once more?", "Again, please.", "Come again?", "I missed that.",
+          "Could you repeat what you said?")  # fmt: skip
+_SIMPLER = ("Simpler, please.", "I don't understand.", "Can you explain it like I'm five?", "That's too complicated.",
+            "In plain words, please.", "I didn't get that. Can you put it another way?")  # fmt: skip
+_CORRECT = ("No, I meant {new}.", "Sorry, I meant {new}.", "Not {old}, {new}.", "No, {new}.", "I said {new}, not {old}.",
+            "Wait, I mean {new}.", "Oh, sorry, {new}, not {old}.", "That's not it. I was asking about {new}.",
+            "Actually, I meant {new}.", "No no, {new}.", "I misspoke. I meant {new}.", "Make that {new}.")  # fmt: skip
+_FORMS = {
+    "tell": ("Tell me about {}.", "What can you tell me about {}?", "I'd like to know more about {}.",
+             "What do you know about {}?", "Do you know anything about {}?"),
+    "what": ("What is {}?", "Can you explain what {} is?", "What's {}?", "Tell me what {} is."),
+}  # fmt: skip
+_PLACES = ("What's the capital of {}?", "Where is {}?", "Tell me something about {}.", "What do people eat in {}?",
+           "What language do they speak in {}?", "What is {} known for?")  # fmt: skip
+_COUNTRIES = (
+    "France Italy Spain Peru Japan Egypt Canada Norway Greece India China Kenya Cuba Poland Austria Ireland Portugal "
+    "Sweden Denmark Finland Brazil Mexico Chile Turkey Thailand Hungary Belgium Iceland Morocco Australia Vietnam"
+).split()
+_ONES = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+_LISTS = {
+    ("Name the days of the week.", "What are the days of the week?", "Say the days of the week."):
+        "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and Sunday.",
+    ("Name the months of the year.", "What are the twelve months?", "List the months, please."):
+        "January, February, March, April, May, June, July, August, September, October, November and December.",
+    ("Say the alphabet.", "Can you say the alphabet?", "Spell out the alphabet for me."):
+        "A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T, U, V, W, X, Y, Z.",
+    ("Name the seasons.", "What are the four seasons?"): "Spring, summer, autumn and winter.",
+    ("Name the planets.", "What are the planets of our solar system?", "List all planets."):
+        "Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus and Neptune.",
+    ("Name the colors of the rainbow.", "What colors does a rainbow have?"):
+        "Red, orange, yellow, green, blue, indigo and violet.",
+    ("Name the continents.", "What are the seven continents?"):
+        "Africa, Antarctica, Asia, Australia, Europe, North America and South America.",
+}  # fmt: skip
+_COUNT = ("Count from {a} to {b}.", "Can you count from {a} to {b}?", "Please count to {b}, starting at {a}.",
+          "Count aloud from {a} up to {b}, please.", "Say the numbers from {a} to {b}.")  # fmt: skip
+
+
+def situation(rng: random.Random) -> list[Turn]:
+    """A plan of one to three turns."""
+    made = rng.choices((_correction, _follow_up, _listing, _two_at_once, _context), (0.35, 0.35, 0.1, 0.1, 0.1))[0](rng)
+    if rng.random() < 0.15:
+        made.append(Turn(rng.choice(_AGAIN), answer=SAME))
+    return made
+
+
+def _phrases(rng: random.Random, kind: str) -> list[str]:
+    """Phrases of one topic that has at least two of a kind."""
+    found = [kinds[kind] for kinds in topics().values() if len(kinds.get(kind, ())) > 1]
+    return list(rng.choice(found))
+
+
+def _correction(rng: random.Random) -> list[Turn]:
+    if rng.random() < 0.3:
+        form, (old, new) = rng.choice(_PLACES), rng.sample(_COUNTRIES, 2)
+    else:
+        kind = rng.choice(("tell", "what"))
+        form = rng.choice(_FORMS[kind])
+        old, new = rng.sample(_phrases(rng, kind), 2)
+    words = rng.choice(_CORRECT).format(old=old, new=new)
+    return [Turn(form.format(old)), Turn(words, asked=form.format(new))]
+
+
+def _follow_up(rng: random.Random) -> list[Turn]:
+    kind = rng.choice(("tell", "what", "ask"))
+    phrase = rng.choice(_phrases(rng, kind))
+    first = Turn(phrase if kind == "ask" else rng.choice(_FORMS[kind]).format(phrase))
+    follow = rng.choice(
+        (
+            Turn(rng.choice(_MORE), asked="Tell me more about that."),
+            Turn(rng.choice(_SHORTER), asked="Say that again in one short sentence."),
+            Turn(rng.choice(_AGAIN), answer=SAME),
+            Turn(rng.choice(_SIMPLER), asked="Can you say that again in simpler words?"),
+        )
+    )
+    return [first, follow]
+
+
+def _listing(rng: random.Random) -> list[Turn]:
+    if rng.random() < 0.5:
+        questions = rng.choice(list(_LISTS))
+        return [Turn(rng.choice(questions), answer=_LISTS[questions])]
+    a = rng.choice((1, 1, 1, rng.randint(1, 10)))
+    b = rng.randint(a + 3, min(a + 14, 20))
+    text = ", ".join(_ONES[a - 1 : b]) + "."
+    shown = rng.choice((lambda n: str(n), lambda n: _ONES[n - 1]))
+    return [Turn(rng.choice(_COUNT).format(a=shown(a), b=shown(b)), answer=text[0].upper() + text[1:])]
+
+
+def _two_at_once(rng: random.Random) -> list[Turn]:
+    first, second = rng.sample(_phrases(rng, "ask"), 2)
+    link = rng.choice((" ", " And ", " Also, "))
+    if link != " " and not second.startswith("I "):
+        second = second[0].lower() + second[1:]
+    return [Turn(first + link + second)]
+
+
+def _context(rng: random.Random) -> list[Turn]:
+    found = [kinds for kinds in topics().values() if kinds.get("ask") and kinds.get("say")]
+    kinds = rng.choice(found)
+    return [Turn(f"{rng.choice(kinds['ask'])} {rng.choice(kinds['say'])}")]
