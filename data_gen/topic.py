@@ -1,9 +1,13 @@
-"""The topic of a sentence without a model: its longest short noun phrase, found by leaving out what nouns are not."""
+"""The topic of a sentence without a model: a short noun phrase where the words around it show that it is one.
+
+Nothing here parses English. A phrase counts where something in front shows where it begins ("about", "the", a capital
+letter) and something behind shows where it ends; other sentences have no topic.
+"""
 # ruff: noqa: SIM905 - word lists read best as text
 
 import re
 
-# Words that end a noun phrase: pronouns, auxiliaries, question words, conjunctions, and verbs of requests.
+# Words that are in no noun phrase: pronouns, auxiliaries, question words, conjunctions, verbs of requests.
 _STOP = frozenset(
     """
     i you he she it we they me him us them myself yourself this that these those who whom whose which what when where
@@ -29,63 +33,60 @@ _STOP = frozenset(
     accurate considering
     """.split()
 )
-_JOIN = frozenset("of the a an my your his her its our their for in".split())
-_DETERMINERS = frozenset("the a an my your his her its our their".split())
-_TOKEN = re.compile(r"[^\W_](?:[\w'’.+#-]*[\w+#])?|[^\w\s]")
-_SPACED = re.compile(r"[^\W\d_]")
-_VERBAL = re.compile("(?:ing|ed|ize|ise|ify)$")
-_MAX_WORDS = 7
-
-
-def topic(text: str) -> str:
-    """A short noun phrase that says what `text` is about, such as "the capital of Italy".
-
-    Longer phrases and names win; the first of equals. Text in a script without spaces gives its opening clause.
-    Never blank for text that holds a letter or digit; has no bracket.
+_DETERMINER = r"(?:the|a|an|my|your|his|her|our|their|its)"
+_WORD = r"[A-Za-z][A-Za-z'’-]*[A-Za-z]"
+# A determiner and up to four words, the last of which an "of" may follow with as much again.
+_PHRASE = rf"(?:{_DETERMINER}\s+)?{_WORD}(?:\s+{_WORD}){{0,3}}"
+_ABOUT = re.compile(
+    rf"\b(?:about|regarding|concerning|discuss|(?:capital|history|meaning|purpose|benefits?|advantages?|causes?|"
+    rf"importance|concept|role|life|impact|types?|kinds?) of)\s+({_PHRASE})(?=\s*(?:[.?!,;:]|$))",
+    re.IGNORECASE,
+)
+_WHAT_IS = re.compile(
+    rf"\b(?:what(?:'s| is| are| was| were)|explain|describe|define|who (?:is|was|are))\s+({_PHRASE}"
+    rf"(?:\s+of\s+{_PHRASE})?)(?=\s*(?:[.?!,;:]|$))",
+    re.IGNORECASE,
+)
+_DETERMINED = re.compile(
+    rf"\b((?:the|an?)\s+{_WORD}(?:\s+{_WORD})?(?:\s+of\s+(?:the\s+)?{_WORD})?)(?=\s*(?:[.?!,;:]|$))", re.IGNORECASE
+)
+_NAME = re.compile(r"(?<=[a-z,] )((?:[A-Z][a-z]{2,}|[A-Z]{2,5})(?:\s+[A-Z][a-z]+){0,3})(?=[\s.?!,;:']|$)")
+_VERBAL = re.compile(r"(?:[a-z]{2}ed|ize|ise|ify|ingly|ously|ally|ely|ily)$", re.IGNORECASE)
+# Nouns that say nothing without what stands around them.
+_VAGUE = frozenset(
     """
-    text = text[:1000]
-    phrases: list[list[str]] = []
-    current: list[str] = []
-    for token in [*_TOKEN.findall(text), "."]:
-        word = token.lower().replace("’", "'")
-        if not token[0].isalnum() or word in _STOP or (word.endswith("ly") and len(word) > 5):
-            phrases.append(current)
-            current = []
-        else:
-            current.append(token)
-    found = [p for p in map(_trim, phrases) if p]
-    if not found:
-        return " ".join(text.translate(_NO_BRACKETS).split()[:4]).strip(" .?!,;:") or "this"
-    best = max(found, key=_score)
-    phrase = " ".join(best)
-    if not phrase.isascii() and len(phrase) > 24 and len(best) == 1:
-        phrase = phrase[:12]
-    return phrase
+    way ways thing things lot kind sort bit time times day days year years reason question questions answer example
+    examples problem problems difference differences idea ideas topic sentence sentences text list following same one
+    ones use number part point case other others word words people person information details sure issue option options
+    step steps minute moment meaning purpose process result results place here there it this that
+    """.split()
+)
 
 
-_NO_BRACKETS = str.maketrans("", "", "[]{}")
+def topic(text: str) -> str | None:
+    """A short noun phrase that says what `text` is about, such as "the capital of Italy"; None where none is plain."""
+    text = " ".join(text[:400].split())
+    for pattern in (_ABOUT, _WHAT_IS, _NAME, _DETERMINED):
+        for match in pattern.finditer(text):
+            phrase = match.group(1)
+            if pattern is _ABOUT and " of " in match.group() and not match.group().lower().startswith("about"):
+                phrase = f"the {match.group()}"
+            if _is_phrase(phrase):
+                first, _, rest = phrase.partition(" ")
+                return f"{first.lower()} {rest}" if re.fullmatch(_DETERMINER, first, re.IGNORECASE) and rest else phrase
+    return None
 
 
-def _trim(words: list[str]) -> list[str]:
-    """Drops verb forms and prepositions in front, joining words at the end, and whatever is beyond `_MAX_WORDS`."""
-    start = next((i for i, w in enumerate(words) if w.lower() in _DETERMINERS), 0)
-    if any(_VERBAL.search(w.lower()) for w in words[:start]):
-        words = words[start:]
-    while words and words[0].lower() in _JOIN - _DETERMINERS:
+def _is_phrase(phrase: str) -> bool:
+    words = phrase.lower().replace("’", "'").split()
+    if words and re.fullmatch(_DETERMINER, words[0]):
         words = words[1:]
-    words = words[:_MAX_WORDS]
-    while words and words[-1].lower() in _JOIN:
-        words = words[:-1]
-    if words:
-        first = words[0].lower() if words[0].lower() in _DETERMINERS else words[0]
-        words = [first, *words[1:-1], *([words[-1].removesuffix("'s")] if len(words) > 1 else [])]
-    content = [w for w in words if w.lower() not in _JOIN and _SPACED.search(w)]
-    return words if content else []
-
-
-def _score(words: list[str]) -> float:
-    content = [w for w in words if w.lower() not in _JOIN]
-    names = sum(w[0].isupper() for w in words[1:])
-    # One word that looks like an adverb or a bare verb form says little.
-    weak = len(content) == 1 and content[0].lower().endswith(("ly", "ing", "ed"))
-    return min(len(content), 4) + 0.5 * (names > 0) + 0.4 * (words[0].lower() in _DETERMINERS) - weak
+    content = [w for w in words if w not in ("of", "the", "a", "an", "and", "in", "my", "your")]
+    return (
+        bool(content)
+        and not any(w in _STOP for w in content)
+        and not any(_VERBAL.search(w) for w in content)
+        and content[-1] not in _VAGUE
+        and not (len(content) > 1 and content[0] in _VAGUE)
+        and (len(content) > 1 or len(content[0]) > 3)
+    )

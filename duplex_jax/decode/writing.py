@@ -44,10 +44,9 @@ Writer = Generator[Draw, Drawn, T]
 class _Desk:
     """A writer at work: its row, and what it has been given of the continuation it waits for."""
 
-    def __init__(self, writer: Writer, seed: int):
-        self.writer, self.seed = writer, seed
+    def __init__(self, writer: Writer, seed: int, draw: Draw):
+        self.writer, self.seed, self.draw = writer, seed, draw
         self.row: Row | None = None
-        self.draw: Draw = next(writer)
         self.ids: list[int] = []
         self.feed: list[int] = []
 
@@ -91,8 +90,13 @@ def write(engine: Engine, writers: Iterable[tuple[int, Writer[T]]], rows: int) -
     roots: dict[tuple[int, ...], Row] = {}
     try:
         while True:
-            for number, writer in itertools.islice(waiting, rows - len(desks)):
-                desks[number] = _Desk(writer, number)
+            while len(desks) < rows and (arrived := next(waiting, None)):
+                number, writer = arrived
+                try:
+                    desks[number] = _Desk(writer, number, next(writer))
+                except StopIteration as stop:  # it needed nothing of the model
+                    yield number, stop.value
+                    continue
                 desks[number].begin(engine, roots)
             if not desks:
                 return
