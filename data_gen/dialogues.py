@@ -23,7 +23,9 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "system": "system",
 }  # fmt: skip
-_COLUMNS = ("id", "prompt_id", "data", "messages", "conversations")
+_COLUMNS = ("id", "prompt_id", "data", "messages", "conversations", "again")
+# What nobody says: code, tables, links, markup.
+_UNSPOKEN = re.compile(r"[`{}<>|=\\^~]|https?:|\*\*|__|\(\)|^#", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,16 @@ class Dialogue:
     Attributes:
         id: the row's own id, or its file and line.
         rounds: (query, answer) in order; both non-blank, outer white space dropped.
+        again: for each round a second answer to its query, where the row brings one (field `again`).
     """
 
     id: str
     rounds: tuple[tuple[str, str], ...]
+    again: tuple[str | None, ...] = ()
+
+    def second_answer(self, round_number: int) -> str | None:
+        """Another answer to the query of a round; None where there is none."""
+        return self.again[round_number] if round_number < len(self.again) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Selection:
 
     Attributes:
         spoken_words: a dialogue ends before the first message that nobody would speak: of more words than this, of
-            several lines, or with characters beyond ASCII; 0 keeps everything.
+            several lines, with code or markup, or with characters beyond ASCII; 0 keeps everything.
         fold: `K/N` takes the dialogues whose id falls in part K of N, `-K/N` all others; empty takes all. So timelines
             of one dialogue never land on both sides of a split.
 
@@ -72,10 +80,15 @@ class Selection:
             return dialogue
         spoken = itertools.takewhile(lambda r: all(map(self._is_spoken, r)), dialogue.rounds)
         rounds = tuple(spoken)
-        return Dialogue(dialogue.id, rounds) if rounds else None
+        return Dialogue(dialogue.id, rounds, dialogue.again) if rounds else None
 
     def _is_spoken(self, text: str) -> bool:
-        return len(text.split()) <= self.spoken_words and "\n" not in text and text.isascii()
+        return (
+            len(text.split()) <= self.spoken_words
+            and "\n" not in text
+            and text.isascii()
+            and not _UNSPOKEN.search(text)
+        )
 
 
 EVERYTHING = Selection()
@@ -126,7 +139,15 @@ def parse_dialogue(row: Any, where: str) -> Dialogue:
     if len(texts) < 2:
         raise BadRow("holds no query with an answer")
     name = next((row[k] for k in ("id", "prompt_id") if isinstance(row.get(k), str | int) and row[k] != ""), where)
-    return Dialogue(str(name), tuple(zip(texts[::2], texts[1::2], strict=False)))
+    return Dialogue(str(name), tuple(zip(texts[::2], texts[1::2], strict=False)), _again(row.get("again")))
+
+
+def _again(items: Any) -> tuple[str | None, ...]:
+    if items is None:
+        return ()
+    if not isinstance(items, list) or not all(i is None or (isinstance(i, str) and i.strip()) for i in items):
+        raise BadRow("again: must be a list of second answers, one a round, null where there is none")
+    return tuple(i and i.strip() for i in items)
 
 
 def _ultrachat(data: Any) -> list[tuple[str, str, str]]:

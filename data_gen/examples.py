@@ -3,6 +3,7 @@
 The contents are ours or a topic's own phrases (`assets/questions.txt`); what matters is the form, in which a question
 is followed by something that belongs to it.
 """
+# ruff: noqa: SIM905 - word lists read best as text
 
 import random
 from collections.abc import Callable, Sequence
@@ -101,11 +102,11 @@ def sums(rng: random.Random) -> str:
         (
             f"{name} has {a + b} {thing} and gives {b} of them to {other}. How many {thing} does {name} have left?",
             f"{name} buys {b} bags with {c} {thing} in each. How many {thing} does {name} have?",
-            f"There are {a} {thing} in a box. {name} puts {b} more in, and then {other} takes {c} out. How many are in the "
-            "box now?",
+            f"There are {a} {thing} in a box. {name} puts {b} more in, and then {other} takes {c} out. How many are "
+            "in the box now?",
             f"{name} reads {b} pages every day. How many pages does {name} read in {c} days?",
-            f"A ticket costs {b} dollars. {name} buys {c} tickets and pays with a fifty dollar bill. How much change is "
-            "that?",
+            f"A ticket costs {b} dollars. {name} buys {c} tickets and pays with a fifty dollar bill. How much change "
+            "is that?",
             f"{name} is {b} years old and {other} is {c} years older. How old is {other}?",
             f"{b * c} {thing} are shared equally among {c} children. How many does each child get?",
             f"What is {a} plus {b} times {c}?",

@@ -3,6 +3,7 @@
 A style is drawn once for a timeline and changes every message of its user. Words alone then have to say whether a
 request is over, as they do for a listener.
 """
+# ruff: noqa: SIM905 - word lists read best as text
 
 import dataclasses
 import random
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 STYLES: Mapping[str, float] = {"bare": 0.5, "some_marks": 0.1, "no_marks": 0.1, "disfluent": 0.15, "typed": 0.15}
 
 _FILLERS = ("um", "uh", "so", "like", "well", "you know", "I mean", "hmm")
-_PAUSE_FILLERS = ("um", "uh", "so", "and um", "hmm", "like")
+_PAUSE_FILLERS = ("um", "uh", "so", "hmm", "like")
 _MARKS = re.compile(r"[.,;:!?…\"“”()\[\]]+")
 _SHORT = {
     "you": "u", "are": "r", "please": "pls", "thanks": "thx", "because": "cuz", "about": "abt", "with": "w",
@@ -24,14 +25,14 @@ _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
 ).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 # Behind these a listener knows that more is to come.
 _OPEN = frozenset(
     """
     a an the my your his her its our their this that these those of to in on at for from with by about into than and or
     but so because if when while as is are was were be been am do does did have has had can could will would should may
     might must very really more most some any no not i you he she we they who which what how there it's i'm um uh like
-    """.split()  # noqa: SIM905
+    """.split()
 )
 _REQUEST = re.compile(
     r"^(?:(?:please|okay|ok|and|so|um|uh|hi|hello|hey|then|now|well|thanks|stop|wait|no)\W+)*(?:tell|give|explain|"
@@ -98,7 +99,7 @@ def is_statement(text: str) -> bool:
 
 
 def _bare(word: str, rng: random.Random) -> list[str]:
-    return _in_words(_MARKS.sub("", word)).lower().split()
+    return _in_words(word).lower().split()
 
 
 def _some_marks(word: str, rng: random.Random) -> list[str]:
@@ -107,7 +108,7 @@ def _some_marks(word: str, rng: random.Random) -> list[str]:
 
 
 def _no_marks(word: str, rng: random.Random) -> list[str]:
-    return _in_words(_MARKS.sub("", word)).split()
+    return _in_words(word).split()
 
 
 def _typed(word: str, rng: random.Random) -> list[str]:
@@ -145,12 +146,13 @@ def _stumble(words: list[str], marks: list[str], rng: random.Random) -> tuple[li
     return new_words, new_marks
 
 
-def _in_words(word: str) -> str:
-    """A whole number below 10,000 in words, as it is said; anything else as it is."""
+def _in_words(written: str) -> str:
+    """A word without its marks; a whole number below 10,000 in words, as it is said."""
+    word = _MARKS.sub("", written)
     if not word.isdigit() or len(word) > 4 or (len(word) > 1 and word[0] == "0"):
         return word
     n = int(word)
-    if 1100 <= n < 2000 and n % 100:  # a year, mostly
+    if 1100 <= n < 2000 and n % 100 and "," not in written:  # a year, mostly
         return f"{_in_words(str(n // 100))} {'oh ' if n % 100 < 10 else ''}{_in_words(str(n % 100))}"
     if n < 20:
         return _ONES[n]

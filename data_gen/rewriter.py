@@ -41,12 +41,24 @@ class Rewriter(Protocol):
 
     transitions: Transitions
 
+    def can_announce(self, sentence: str) -> bool:
+        """Whether the topic of what the user says next can be put into a transition sentence."""
+        ...
+
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         """One user input for each (transition sentence, what the user says next)."""
         ...
 
-    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
-        """The answer to a query said again: `said` of the first `answer` was heard before it."""
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, again: str | None) -> str:
+        """The answer to a query said again, of which `said` was heard before it.
+
+        Args:
+            history: the rounds before.
+            query: what was asked first.
+            said: what was heard of the first answer.
+            repetition: how it is asked again.
+            again: a second answer that the dialogue brings.
+        """
         ...
 
     def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
@@ -60,6 +72,14 @@ class Rewriter(Protocol):
 
 # Back on topic, without a model: the listener asks for the statement again, so the message itself holds the answer.
 _QUESTIONS = (
+    "Wait, what did you say?",
+    "Sorry, could you repeat that?",
+    "Hold on, what was that?",
+    "Hang on, can you say that again?",
+    "Sorry, I missed that.",
+    "One second, what did you just say?",
+)
+_QUESTIONS_ABOUT = (
     "Wait, what did you say about {topic}?",
     "Sorry, could you repeat the part about {topic}?",
     "Hold on, what was that about {topic}?",
@@ -81,37 +101,57 @@ _BRIDGES = (
     "Let me continue.",
     "Let me pick up where I left off.",
 )
-_OPENINGS = (
+_OPENINGS_ABOUT = (
     "Hello! Is there something you would like to talk about, maybe {topic}?",
     "Hi there! Would you like to talk about {topic}?",
     "Hello, are you there? We could talk about {topic}.",
     "Hello! I am here if you have a question about {topic}.",
+)
+_OPENINGS = (
     "Hi! What is on your mind today?",
     "Hello! How can I help you today?",
+    "Hello! Is there anything I can do for you?",
+    "Hi there! What would you like to talk about?",
+    "Good to have you here. What can I help you with?",
 )
 
 
 class TemplateRewriter:
-    """Needs no model: transition sentences with their topic filled in, answers drawn from the dialogue itself."""
+    """Needs no model: transition sentences with their topic filled in, words drawn from the dialogue itself.
+
+    Where a sentence announces a topic and none is plain, or an answer is wanted that the dialogue does not hold, it
+    raises `LeftOut`.
+    """
 
     def __init__(self, transitions: Transitions = Transitions()):
         self.transitions = transitions
+
+    def can_announce(self, sentence: str) -> bool:
+        return topic(sentence) is not None
 
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         return [self._fuse(*pair) for pair in pairs]
 
     def _fuse(self, transition: str, sentence: str) -> str:
         # The sentence that A.3 leaves open, "have you ever...?", is finished by the query that follows it.
-        filled = transition.replace(", have you ever...?", ".").replace("[topic]", topic(sentence))
+        filled = transition.replace(", have you ever...?", ".")
+        if "[topic]" in filled:
+            about = topic(sentence)
+            if about is None:
+                raise LeftOut("no plain topic to announce")
+            filled = filled.replace("[topic]", about)
         if filled and filled[-1] not in ".?!":
             filled += "."
         return f"{filled} {sentence}".strip()
 
-    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
-        return answer
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, again: str | None) -> str:
+        if again is None:
+            raise LeftOut("no second answer to a query")
+        return again
 
     def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
-        question = rng.choice(_QUESTIONS).format(topic=topic(moment.statement))
+        about = topic(moment.statement)
+        question = rng.choice(_QUESTIONS_ABOUT if about else _QUESTIONS).format(topic=about)
         return (
             question,
             rng.choice(_REPLIES).format(statement=moment.statement),
@@ -119,7 +159,8 @@ class TemplateRewriter:
         )
 
     def opening(self, query: str, rng: random.Random) -> str:
-        return rng.choice(_OPENINGS).format(topic=topic(query))
+        about = topic(query)
+        return rng.choice(_OPENINGS_ABOUT if about else _OPENINGS).format(topic=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +260,9 @@ class ModelRewriter:
         self.sampling = sampling
         self.answers = answers
 
+    def can_announce(self, sentence: str) -> bool:
+        return True
+
     def _ask(self, requests: Sequence[Request]) -> list[str]:
         missing = [r for r in requests if r.key not in self.answers]
         if missing:
@@ -246,9 +290,9 @@ class ModelRewriter:
         fused = dict(zip(requests, self._ask(list(requests.values())), strict=True))
         return [fused.get(i, b) for i, (_, b) in enumerate(pairs)]
 
-    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, answer: str) -> str:
+    def regenerate(self, history: Rounds, query: str, said: str, repetition: str, again: str | None) -> str:
         messages = [*_chat(history), ("user", query), ("assistant", said), ("user", repetition)]
-        return self._ask([self._request("answer", messages, 512, answer)])[0]
+        return again or self._ask([self._request("answer", messages, 512, said)])[0]
 
     def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
         prompt = _QUESTION_PROMPT.format(statement=moment.statement)
@@ -261,7 +305,7 @@ class ModelRewriter:
         return question, reply, rest
 
     def opening(self, query: str, rng: random.Random) -> str:
-        prompt = _OPENING_PROMPT.format(topic=topic(query))
+        prompt = _OPENING_PROMPT.format(topic=topic(query) or query)
         return self._ask([self._request("opening", [("user", prompt)], 64, query)])[0]
 
 

@@ -4,6 +4,7 @@ Given only what its template puts in front of a user's message, a chat model wri
 "Magpie", arXiv 2406.08464). This module says what is asked for and which words are kept; it knows no model: a writer
 yields an `Ask` and is sent the words.
 """
+# ruff: noqa: SIM905 - word lists read best as text
 
 import dataclasses
 import random
@@ -84,13 +85,16 @@ class Kind:
 
 
 _QUESTIONS = tuple(
-    "What is|What's|What are|What does|What do|What should I|What would|What kind of|How do I|How do|How can I|How does|"
-    "How long|How much|How many|How often|Why do|Why is|Why are|Why does|When is|When did|Where can I|Where is|Who was|"
-    "Who is|Which|Is it|Is there|Are there|Do you|Does|Can I|Can you|Can you explain|Can you tell me|Could you|Should I|"
-    "Tell me|Tell me about|Give me|Give me a|Explain|Describe|Name|List|Help me|I need|I want to|I'd like|I have|I'm|"
-    "I am|I just|I don't|I can't|I think|I feel|I was|I've|My|My friend|My mother|My son|My dog|We|Let's|There is|"
-    "Today|Yesterday|Tomorrow|It's|Please|Hi|Hello|Hey|So|If I|In|Do people|Does anyone|Count|Translate|Write|Spell|"
-    "Suggest|Recommend|Compare|Imagine|Remind me|Teach me".split("|")
+    (
+        "What is|What's|What are|What does|What do|What should I|What would|What kind of|How do I|How do|How can I|"
+        "How does|How long|How much|How many|How often|Why do|Why is|Why are|Why does|When is|When did|Where can I|"
+        "Where is|Who was|Who is|Which|Is it|Is there|Are there|Do you|Does|Can I|Can you|Can you explain|"
+        "Can you tell me|Could you|Should I|Tell me|Tell me about|Give me|Give me a|Explain|Describe|Name|List|"
+        "Help me|I need|I want to|I'd like|I have|I'm|I am|I just|I don't|I can't|I think|I feel|I was|I've|My|"
+        "My friend|My mother|My son|My dog|We|Let's|There is|Today|Yesterday|Tomorrow|It's|Please|Hi|Hello|Hey|So|"
+        "If I|In|Do people|Does anyone|Count|Translate|Write|Spell|Suggest|Recommend|Compare|Imagine|Remind me|"
+        "Teach me"
+    ).split("|")
 )
 _NATURAL = ("", "", "", "", "Read the following text", "Here is a", "Given the", "Summarize", "Which of the following",
             "Choose", "Complete the", "Is the following", "Solve", "Calculate", "Explain why", "Write a short",

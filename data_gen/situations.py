@@ -3,6 +3,7 @@
 Each situation is a short plan of turns. Where the words that are said are no question by themselves ("No, I meant
 Austria."), `asked` says what the model is asked in their place.
 """
+# ruff: noqa: SIM905 - word lists read best as text
 
 import random
 from typing import NamedTuple
@@ -35,7 +36,8 @@ _AGAIN = ("What did you say?", "Sorry, can you repeat that?", "Say that again, p
           "Could you repeat what you said?")  # fmt: skip
 _SIMPLER = ("Simpler, please.", "I don't understand.", "Can you explain it like I'm five?", "That's too complicated.",
             "In plain words, please.", "I didn't get that. Can you put it another way?")  # fmt: skip
-_CORRECT = ("No, I meant {new}.", "Sorry, I meant {new}.", "Not {old}, {new}.", "No, {new}.", "I said {new}, not {old}.",
+_CORRECT = ("No, I meant {new}.", "Sorry, I meant {new}.", "Not {old}, {new}.", "No, {new}.",
+            "I said {new}, not {old}.",
             "Wait, I mean {new}.", "Oh, sorry, {new}, not {old}.", "That's not it. I was asking about {new}.",
             "Actually, I meant {new}.", "No no, {new}.", "I misspoke. I meant {new}.", "Make that {new}.")  # fmt: skip
 _FORMS = {

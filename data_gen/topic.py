@@ -47,18 +47,22 @@ _WHAT_IS = re.compile(
     rf"(?:\s+of\s+{_PHRASE})?)(?=\s*(?:[.?!,;:]|$))",
     re.IGNORECASE,
 )
-_DETERMINED = re.compile(
-    rf"\b((?:the|an?)\s+{_WORD}(?:\s+{_WORD})?(?:\s+of\s+(?:the\s+)?{_WORD})?)(?=\s*(?:[.?!,;:]|$))", re.IGNORECASE
+_OF = re.compile(rf"\b(the\s+{_WORD}\s+of\s+(?:the\s+)?{_WORD})(?=\s*(?:[.?!,;:]|$))", re.IGNORECASE)
+# A name of several words, or of one behind a preposition.
+_NAME = re.compile(
+    r"(?:(?<=[a-z,] )(?=[A-Z]\S+ [A-Z])|(?<=\bto )|(?<=\bin )|(?<=\bfrom )|(?<=\babout ))"
+    r"([A-Z][a-z]{2,}(?:\s+[A-Z][a-z]+){0,2})(?=[.?!,;:]\s|\s*[.?!]?$|\s(?:is|are|and|with|like|when|for)\s)"
 )
-_NAME = re.compile(r"(?<=[a-z,] )((?:[A-Z][a-z]{2,}|[A-Z]{2,5})(?:\s+[A-Z][a-z]+){0,3})(?=[\s.?!,;:']|$)")
-_VERBAL = re.compile(r"(?:[a-z]{2}ed|ize|ise|ify|ingly|ously|ally|ely|ily)$", re.IGNORECASE)
+_VERBAL = re.compile(r"(?:[a-z]{2}ed|ize|ify|ingly|ously|ally|ely|ily|ous|ful|less|able|ible)$", re.IGNORECASE)
 # Nouns that say nothing without what stands around them.
 _VAGUE = frozenset(
     """
     way ways thing things lot kind sort bit time times day days year years reason question questions answer example
     examples problem problems difference differences idea ideas topic sentence sentences text list following same one
     ones use number part point case other others word words people person information details sure issue option options
-    step steps minute moment meaning purpose process result results place here there it this that
+    step steps minute moment meaning purpose process result results place here there it this that main fan effect
+    effects following concept probability calculations couple fraction tomorrow yesterday today
+    benefit amount earlier later latest monday teeth boxes documents
     """.split()
 )
 
@@ -66,7 +70,7 @@ _VAGUE = frozenset(
 def topic(text: str) -> str | None:
     """A short noun phrase that says what `text` is about, such as "the capital of Italy"; None where none is plain."""
     text = " ".join(text[:400].split())
-    for pattern in (_ABOUT, _WHAT_IS, _NAME, _DETERMINED):
+    for pattern in (_ABOUT, _WHAT_IS, _NAME, _OF):
         for match in pattern.finditer(text):
             phrase = match.group(1)
             if pattern is _ABOUT and " of " in match.group() and not match.group().lower().startswith("about"):
@@ -87,6 +91,7 @@ def _is_phrase(phrase: str) -> bool:
         and not any(w in _STOP for w in content)
         and not any(_VERBAL.search(w) for w in content)
         and content[-1] not in _VAGUE
+        and (phrase[-2:] != "ly" or phrase.split()[-1][0].isupper() or content[-1] == "family")
         and not (len(content) > 1 and content[0] in _VAGUE)
         and (len(content) > 1 or len(content[0]) > 3)
     )

@@ -5,6 +5,7 @@ Also the paper's prompt, which fuses one of them with what the user says next.
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import ClassVar
 
 FUSE_PROMPT = (
@@ -118,6 +119,10 @@ SPOKEN_RESET = (
     "Never mind, something else.",
 )  # fmt: skip
 
+# The paper's sentences behind which an ordinary question of a dialogue makes no sense: they claim something urgent or
+# important, or ask a question of their own. They stand in the paper's data alone.
+ANNOUNCING = frozenset((*TERMINATION[1:4], TERMINATION[5], *(s for s in RESET if s.endswith("?"))))
+
 # All that ask for silence.
 QUIET = frozenset(SILENCE + SPOKEN_SILENCE)
 
@@ -141,17 +146,19 @@ class Transitions:
         """One that asks for silence."""
         return self._pick(SILENCE, SPOKEN_SILENCE, rng)
 
-    def regeneration(self, rng: random.Random) -> str:
-        """One that asks for another answer."""
-        return self._pick(REGENERATION, SPOKEN_REGENERATION, rng)
+    def regeneration(self, rng: random.Random, announce: bool = True) -> str:
+        """One that asks for another answer; without `announce` one that has no place for a topic."""
+        return self._pick(REGENERATION, SPOKEN_REGENERATION, rng, announce)
 
-    def reset(self, rng: random.Random) -> str:
-        """One that drops a subject."""
-        return self._pick(RESET, SPOKEN_RESET, rng)
+    def reset(self, rng: random.Random, announce: bool = True) -> str:
+        """One that drops a subject; without `announce` one that has no place for a topic."""
+        return self._pick(RESET, SPOKEN_RESET, rng, announce)
 
-    def _pick(self, paper: tuple[str, ...], spoken: tuple[str, ...], rng: random.Random) -> str:
+    def _pick(self, paper: Sequence[str], spoken: Sequence[str], rng: random.Random, announce: bool = True) -> str:
+        if not announce:
+            paper, spoken = ([s for s in sentences if "[topic]" not in s] for sentences in (paper, spoken))
         if self.name == "both":
-            return rng.choice(rng.choice((paper, spoken)))
+            return rng.choice(rng.choice(([s for s in paper if s not in ANNOUNCING], spoken)))
         return rng.choice(paper if self.name == "paper" else spoken)
 
 

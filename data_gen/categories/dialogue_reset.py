@@ -25,8 +25,9 @@ def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) 
     """All dialogues but the last truncated, the last whole."""
     rng, tokenizer = talk.rng, talk.tokenizer
     places = [_pick_answer(d, rng, tokenizer) for d in dialogues[:-1]]
-    sentences = [rewriter.transitions.reset(rng) for _ in places]
-    starts = rewriter.fuse([(sentence, d.rounds[0][0]) for sentence, d in zip(sentences, dialogues[1:], strict=True)])
+    queries = [d.rounds[0][0] for d in dialogues[1:]]
+    sentences = [rewriter.transitions.reset(rng, rewriter.can_announce(query)) for query in queries]
+    starts = rewriter.fuse(list(zip(sentences, queries, strict=True)))
 
     talk.query(dialogues[0].rounds[0][0])
     for (at, slices), dialogue, start in zip(places, dialogues[:-1], starts, strict=True):

@@ -20,14 +20,15 @@ def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) 
     rounds = dialogues[0].rounds
     places = list(range(len(rounds)))
     rng.shuffle(places)
+    places.sort(key=lambda i: dialogues[0].second_answer(i) is None)
     at, slices = next(((i, s) for i in places if len(s := slice_tokens(rounds[i][1], tokenizer)) > 1), (None, []))
     if at is None:
         raise LeftOut("no answer longer than a slice")
-    query, answer = rounds[at]
-    sentence = rewriter.transitions.regeneration(rng)
+    query = rounds[at][0]
+    sentence = rewriter.transitions.regeneration(rng, rewriter.can_announce(query))
     kept = pick_cut(slices, rng, tokenizer)
     [repetition] = rewriter.fuse([(sentence, query)])
-    anew = rewriter.regenerate(rounds[:at], query, "".join(slices[:kept]), repetition, answer)
+    anew = rewriter.regenerate(rounds[:at], query, "".join(slices[:kept]), repetition, dialogues[0].second_answer(at))
 
     for earlier in rounds[:at]:
         talk.round(*earlier)

@@ -1,4 +1,4 @@
-"""Continuous batching of text that a model writes by itself: many writers, each a generator, share one engine's rows."""
+"""Continuous batching of text that a model writes by itself: many writers, each a generator, share an engine's rows."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ class Draw:
 
     prompt: Sequence[int]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling
     shared: int = 0
 
 

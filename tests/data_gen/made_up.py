@@ -58,13 +58,11 @@ def sentence(rng: random.Random) -> str:
 def make_dialogue(index: int, rounds: int | None = None) -> Dialogue:
     """A dialogue that no other index gives."""
     rng = random.Random(index)
-    return Dialogue(
-        f"made:{index}",
-        tuple(
-            (
-                f"What does the {rng.choice(_NOUNS)} number {index} do in part {r}?",
-                " ".join(sentence(rng) for _ in range(rng.randint(3, 6))),
-            )
-            for r in range(rounds or rng.randint(1, 4))
-        ),
+    made = tuple(
+        (
+            f"What can you tell me about the {rng.choice(_NOUNS)}, number {index} in part {r}?",
+            " ".join(sentence(rng) for _ in range(rng.randint(3, 6))),
+        )
+        for r in range(rounds or rng.randint(1, 4))
     )
+    return Dialogue(f"made:{index}", made, tuple(" ".join(sentence(rng) for _ in range(4)) for _ in made))

@@ -1,6 +1,7 @@
 """Every category against its own words in the paper, worked out from the source dialogues and not from its record."""
 
 import contextlib
+import dataclasses
 import itertools
 import random
 
@@ -11,6 +12,7 @@ from made_up import make_dialogue
 
 from data_gen.categories import CATEGORIES, backchannel
 from data_gen.check import check_timeline
+from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, TemplateRewriter
 from data_gen.transitions import (
@@ -45,8 +47,11 @@ def any_dialogue(draw: st.DrawFn) -> Dialogue:
     return Dialogue(draw(st.text("abc:", min_size=1, max_size=5)), tuple(rounds))
 
 
-def build(name: str, dialogues: list[Dialogue], tokenizer: Tokenizer, seed: int = 0, idle: int = 2) -> Timeline:
-    return CATEGORIES[name].make(dialogues, random.Random(seed), tokenizer, TemplateRewriter(), idle)
+def build(
+    name: str, dialogues: list[Dialogue], tokenizer: Tokenizer, seed: int = 0, idle: int = 2, style: str = ""
+) -> Timeline:
+    talk = Conversation(random.Random(seed), tokenizer, idle, style)
+    return CATEGORIES[name].make(dialogues, talk, TemplateRewriter())
 
 
 def draw(dialogues: list[Dialogue], name: str, seed: int) -> list[Dialogue]:
@@ -179,6 +184,11 @@ def test_a_dialogue_of_one_round_can_only_be_silenced(tokenizer: Tokenizer):
         assert at(timeline, "be_quiet")
 
 
+def test_a_query_is_never_answered_twice_in_the_same_words(dialogues: list[Dialogue], tokenizer: Tokenizer):
+    with pytest.raises(LeftOut, match="no second answer"):
+        build("regeneration", [dataclasses.replace(dialogues[0], again=())], tokenizer)
+
+
 def test_regeneration(dialogues: list[Dialogue], tokenizer: Tokenizer):
     seen = set()
     for seed in range(120):
@@ -193,7 +203,7 @@ def test_regeneration(dialogues: list[Dialogue], tokenizer: Tokenizer):
         said = assistant(timeline, 0, start).removeprefix("".join(a for _, a in d.rounds[:place]))
         assert answer.startswith(said)
         assert len(said) < len(answer)
-        assert assistant(timeline, end) == "".join(a for _, a in d.rounds[place:])
+        assert assistant(timeline, end) == d.again[place] + "".join(a for _, a in d.rounds[place + 1 :])
     assert seen == set(range(1, len(REGENERATION) + 1))
 
 
@@ -221,7 +231,7 @@ def test_spoken_interruptions(name: str, dialogues: list[Dialogue], tokenizer: T
     used = {"termination": [], "regeneration": [], "reset": [], "backchannel": []}
     for seed in range(240):
         rng, d = random.Random(seed), dialogues[seed % len(dialogues)]
-        timeline = CATEGORIES["generation_termination"].make([d], rng, tokenizer, rewriter, 2)
+        timeline = CATEGORIES["generation_termination"].make([d], Conversation(rng, tokenizer, 2), rewriter)
         assert list(check_timeline(timeline, tokenizer)) == []
         sentence = every[timeline.meta["transition"] - 1]
         used["termination"].append(sentence)
@@ -232,12 +242,14 @@ def test_spoken_interruptions(name: str, dialogues: list[Dialogue], tokenizer: T
             assert user(timeline, start, last + 1) == plain(sentence)
             assert all(p == (None, None) for p in timeline.pairs[last + 1 : last + 5])
             assert len(timeline.pairs) >= last + 5
-        timeline = CATEGORIES["regeneration"].make([d], rng, tokenizer, rewriter, 2)
+        timeline = CATEGORIES["regeneration"].make([d], Conversation(rng, tokenizer, 2), rewriter)
         used["regeneration"].append((REGENERATION + SPOKEN_REGENERATION)[timeline.meta["transition"] - 1])
-        timeline = CATEGORIES["dialogue_reset"].make(draw(dialogues, "dialogue_reset", seed), rng, tokenizer, rewriter)
+        timeline = CATEGORIES["dialogue_reset"].make(
+            draw(dialogues, "dialogue_reset", seed), Conversation(rng, tokenizer), rewriter
+        )
         used["reset"] += [(RESET + SPOKEN_RESET)[n - 1] for n in timeline.meta["transitions"]]
         with contextlib.suppress(LeftOut):
-            timeline = CATEGORIES["backchannel"].make([d], rng, tokenizer, rewriter)
+            timeline = CATEGORIES["backchannel"].make([d], Conversation(rng, tokenizer), rewriter)
         used["backchannel"] += [timeline.pairs[i].user for i in at(timeline, "backchannel")]
     assert len(set(used["backchannel"]) & set(backchannel.MORE_WORDS)) > 10
     for kind, paper in (("termination", TERMINATION), ("regeneration", REGENERATION), ("reset", RESET)):

@@ -10,6 +10,7 @@ import pytest
 
 from data_gen.categories import CATEGORIES
 from data_gen.check import check_dataset, check_timeline
+from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import TemplateRewriter
 from duplex_jax.timeline import Event, SlicePair, Timeline, dump_line
@@ -21,7 +22,7 @@ def make(dialogues: list[Dialogue], tokenizer: Tokenizer) -> Callable[[str], Tim
     def build(name: str) -> Timeline:
         chosen = [d for d in dialogues if len(d.rounds) > 2][: CATEGORIES[name].dialogues[1]]
         seed = 12 if name == "generation_termination" else 1
-        return CATEGORIES[name].make(chosen, random.Random(seed), tokenizer, TemplateRewriter(), 1)
+        return CATEGORIES[name].make(chosen, Conversation(random.Random(seed), tokenizer, 1), TemplateRewriter())
 
     return build
 
@@ -93,7 +94,7 @@ def test_speaking_after_be_quiet(make: Callable[[str], Timeline], dialogues: lis
     quiet = next(
         t
         for seed in range(50)
-        if first(t := build(dialogues, random.Random(seed), tokenizer, TemplateRewriter()), "barge_in")
+        if first(t := build(dialogues, Conversation(random.Random(seed), tokenizer), TemplateRewriter()), "barge_in")
         and any(e.kind == "be_quiet" for e in t.events)
     )
     assert list(check_timeline(quiet, tokenizer)) == []

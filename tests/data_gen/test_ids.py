@@ -1,5 +1,6 @@
 """The slices of the generator and the ids of training agree, for the tokenizers that are trained with."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_gen.categories import CATEGORIES
-from data_gen.compose import Message
+from data_gen.compose import Conversation, Message
 from data_gen.dialogues import Dialogue, read_dialogues
 from data_gen.rewriter import LeftOut, TemplateRewriter
 from duplex_jax.template import default_template, make_template
@@ -50,12 +51,13 @@ def test_ids_of_the_slices_are_the_ids_of_the_message(
     tokenizer: Tokenizer = request.getfixturevalue(which)
     source = shared / "data" / "dialogues" / "dialogues.jsonl"
     dialogues = [AWKWARD, *(d for d, _ in zip(read_dialogues(source, print), range(25), strict=False))]
+    dialogues = [dataclasses.replace(d, again=tuple(f"Once more. {a}" for _, a in d.rounds)) for d in dialogues]
     messages = 0
     for seed, dialogue in enumerate(dialogues):
         rng = random.Random(seed)
         others = rng.sample(dialogues, rng.randint(*CATEGORIES[name].dialogues) - 1)
         try:
-            timeline = CATEGORIES[name].make([*others, dialogue], rng, tokenizer, TemplateRewriter(), 2)
+            timeline = CATEGORIES[name].make([*others, dialogue], Conversation(rng, tokenizer, 2), TemplateRewriter())
         except LeftOut:
             continue
         for text, ids in spoken_ids(timeline, tokenizer):

@@ -59,8 +59,9 @@ def test_histograms(tmp_path: Path, tokenizer: Tokenizer, tokenizer_folder: Path
     from random import Random
 
     from data_gen.categories import basic
+    from data_gen.compose import Conversation
 
-    made = [basic.make([make_dialogue(i)], Random(i), tokenizer, TemplateRewriter()) for i in range(5)]
+    made = [basic.make([make_dialogue(i)], Conversation(Random(i), tokenizer), TemplateRewriter()) for i in range(5)]
     (tmp_path / "basic.jsonl").write_text("".join(map(dump_line, made)))
     write_histograms(read_stats(tmp_path, str(tokenizer_folder)), tmp_path / "h.png")
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")

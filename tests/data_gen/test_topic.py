@@ -14,23 +14,25 @@ from data_gen.topic import topic
     ("text", "expected"),
     [
         ("What is the capital of Italy?", "the capital of Italy"),
-        ("Can gravitational waves be used for communication?", "gravitational waves"),
-        ("Explain the mathematical logic behind the function.", "the mathematical logic"),
-        ("The French Revolution.", "the French Revolution"),
+        ("The fall of the Berlin Wall.", "Berlin Wall"),
         ("What are the potential benefits of exercise?", "the potential benefits of exercise"),
-        ("北京的天气怎么样？", "北京的天气怎么样"),
+        ("Tell me a bit about The Alps.", "the Alps"),
+        ("Have you ever explored outputs rust code?", None),
+        ("Which of 9.8 and 22.5 is greater?", None),
+        ("Can you help me?", None),
+        ("北京的天气怎么样？", None),
     ],
 )  # fmt: skip
-def test_examples(text: str, expected: str):
+def test_examples(text: str, expected: str | None):
     assert topic(text) == expected
 
 
 @given(st.text(max_size=300))
 def test_any_text(text: str):
     found = topic(text)
-    assert found.strip()
-    assert not set(found) & set("[]{}")
-    assert len(found) <= 1000
+    if found is not None:
+        assert found.split()[-1].lower() in text.lower()
+        assert not set(found) & set("[]{}<>`|=\n")
 
 
 @given(st.text(alphabet=st.sampled_from("ab .!?\n。，1"), max_size=200))
