@@ -61,7 +61,8 @@ def test_back_on_topic_without_a_model_answers_from_the_message():
     )
     for seed in range(20):
         question, reply, resumed = TemplateRewriter().back_on_topic(moment, random.Random(seed))
-        assert question.rstrip(".?") and "{" not in question
+        assert question.rstrip(".?")
+        assert "{" not in question
         assert reply.endswith("Whales are mammals of the sea.")
         assert resumed.endswith(" They sing.")
 

@@ -15,7 +15,7 @@ from data_gen.topic import topic
     [
         ("What is the capital of Italy?", "the capital of Italy"),
         ("The fall of the Berlin Wall.", "Berlin Wall"),
-        ("What are the potential benefits of exercise?", "the potential benefits of exercise"),
+        ("What are the potential benefits of exercise?", "the benefits of exercise"),
         ("Tell me a bit about The Alps.", "the Alps"),
         ("Have you ever explored outputs rust code?", None),
         ("Which of 9.8 and 22.5 is greater?", None),
