@@ -14,7 +14,6 @@ makes the others: each is a pure function of its block, the seed and the recipe.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import platform
@@ -34,7 +33,7 @@ from data_gen.progress import Progress
 from data_gen.rewriter import Answer, Request, Sampling
 from data_gen.unit import Made, Unit
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.files import atomic_write, locked
 from duplex_jax.tokenizer import Tokenizer
 
 
@@ -209,22 +208,6 @@ def read_manifest(shard: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if manifest.get("bytes") == size else None
-
-
-@contextlib.contextmanager
-def locked(lock: Path, out: Path) -> Iterator[None]:
-    """Keeps a second run away from `out` by the file `lock`; the lock ends with the process.
-
-    Raises:
-        UserError: another run is writing there.
-    """
-    check_writable(lock)
-    with open(lock, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"{out}: another run is writing there; wait for it, or give another place") from e
-        yield
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """Files that are either whole or absent: written aside, then renamed; and readers that undo compression."""
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import io
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,24 @@ from typing import IO, Any
 import zstandard
 
 from duplex_jax.errors import UserError
+
+
+def local_path(text: str | Path) -> Path:
+    """A path as a user wrote it: `~` is expanded, and a URL is refused before any work is spent.
+
+    Raises:
+        UserError: a URL, or the home of a user who does not exist.
+    """
+    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", str(text)):
+        copy = "mount the bucket (gcsfuse, mountpoint-s3) and give the path there"
+        raise UserError(
+            f"{text}: {scheme[1]}: URLs are not read or written; "
+            + ("leave file:// out" if scheme[1].lower() == "file" else "give a path of this machine, " + copy)
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{text}: {e}; give the path itself") from e
 
 
 def check_writable(path: str | Path) -> Path:
@@ -31,6 +53,42 @@ def check_writable(path: str | Path) -> Path:
     except OSError as e:
         raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
     return path
+
+
+_CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(lock: str | Path, out: str | Path) -> Iterator[None]:
+    """Keeps a second run away from `out` by the file `lock`; the lock ends with the process.
+
+    The file is removed at the end. On a file system without locks nothing is kept away.
+
+    Raises:
+        UserError: another run is writing to `out`, or the place cannot be written.
+    """
+    lock = check_writable(lock)
+    with open(lock, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            who = f" ({holder})" if (holder := f.read(200).strip()) else ""
+            raise UserError(f"{out}: another run is writing there{who}; wait for it, or give another place") from e
+        except OSError as e:
+            if e.errno not in _CANNOT_LOCK:
+                raise UserError(f"{lock}: cannot lock it ({e.strerror}); give another place") from e
+        if not os.fstat(f.fileno()).st_nlink:  # opened just before its holder removed it
+            raise UserError(f"{out}: another run has just ended there; start again")
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        try:
+            yield
+        finally:
+            # Removed while it is held: whoever opened it before finds it locked.
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def set_default_mode(path: Path) -> None:

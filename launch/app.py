@@ -12,12 +12,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from duplex_jax.errors import UserError
+from duplex_jax.files import locked
 from duplex_jax.model.config import STORES
 
 EXIT_BAD_INPUT = 2
@@ -58,7 +60,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
         try:
-            code = main(argv[1:])
+            with _claimed:
+                code = main(argv[1:])
             sys.stdout.flush()
             return code
         except UserError as e:
@@ -82,6 +85,23 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     raise SystemExit(0)
+
+
+_claimed = contextlib.ExitStack()
+
+
+def claim(out: str | Path, beside: bool = False) -> None:
+    """Keeps other runs away from `out` until the job ends.
+
+    Args:
+        out: a folder in which the job works for a while.
+        beside: the lock lies beside `out`: it is a file, or a folder that appears when it is whole.
+
+    Raises:
+        UserError: another run is writing there, or the place cannot be written.
+    """
+    out = Path(out)
+    _claimed.enter_context(locked(out.with_name(f".{out.name}.lock") if beside else out / ".lock", out))
 
 
 def _drop_output() -> None:

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     data = runs.read_held_out(_DATA.value, _LIMIT.value)
     beside = [reports.read_beside(folder, data.sha256) for folder in _BESIDE.value]
-    runs.check_writable(out / "settings.json")
+    app.claim(out)
     if _MODEL.value in DEGENERATE:
         described = {_MODEL.value: reports.describe(data, _degenerate(data, _MODEL.value), _SLICE_SECONDS.value)}
         curve: list[dict[str, Any]] = []

@@ -23,7 +23,6 @@ from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks import run as runs
 from duplex_jax.evaluate.benchmarks.tasks import TASKS, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS
-from duplex_jax.files import check_writable
 from launch import app
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _load(name: str, out: Path, what: str, **settings: Any) -> "tuple[LoadedMode
     """The model, and the settings that its results depend on, kept in `out`."""
     from duplex_jax.checkpoint.registry import load_model
 
-    check_writable(out / "settings.json")
+    app.claim(out)
     app.use_compilation_cache()
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     settings = {

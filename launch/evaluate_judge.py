@@ -27,7 +27,6 @@ from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
-from duplex_jax.files import check_writable
 from launch import app
 from launch.requests import RequestFlags
 
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
     prompts = read_prompts(_DATA.value, tasks) if _JUDGE.value else None
     judges = {task: found for task in tasks if (found := _judge_of(task, judge, prompts)) is not None}
     beside = [system for folder in _BESIDE.value for system in read_beside(folder, questions, _LIMIT.value, judges)]
-    check_writable(out / "settings.json")
+    app.claim(out)
     settings, own = _answers(_MODEL.value, out, questions, ways, asking)
     pairs = pairs_of(own, beside)
     outcomes: dict[tuple[str, str], list[tuple[int, int, str]]] = {}

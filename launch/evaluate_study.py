@@ -70,6 +70,7 @@ def _serve(db: str) -> None:
     """Refuses what cannot be, then runs the study on its file."""
     app.check_address(_HOST.value, _PORT.value, _KEYS.value)
     texts = read_texts(_SESSIONS.value, _CONSENT.value, _NOTE.value, _OPENINGS.value)
+    app.claim(db, beside=True)
     store = stores.Store(db)
     try:
         store.agree({

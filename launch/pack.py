@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int | None:
     app.no_arguments(argv)
     from duplex_jax.data.dataset import Tally, write_packed
 
+    app.claim(_OUT.value, beside=True)
     began = time.monotonic()
     shown = 0.0
 

@@ -91,8 +91,12 @@ def main(argv: list[str]) -> int | None:
     prepare_devices(spec, _PROCESSES.value)
     start_processes(spec)
     app.use_compilation_cache()  # a run that goes on compiles nothing anew
+    import jax
+
     from duplex_jax.train.loop import train
 
+    if jax.process_index() == 0:
+        app.claim(_WORKDIR.value)
     return train(config, spec, Path(_WORKDIR.value), profile)
 
 
