@@ -43,6 +43,11 @@ def slice_words(text: str, rng: random.Random, words: tuple[int, int] = USER_WOR
     return [s for s in slices if s]
 
 
+def user_slices(text: str, words: int = USER_WORDS[1]) -> list[str]:
+    """A user message that is known at once, in slices of as many words as one may hold; none for a blank message."""
+    return slice_words(text, random.Random(0), (words, words))
+
+
 def count_words(text: str) -> int:
     """Words of a user's slice, as `slice_words` counts them."""
     return len(words_of(text))

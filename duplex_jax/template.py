@@ -48,6 +48,7 @@ class Template(abc.ABC):
         tells_typed_markers: whether a marker that somebody types differs from a real one.
         idle_bias: the model's own, found after its training: added to the logit of idle wherever a slice begins, beside
             what a session asks for.
+        in_slices: whether the model was trained on slices: it answers a turn slice by slice until it is silent.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Template(abc.ABC):
     idle_id: int
     end_id: int
     idle_bias: float = 0.0
+    in_slices: bool = False
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -393,14 +395,14 @@ class CompactTemplate(Template):
 TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, ChatMLTemplate, CompactTemplate)}
 
 
-def make_template(name: str, tokenizer: Tokenizer, idle_bias: float = 0.0) -> Template:
-    """The template of that name over a tokenizer, for a model with that bias on idle.
+def make_template(name: str, tokenizer: Tokenizer, idle_bias: float = 0.0, in_slices: bool = False) -> Template:
+    """The template of that name over a tokenizer, for a model with that bias on idle, trained on slices or not.
 
     Raises:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
     """
     template = _template(name)(tokenizer)
-    template.idle_bias = idle_bias
+    template.idle_bias, template.in_slices = idle_bias, in_slices
     return template
 
 

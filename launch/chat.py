@@ -252,10 +252,10 @@ def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession"
 
 def _turns(options: "Replay") -> None:
     """The baseline: a whole query in, a whole answer out, streamed; the oldest rounds go before the context is full."""
-    from duplex_jax.decode.session import TurnSession
+    from duplex_jax.decode.turns import open_turns
 
     engine = _engine(1)
-    session = TurnSession(engine, system=options.system, seed=options.seed, sampling=options.sampling)
+    session = open_turns(engine, system=options.system, seed=options.seed, sampling=options.sampling)
     terminal = sys.stdin.isatty()
 
     def queries() -> Iterator[str]:

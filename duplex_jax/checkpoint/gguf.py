@@ -24,6 +24,7 @@ WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0
 TEMPLATE_FIELD = "duplex.template"
 """Names the template of slices in the metadata, as `duplex.template` does in a `config.json`."""
 IDLE_BIAS_FIELD = "duplex.idle_bias"
+IN_SLICES_FIELD = "duplex.in_slices"
 """The model's own bias on idle, likewise."""
 
 # Arithmetic that this model does not have, where set.

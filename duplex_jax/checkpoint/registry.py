@@ -69,7 +69,8 @@ def load_model(
     if path.suffix == ".gguf" and path.is_file():
         config, params = gguf.load(path, kind, vocab_multiple)
         fields = read_gguf_header(path).fields
-        row = {"duplex": {"template": fields.get(gguf.TEMPLATE_FIELD), "idle_bias": fields.get(gguf.IDLE_BIAS_FIELD)}}
+        duplex = (gguf.TEMPLATE_FIELD, gguf.IDLE_BIAS_FIELD, gguf.IN_SLICES_FIELD)
+        row = {"duplex": {name.removeprefix("duplex."): fields.get(name) for name in duplex}}
     elif orbax.is_store(path):
         config, params = orbax.load(path, kind, vocab_multiple)
         row, generation = _side_files(path)
@@ -81,12 +82,13 @@ def load_model(
         raise UserError(f"{path}: is no model; give a folder, or a .gguf or .safetensors file")
     tokenizer = resolve_tokenizer(path)
     name = template or _template_of(row, path) or default_template(tokenizer)
+    in_slices = _in_slices(row, name, tokenizer)
     if missing := missing_tokens(name, tokenizer):
         config, params, tokenizer = add_tokens(config, params, tokenizer, missing)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows; "
                         "they do not belong together")  # fmt: skip
-    made = make_template(name, tokenizer, _idle_bias_of(row, path))
+    made = make_template(name, tokenizer, _idle_bias_of(row, path), in_slices)
     return LoadedModel(str(name_or_path), config, params, tokenizer, made, generation)
 
 
@@ -98,7 +100,7 @@ def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab
     except UserError as e:
         raise UserError(f"model {name!r} needs its base: {e}") from e
     params = adapter.merge(path, what, base.config, base.params, trained)
-    made = make_template(base.template.name, base.tokenizer, what.idle_bias)
+    made = make_template(base.template.name, base.tokenizer, what.idle_bias, in_slices=True)
     return dataclasses.replace(base, name=name, params=params, template=made)
 
 
@@ -127,11 +129,23 @@ def _idle_bias_of(row: dict[str, Any], path: Path) -> float:
     return float(bias)
 
 
+def _in_slices(row: dict[str, Any], template: str, tokenizer: Tokenizer) -> bool:
+    """Whether a model was trained on slices. Files that do not say so are told by a template, or a token, that no
+    other model has."""
+    duplex = row.get("duplex")
+    if not isinstance(duplex, dict):
+        return "<idle>" in tokenizer.special
+    said = duplex.get("in_slices")
+    return said if isinstance(said, bool) else duplex.get("template") == template == "compact"
+
+
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
-    """What `config.json` says under `duplex`: the template, the ids that end a slice, the bias on idle."""
+    """What `config.json` says under `duplex`: the template, the ids that end a slice, and, where they are not as usual,
+    the bias on idle and whether the model was trained on slices."""
     template = model.template
     row = {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
-    return row | ({"idle_bias": template.idle_bias} if template.idle_bias else {})
+    row |= {"idle_bias": template.idle_bias} if template.idle_bias else {}
+    return row | ({"in_slices": template.in_slices} if template.in_slices or template.name == "compact" else {})
 
 
 def save_model(

@@ -221,12 +221,22 @@ class Engine:
         """
         if not self._free:
             raise EngineFull(f"all {self.cache.rows} rows are taken; close a session first")
-        if len(ids) > self.capacity // 4:
-            raise UserError(f"the beginning of the context takes {len(ids)} tokens; at most a quarter of the capacity "
-                            f"of {self.capacity} may stay for good")  # fmt: skip
+        self.check_beginning(ids)
         row = Row(self._free.pop(), list(ids), 0, sampling or Sampling(), seed % 2**32)
         self.rows.add(row)
         return row
+
+    def check_beginning(self, ids: Sequence[int]) -> None:
+        """Whether a context may begin with `ids`, which stay for good.
+
+        Raises:
+            UserError: they leave too little room.
+        """
+        if len(ids) > self.capacity // 4:
+            raise UserError(
+                f"the beginning of the context takes {len(ids)} tokens; at most a quarter of the capacity "
+                f"of {self.capacity} may stay for good"
+            )
 
     def close(self, row: Row) -> None:
         """Gives a row back. Closing it twice does no harm."""

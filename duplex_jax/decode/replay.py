@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions
+from duplex_jax.decode.session import DuplexSession, Slice, step_sessions
+from duplex_jax.decode.turns import open_turns
 from duplex_jax.timeline import SlicePair, Timeline
 from duplex_jax.tokenizer import decode
 
@@ -105,7 +106,7 @@ def replay_turns(engine: Engine, timelines: Iterable[Timeline], options: Replay)
         UserError: a query that does not fit the context.
     """
     for number, timeline in enumerate(timelines):
-        session = TurnSession(engine, system=options.system, seed=options.seed + number, sampling=options.sampling)
+        session = open_turns(engine, system=options.system, seed=options.seed + number, sampling=options.sampling)
         pairs: list[SlicePair] = []
         query: list[str] = []
         try:

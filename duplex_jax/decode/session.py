@@ -13,6 +13,7 @@ import numpy as np
 from duplex_jax.decode.engine import Engine, Request, Row, Shadow
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
+from duplex_jax.slicing import slice_ids, user_slices
 from duplex_jax.timeline import SlicePair
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
@@ -173,6 +174,58 @@ class DuplexSession:
         self._take(user, part, said)
         self._make_room(len(part) + len(said))
 
+    def prefill(self, turns: Iterable[tuple[str, str]]) -> None:
+        """Puts past turns into the context as slice pairs, as training data writes them; the model is not asked.
+
+        A user's turn is cut into slices to which the assistant is silent. An assistant's turn begins beside the last
+        slice of the user's turn before it, goes on while the user is silent, and ends with a silent pair.
+
+        Args:
+            turns: (role, text), the oldest first; the role is `user` or `assistant`, in any order.
+
+        Raises:
+            UserError: a user's slice does not fit the cache; nothing was changed.
+        """
+        pairs: list[tuple[str | None, Sequence[int]]] = []
+        for role, text in turns:
+            if role == "user":
+                pairs += [(part, ()) for part in user_slices(text)]
+                continue
+            for ids in slice_ids(self.template.tokenizer.encode(text), self.template.tokenizer, self._longest_slice):
+                user = pairs.pop()[0] if pairs and pairs[-1][0] is not None and not pairs[-1][1] else None
+                pairs.append((user, ids))
+            pairs.append((None, ()))
+        for user, _ in pairs:
+            self.check_fits(user)
+        for user, said in pairs:
+            self.say(user, said)
+
+    def instruct(self, system: str | None) -> None:
+        """Replaces the system prompt; the conversation behind it is encoded again with the next step.
+
+        Raises:
+            UserError: the prompt takes more than a quarter of the capacity.
+        """
+        start = self.template.start(system)
+        self.engine.check_beginning(start)
+        rest, shift = self._row.ids[self._prefix :], len(start) - self._prefix
+        old = self._row.ids[: self._prefix]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(start, old, strict=False)))
+        self.engine.drop_shadow(self._row)
+        self.engine.truncate(self._row, same, [*start[same:], *rest])
+        self._prefix = len(start)
+        for pair in self._pairs:
+            pair.start += shift
+            pair.decision += shift
+        self._drop_now(self._answer_room)
+
+    def encode_ahead(self) -> Iterator[int]:
+        """Encodes what waits for the next step, a chunk each time; yields how many tokens still wait."""
+        row = self._row
+        while (waiting := len(row.ids) - row.cached) > self.engine.chunk:
+            self.engine.encode(row, self.engine.chunk)
+            yield waiting
+
     def logits(self) -> np.ndarray:
         """float32 `[V]`: the logits behind the context as it stands."""
         return self.engine.logits(self._row)
@@ -304,13 +357,28 @@ class DuplexSession:
         """The ids of a user slice; makes room for them where that was not done ahead."""
         if user == "":
             raise UserError(f"the user's slice {len(self.timeline)} is empty; silence is None (in a file, <idle>)")
-        part = self.template.user_part(user)
-        if len(part) > self._longest_part:
-            raise UserError(f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of "
-                            f"{self.engine.capacity} has room for {self._longest_part} at once; cut it into "
-                            "slices")  # fmt: skip
+        part = self.check_fits(user)
         self._drop_now(len(part) + self._answer_room)
         return part
+
+    def check_fits(self, user: str | None) -> list[int]:
+        """The ids of a user slice.
+
+        Raises:
+            UserError: it is longer than the cache has room for at once.
+        """
+        part = self.template.user_part(user)
+        if len(part) > self._longest_part:
+            raise UserError(
+                f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of {self.engine.capacity} "
+                f"has room for {self._longest_part} at once; cut it into slices"
+            )
+        return part
+
+    @property
+    def _longest_slice(self) -> int:
+        """Tokens of an assistant's slice that is given to the session."""
+        return max(4, self.engine.max_slice_tokens)
 
     @property
     def _longest_part(self) -> int:

@@ -68,6 +68,7 @@ def export(
     params = trained
     if plan.is_lora:
         params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
+    template.in_slices = True
     loaded = LoadedModel(c.name, plan.model, params, template.tokenizer, template)
     save_model(loaded, out, overwrite=True)
 
