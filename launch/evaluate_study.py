@@ -54,6 +54,8 @@ _GRACE = flags.DEFINE_float(
 _HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
 _PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
 _KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
+_HOSTS = flags.DEFINE_list("allowed_hosts", [], "Other names under which the study is reached; * for any.")
+_PER_HOUR = flags.DEFINE_integer("participants_per_hour", 60, "Participants of one address in an hour.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -92,12 +94,12 @@ def _run(store: stores.Store, texts: Texts) -> None:
     from duplex_jax.evaluate.behaviour_run import model_settings
     from duplex_jax.evaluate.study.server import StudyServer, System
     from duplex_jax.serve import build
-    from duplex_jax.serve.app import Access, read_keys
+    from duplex_jax.serve.access import RUNNING, Access, read_keys
     from duplex_jax.serve.hub import Hub
     from duplex_jax.serve.live import Settings
     from duplex_jax.serve.sessions import Limits, Sessions
 
-    access = Access(read_keys(_KEYS.value) if _KEYS.value else ())
+    access = Access(read_keys(_KEYS.value) if _KEYS.value else (), hosts=(_HOST.value, *_HOSTS.value))
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
     app.use_compilation_cache()
     limits = Limits(per_client=1, session_seconds=60 * _MINUTES.value)
@@ -110,7 +112,7 @@ def _run(store: stores.Store, texts: Texts) -> None:
         settings = Settings(mode=mode, slice_seconds=_SLICE_SECONDS.value, sampling=sampling,
                             max_tokens=_MAX_TOKENS.value)  # fmt: skip
         systems[s] = System(Sessions(Hub(engine), limits), settings)
-    server = StudyServer(store, systems, texts, access=access, grace=_GRACE.value)
+    server = StudyServer(store, systems, texts, access=access, grace=_GRACE.value, per_hour=_PER_HOUR.value)
     listener = socket.create_server((_HOST.value, _PORT.value))
     port = listener.getsockname()[1]
     told: list[object] = []
@@ -121,7 +123,7 @@ def _run(store: stores.Store, texts: Texts) -> None:
             told.append(words)
             _tell(f"the study listens; Ctrl-C stops it\n  page     http://{_HOST.value}:{port}/")
 
-    web.run_app(server.app(), sock=listener, print=tell, access_log=None, shutdown_timeout=2.0)
+    web.run_app(server.app(), sock=listener, print=tell, **RUNNING)
 
 
 def _tell(text: str) -> None:

@@ -22,6 +22,7 @@ from aiohttp import web
 from ray import serve
 
 from duplex_jax.errors import UserError
+from duplex_jax.serve.access import RUNNING
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.build import Options, build_server
 from duplex_jax.serve.sessions import Limits
@@ -71,7 +72,7 @@ class Listener:
         self.port: int = asyncio.run_coroutine_threadsafe(self._start(server, host), self._loop).result()
 
     async def _start(self, server: Server, host: str) -> int:
-        self._runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=2.0)
+        self._runner = web.AppRunner(server.app(), **RUNNING)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, 0)
         await site.start()
@@ -276,7 +277,8 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
             raise UserError(f"args.{name}: is unknown; one of {', '.join(sorted(known))}")
     fields = dict(settings)
     fields["limits"] = Limits(**fields.get("limits", {}))
-    fields["allowed_origins"] = tuple(fields.get("allowed_origins", ()))
+    for name in ("allowed_origins", "allowed_hosts"):
+        fields[name] = tuple(fields.get(name, ()))
     return application(Options(**fields))
 
 

@@ -21,6 +21,9 @@ _SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.",
 _PARKED = flags.DEFINE_float("resume_seconds", 300, "How long a session waits for a client that has gone.", 0)
 _KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
 _ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that may connect; * for all.")
+_HOSTS = flags.DEFINE_list(
+    "allowed_hosts", [], "Other names under which clients reach this server, as behind a proxy; * for any."
+)
 _SNAPSHOT_KEY = flags.DEFINE_string(
     "snapshot_key_file", "~/.cache/duplex_jax/snapshot.key", "Signs snapshots; servers that share it share them."
 )
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> None:
     app.check_address(_HOST.value, _PORT.value, _KEYS.value)
     from aiohttp import web
 
+    from duplex_jax.serve.access import RUNNING
     from duplex_jax.serve.build import Options, build_server
     from duplex_jax.serve.sessions import Limits
 
@@ -46,8 +50,8 @@ def main(argv: list[str]) -> None:
     options = Options(
         model=_MODEL.value, template=_TEMPLATE.value, sessions=_SESSIONS.value, waiting=_WAITING.value,
         capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits, api_key_file=_KEYS.value,
-        allowed_origins=tuple(_ORIGINS.value), snapshot_key_file=_SNAPSHOT_KEY.value, voice=_VOICE.value,
-        weights=_STORES.weights, entries=_STORES.entries,
+        allowed_origins=tuple(_ORIGINS.value), host=_HOST.value, allowed_hosts=tuple(_HOSTS.value),
+        snapshot_key_file=_SNAPSHOT_KEY.value, voice=_VOICE.value, weights=_STORES.weights, entries=_STORES.entries,
     )  # fmt: skip
     if _REPLICAS.value > 1:
         if not _PORT.value:
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> None:
 
     listener = socket.create_server((_HOST.value, _PORT.value))
     port = listener.getsockname()[1]
-    web.run_app(server.app(), sock=listener, print=told, access_log=None, shutdown_timeout=2.0)
+    web.run_app(server.app(), sock=listener, print=told, **RUNNING)
 
 
 def start() -> None:

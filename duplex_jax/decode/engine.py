@@ -5,6 +5,7 @@ back, copied or moved, the next logits of a row are those of a fresh forward pas
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -222,9 +223,24 @@ class Engine:
         if not self._free:
             raise EngineFull(f"all {self.cache.rows} rows are taken; close a session first")
         self.check_beginning(ids)
-        row = Row(self._free.pop(), list(ids), 0, sampling or Sampling(), seed % 2**32)
+        row = Row(self._free[-1], list(ids), 0, sampling or Sampling(), seed % 2**32)
+        self._free.pop()  # only now that the arguments have proved good
         self.rows.add(row)
         return row
+
+    @contextlib.contextmanager
+    def opening(self, ids: Sequence[int] = (), sampling: Sampling | None = None, seed: int = 0) -> Iterator[Row]:
+        """`open` for a block that makes something of the row; where the block fails, the row is closed.
+
+        Raises:
+            EngineFull, UserError: as `open`.
+        """
+        row = self.open(ids, sampling, seed)
+        try:
+            yield row
+        except BaseException:
+            self.close(row)
+            raise
 
     def check_beginning(self, ids: Sequence[int]) -> None:
         """Whether a context may begin with `ids`, which stay for good.
@@ -252,11 +268,12 @@ class Engine:
             EngineFull: no row is free.
         """
         self._check_open(row)
-        new = self.open(sampling=row.sampling, seed=row.seed if seed is None else seed)
-        new.ids, new.cached, new.steps = list(row.ids), row.cached, row.steps
-        new.shadow = row.shadow and dataclasses.replace(row.shadow, index=None)
-        if row.cached:
-            self.cache = self._program("copy", self._slots(row.cached), self.cache)(self.cache, row.index, new.index)
+        with self.opening(sampling=row.sampling, seed=row.seed if seed is None else seed) as new:
+            new.ids, new.cached, new.steps = list(row.ids), row.cached, row.steps
+            new.shadow = row.shadow and dataclasses.replace(row.shadow, index=None)
+            if row.cached:
+                copy = self._program("copy", self._slots(row.cached), self.cache)
+                self.cache = copy(self.cache, row.index, new.index)
         return new
 
     def _check_open(self, row: Row) -> None:

@@ -296,15 +296,12 @@ class DuplexSession:
                 raise UserError(f"the snapshot is of a model of shape {state['model']} (layers, heads of keys, their "
                                 f"width, vocabulary); this engine's is {_shape(engine)}")  # fmt: skip
             # The row begins with what stays for good, so that the same limit holds for it.
-            row = engine.open(state["ids"][: state["prefix"]], Sampling(**state["sampling"]), state["seed"])
-            try:
+            start, sampling = state["ids"][: state["prefix"]], Sampling(**state["sampling"])
+            with engine.opening(start, sampling, state["seed"]) as row:
                 engine.write(row, state["ids"], snapshot.entries)
                 row.steps = state["steps"]
                 row.shadow = state["shadow"] and Shadow(None, *state["shadow"])
                 return cls._with_row(engine, row, state)
-            except BaseException:
-                engine.close(row)
-                raise
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
 

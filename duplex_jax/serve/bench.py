@@ -28,6 +28,7 @@ from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode import bench as decode_bench
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
+from duplex_jax.serve.access import RUNNING
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.sessions import Limits, Sessions
@@ -102,7 +103,7 @@ async def _measure(engine: Engine, name: str, count: int, seconds: float, slice_
     print(f"{count} sessions", file=sys.stderr, flush=True)
     hub = Hub(engine)
     server = Server(Sessions(hub, Limits(per_client=count)), name, slice_seconds=slice_seconds)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(server.app(), **RUNNING)
     await runner.setup()
     site = web.TCPSite(runner, "localhost", 0)
     await site.start()

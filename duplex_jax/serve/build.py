@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duplex_jax.errors import UserError
-from duplex_jax.serve.app import Access, Server, read_keys
+from duplex_jax.serve.access import Access, read_keys
+from duplex_jax.serve.app import Server
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.protocol import VoiceFactory
 from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
@@ -31,6 +32,8 @@ class Options:
         limits: what is granted.
         api_key_file: keys, one a line; None asks for none.
         allowed_origins: pages of other servers that may connect.
+        host: the address that is listened on.
+        allowed_hosts: other names of this server; `*` for any.
         snapshot_key_file: signs snapshots.
         voice: hear and speak; None: where it is installed.
         weights, entries: how the engine stores them; see `Engine`.
@@ -45,6 +48,8 @@ class Options:
     limits: Limits = dataclasses.field(default_factory=Limits)
     api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    host: str = "localhost"
+    allowed_hosts: tuple[str, ...] = ()
     snapshot_key_file: str = "~/.cache/duplex_jax/snapshot.key"
     voice: bool | None = None
     weights: str | None = None
@@ -67,7 +72,8 @@ def build_server(options: Options, tell: Callable[[str], None], prefix: str = ""
     Raises:
         UserError: an option that cannot be.
     """
-    access = Access(read_keys(options.api_key_file) if options.api_key_file else (), options.allowed_origins)
+    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    access = Access(keys, options.allowed_origins, (options.host, *options.allowed_hosts))
     key = snapshot_key(options.snapshot_key_file)
     model = load(options.model, options.template, tell)
     engine = build_engine(model, options.sessions, options.capacity, tell, options.weights, options.entries)

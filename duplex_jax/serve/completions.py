@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 import time
@@ -10,11 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
-from duplex_jax.decode.engine import Request
+from duplex_jax.decode.engine import Engine, Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.serve.connection import field
+from duplex_jax.serve.connection import Caller, field
 from duplex_jax.serve.hub import Full, Hub
+from duplex_jax.serve.sessions import Sessions
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
 MOST_STOPS = 4
@@ -87,37 +89,53 @@ def parse(body: Any, model: str) -> Asked:
     )
 
 
-def _answer(hub: Hub, prompt: list[int], asked: Asked) -> Iterator[tuple[list[int], str | None]]:
-    """Ids as they are sampled, and at the end why it ended; every step is work for the engine's thread."""
-    engine = hub.engine
-    room = engine.capacity - len(prompt) - engine.max_slice_tokens
-    if room < 1:
-        raise UserError(f"messages: {len(prompt)} tokens; the context holds {engine.capacity}, answer included")
-    # The row's ids are this conversation's alone: a beginning that stays has a limit, a prompt has not.
-    row = engine.open((), asked.sampling, asked.seed)
-    try:
-        engine.append(row, prompt[:-1])
-        feed, left = prompt[-1:], min(asked.max_tokens, room)
-        while left > 0:
-            said = engine.advance({row: Request(feed, allow_idle=False)})[row]
-            words = [i for i in said if i != engine.template.end_id][:left]
-            left -= len(words)
+class _Answer:
+    """An answer that is being made, in a row of its own.
+
+    Args:
+        engine: makes it.
+        prompt: ids of the messages.
+        asked: how.
+
+    Raises:
+        EngineFull: no row is free.
+        UserError: the prompt leaves no room for an answer.
+    """
+
+    def __init__(self, engine: Engine, prompt: list[int], asked: Asked):
+        room = engine.capacity - len(prompt) - engine.max_slice_tokens
+        if room < 1:
+            raise UserError(f"messages: {len(prompt)} tokens; the context holds {engine.capacity}, answer included")
+        self._engine, self._feed, self._left = engine, prompt[-1:], min(asked.max_tokens, room)
+        # The row's ids are this conversation's alone: a beginning that stays has a limit, a prompt has not.
+        self._row = engine.open((), asked.sampling, asked.seed)
+        engine.append(self._row, prompt[:-1])
+
+    def close(self) -> None:
+        """Gives the row back."""
+        self._engine.close(self._row)
+
+    def parts(self) -> Iterator[tuple[list[int], str | None]]:
+        """Ids as they are sampled, and at the end why it ended; every step is work for the engine's thread."""
+        engine, row = self._engine, self._row
+        while self._left > 0:
+            said = engine.advance({row: Request(self._feed, allow_idle=False)})[row]
+            words = [i for i in said if i != engine.template.end_id][: self._left]
+            self._left -= len(words)
             ended = said[-1] == engine.template.end_id and len(words) == len(said) - 1
-            feed = []
+            self._feed = []
             yield words, "stop" if ended else None
             if ended:
                 return
         yield [], "length"
-    finally:
-        engine.close(row)
 
 
-async def _texts(hub: Hub, asked: Asked, prompt: list[int], count: list[int]) -> AsyncGenerator[tuple[str, str | None]]:
+async def _texts(hub: Hub, asked: Asked, answer: _Answer, count: list[int]) -> AsyncGenerator[tuple[str, str | None]]:
     """Text as it comes, up to a stop text; holds back what may become one."""
     tokenizer = hub.engine.template.tokenizer
     held = max((len(s) for s in asked.stop), default=1) - 1
     data, pending = b"", ""
-    async with contextlib.aclosing(hub.each(_answer(hub, prompt, asked))) as parts:
+    async with contextlib.aclosing(hub.each(answer.parts())) as parts:
         async for ids, reason in parts:
             count[0] += len(ids)
             data += decode_bytes(tokenizer, ids)
@@ -139,47 +157,46 @@ class Completions:
     """`POST /v1/chat/completions`.
 
     Args:
-        hub: answers.
+        sessions: where a row comes from.
         model: the name it answers under.
     """
 
-    def __init__(self, hub: Hub, model: str):
-        self._hub, self._model = hub, model
+    def __init__(self, sessions: Sessions, model: str):
+        self._sessions, self._hub, self._model = sessions, sessions.hub, model
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         """Answers one request."""
         try:
             asked = parse(await request.json(), self._model)
             prompt = self._hub.engine.template.turn_prompt(asked.messages)
-        except (ValueError, RecursionError) as e:
-            return problem(400, "invalid_request_error", f"the body is not JSON ({e})")
         except UserError as e:
             return problem(400, "invalid_request_error", str(e))
+        except (ValueError, LookupError, RecursionError) as e:
+            return problem(400, "invalid_request_error", f"the body is not JSON ({e})")
+        make = functools.partial(_Answer, self._hub.engine, prompt, asked)
         try:
-            await self._hub.take_row()
+            async with self._sessions.answering(Caller.of(request), make) as answer:
+                return await self._respond(request, asked, prompt, answer)
         except Full as e:
             return problem(429, "server_busy", str(e))
-        try:
-            return await self._respond(request, asked, prompt)
-        finally:
-            self._hub.give_row()
-
-    async def _respond(self, request: web.Request, asked: Asked, prompt: list[int]) -> web.StreamResponse:
-        common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
-        count = [0]
-        texts = _texts(self._hub, asked, prompt, count)
-        try:
-            first = await anext(texts)  # what is wrong with the request shows here, before a stream has begun
         except UserError as e:
             return problem(400, "invalid_request_error", str(e))
+
+    async def _respond(
+        self, request: web.Request, asked: Asked, prompt: list[int], answer: _Answer
+    ) -> web.StreamResponse:
+        common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
+        count = [0]
+        texts = _texts(self._hub, asked, answer, count)
+        first = await anext(texts)  # what is wrong with the request shows here, before a stream has begun
 
         def usage() -> dict[str, int]:
             return {"prompt_tokens": len(prompt), "completion_tokens": count[0], "total_tokens": len(prompt) + count[0]}
 
         async with contextlib.aclosing(texts):
             if not asked.stream:
-                answer = [first, *[part async for part in texts]]
-                words, reason = [text for text, _ in answer], answer[-1][1]
+                parts = [first, *[part async for part in texts]]
+                words, reason = [text for text, _ in parts], parts[-1][1]
                 message = {"role": "assistant", "content": "".join(words).strip(), "refusal": None}
                 choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
                 return web.json_response(common | {"object": "chat.completion", "choices": [choice], "usage": usage()})

@@ -1,16 +1,23 @@
-"""One websocket: what comes in is limited, what goes out never blocks, and a stalled reader is let go."""
+"""Websockets: what comes in is limited, what goes out never blocks, and a stalled or idle client is let go."""
 
 import asyncio
-import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from duplex_jax.errors import UserError
+from duplex_jax.serve.tasks import to_the_end
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 8
+"""Messages that are read before the client's last one has been dealt with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +25,48 @@ class WireLimits:
     """What one connection may do.
 
     Attributes:
-        message_bytes: of one message.
+        message_bytes: of one message, or of a request's body.
         messages_per_second: on average.
         burst: messages at once.
         waiting: outgoing messages that a slow reader may let wait.
+        waiting_bytes: characters of those, where more than one waits.
         idle_seconds: between heartbeats; a client that answers none is let go.
+        unused_seconds: how long a websocket without a session may send nothing.
+        sockets: websockets of the whole server.
+        sockets_per_client: websockets of one address.
+        body_seconds: that a request's body may take.
     """
 
     message_bytes: int = 256 * 1024
     messages_per_second: float = 100
     burst: int = 400
     waiting: int = 256
+    waiting_bytes: int = 8 * 2**20
     idle_seconds: float = 20
+    unused_seconds: float = 300
+    sockets: int = 1024
+    sockets_per_client: int = 64
+    body_seconds: float = 20
+
+
+@dataclasses.dataclass(eq=False)
+class Caller:
+    """Whom a session or a request counts for.
+
+    Attributes:
+        address: what the limits of one client are counted by.
+        gone: set once its connection is lost; None where nobody tells.
+        sessions: that it holds by this connection.
+    """
+
+    address: str
+    gone: asyncio.Future[None] | None = None
+    sessions: int = 0
+
+    @classmethod
+    def of(cls, request: web.Request) -> "Caller":
+        """The caller of a request."""
+        return cls(request.remote or "unknown")
 
 
 class Connection:
@@ -38,24 +75,22 @@ class Connection:
     Args:
         ws: the prepared response.
         limits: of this connection.
+        address: of its client.
     """
 
-    def __init__(self, ws: web.WebSocketResponse, limits: WireLimits):
+    def __init__(self, ws: web.WebSocketResponse, limits: WireLimits, address: str):
         self._ws, self._limits = ws, limits
+        self.caller = Caller(address, asyncio.get_running_loop().create_future())
+        self.heard_at = time.monotonic()
+        """When the client last sent something."""
         self._out: asyncio.Queue[str | None] = asyncio.Queue(limits.waiting)
+        self._out_size = 0  # characters of what waits in it
+        self._in: asyncio.Queue[str | bytes | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(_AHEAD)
         self._goodbye = (int(WSCloseCode.OK), "")
+        self._finished = False  # nothing more can be sent
         self._writer = asyncio.create_task(self._write(), name="writer")
-        self._tokens, self._since = float(limits.burst), time.monotonic()
-        self._gone = False
-
-    @classmethod
-    async def accept(cls, request: web.Request, limits: WireLimits, protocols: tuple[str, ...] = ()) -> "Connection":
-        """Answers an upgrade."""
-        ws = web.WebSocketResponse(
-            max_msg_size=limits.message_bytes, heartbeat=limits.idle_seconds, protocols=protocols, timeout=2.0
-        )
-        await ws.prepare(request)
-        return cls(ws, limits)
+        self._reader = asyncio.create_task(self._read(), name="reader")
 
     @property
     def response(self) -> web.WebSocketResponse:
@@ -64,29 +99,43 @@ class Connection:
 
     def send(self, message: Mapping[str, Any] | str) -> None:
         """Queues a message; a reader that has let too many wait is disconnected."""
-        if self._gone:
+        if self._finished:
             return
         text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
+        # UTF-8 has no halves of surrogate pairs.
+        text = text.encode("utf-8", "replace").decode()
+        if self._out_size and self._out_size + len(text) > self._limits.waiting_bytes:
+            self._abandon()
+            return
         try:
             self._out.put_nowait(text)
+            self._out_size += len(text)
         except asyncio.QueueFull:
             self._abandon()
 
     def _abandon(self) -> None:
         """The reader is stuck: no closing handshake will get through either."""
-        self._gone = True
+        self._finished = True
         self._writer.cancel()
         transport = self._ws._req.transport if self._ws._req is not None else None
         if transport is not None:
             transport.abort()
 
     async def _write(self) -> None:
-        with contextlib.suppress(ConnectionError, RuntimeError):
+        try:
             while (message := await self._out.get()) is not None:
+                self._out_size -= len(message)
                 await self._ws.send_str(message)
-            self._gone = True
+            self._finished = True
             await self._ws.close(code=self._goodbye[0], message=self._goodbye[1].encode()[:120])
-        self._gone = True
+        except ConnectionError:
+            pass  # the client has gone
+        except Exception:
+            if not self._ws.closed:  # what cannot be sent ends the connection, audibly
+                _log.exception("a message could not be sent")
+                self._abandon()
+        finally:
+            self._finished = True
 
     def hang_up(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
         """Says goodbye once what waits is sent; `messages` ends then."""
@@ -96,28 +145,115 @@ class Connection:
         except asyncio.QueueFull:
             self._abandon()
 
+    async def _read(self) -> None:
+        """Reads ahead a little, so that a client that goes is noticed while it is waited for something else."""
+        limits, tokens, since = self._limits, float(self._limits.burst), time.monotonic()
+        try:
+            async for message in self._ws:
+                if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+                    return  # too long, or broken: aiohttp has closed with the code that says so
+                now = self.heard_at = time.monotonic()
+                tokens = min(tokens + (now - since) * limits.messages_per_second, limits.burst) - 1
+                since = now
+                if tokens < 0:
+                    reason = f"over {limits.messages_per_second:g} messages a second"
+                    self.hang_up(WSCloseCode.POLICY_VIOLATION, reason)
+                    return
+                await self._room.acquire()
+                self._in.put_nowait(message.data)
+        finally:
+            self._in.put_nowait(None)
+            self.lost()
+
+    def lost(self) -> None:
+        """The client has gone: whoever waits on its behalf need not."""
+        gone = self.caller.gone
+        if gone is not None and not gone.done():
+            gone.set_result(None)
+
     async def messages(self) -> AsyncIterator[str | bytes]:
         """What the client sends, until it goes or breaks a limit."""
-        async for message in self._ws:
-            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
-                return  # too long, or broken: aiohttp has closed with the code that says so
-            now = time.monotonic()
-            allowed = self._tokens + (now - self._since) * self._limits.messages_per_second
-            self._tokens, self._since = min(allowed, self._limits.burst) - 1, now
-            if self._tokens < 0:
-                await self.close(
-                    WSCloseCode.POLICY_VIOLATION, f"over {self._limits.messages_per_second:g} messages a second"
-                )
-                return
-            yield message.data
+        while (data := await self._in.get()) is not None:
+            self._room.release()
+            yield data
 
     async def close(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
         """Sends what waits and says goodbye; takes seconds at most."""
-        if not self._gone:
+        if not self._finished:
             self.hang_up(code, reason)
         await asyncio.wait([self._writer], timeout=3)
-        self._writer.cancel()
-        await asyncio.gather(self._writer, return_exceptions=True)
+        for task in (self._writer, self._reader):
+            task.cancel()
+        await asyncio.gather(self._writer, self._reader, return_exceptions=True)
+
+
+class Sockets:
+    """The open websockets of a server: so many in all and of one address, and none that idles for ever.
+
+    Args:
+        limits: of each.
+    """
+
+    def __init__(self, limits: WireLimits):
+        self.limits = limits
+        self._open: set[Connection] = set()
+        self._of: Counter[str] = Counter()
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to look after them; call it in the event loop."""
+        self._keeper = asyncio.create_task(self._keep(), name="sockets")
+
+    async def close(self) -> None:
+        """Says goodbye to all of them."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        for connection in self._open:
+            connection.hang_up(WSCloseCode.GOING_AWAY, "the server stops")
+
+    async def accept(
+        self,
+        request: web.Request,
+        talk: Callable[[Connection], Coroutine[Any, Any, None]],
+        protocols: tuple[str, ...] = (),
+    ) -> web.StreamResponse:
+        """Answers an upgrade, and lets `talk` have the connection until it is over.
+
+        Raises:
+            HTTPTooManyRequests: there are too many already.
+        """
+        address, limits = Caller.of(request).address, self.limits
+        if self._of.total() >= limits.sockets:
+            raise web.HTTPTooManyRequests(text=f"all {limits.sockets} websockets are taken; try again later")
+        if self._of[address] >= limits.sockets_per_client:
+            raise web.HTTPTooManyRequests(text=f"{address} has {limits.sockets_per_client} websockets already")
+        self._of[address] += 1
+        try:
+            ws = web.WebSocketResponse(
+                max_msg_size=limits.message_bytes, heartbeat=limits.idle_seconds, protocols=protocols, timeout=2.0
+            )
+            await ws.prepare(request)
+            connection = Connection(ws, limits, address)
+            self._open.add(connection)
+            try:
+                # aiohttp cancels its handler where the transport is lost: what came in before is still dealt with.
+                await to_the_end(talk(connection), connection.lost)
+            finally:
+                self._open.discard(connection)
+            return connection.response
+        finally:
+            self._of[address] -= 1
+            self._of += Counter()  # forgets addresses that have none
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(min(5, self.limits.unused_seconds / 2))
+            now = time.monotonic()
+            for connection in list(self._open):
+                if not connection.caller.sessions and now - connection.heard_at > self.limits.unused_seconds:
+                    reason = f"no session for {self.limits.unused_seconds:g} seconds"
+                    connection.hang_up(WSCloseCode.POLICY_VIOLATION, reason)
 
 
 def as_object(data: str | bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import contextlib
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.serve.connection import Connection
+from duplex_jax.serve.connection import Caller, Connection
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Event, Settings, Spoken, Trouble
 from duplex_jax.serve.sessions import Entry, Sessions
@@ -32,7 +32,12 @@ class Demo:
     """
 
     def __init__(
-        self, connection: Connection, sessions: Sessions, client: str, sampling: Sampling | None = None, seed: int = 0
+        self,
+        connection: Connection,
+        sessions: Sessions,
+        client: Caller,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ):
         self._connection, self._sessions, self._client = connection, sessions, client
         self._sampling, self._seed = sampling or Sampling(), seed

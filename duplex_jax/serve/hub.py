@@ -4,20 +4,88 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.engine import Engine, EngineFull
 from duplex_jax.decode.session import DuplexSession, Slice, step_sessions
 from duplex_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
+
+
+class InRow(Protocol):
+    """What lives in a row of the engine: a session, or an answer that is being made."""
+
+    def close(self) -> None:
+        """Gives the row back to the engine."""
+        ...
+
+
 T = TypeVar("T")
+S = TypeVar("S", bound=InRow)
 
 
 class Full(UserError):
-    """No row is free, and no more newcomers may wait for one."""
+    """No row is free and no more newcomers may wait for one, or one client has too much already."""
+
+
+class Gone(UserError):
+    """Nobody waits for the row any more."""
+
+
+class Lease(Generic[S]):
+    """A row of the engine, owned by whoever opened a session in it, until `close`.
+
+    Whatever happens to the task that opens or closes it, the row comes back: the engine's thread does one thing after
+    the other, so what gives a row back comes behind what takes it.
+    """
+
+    def __init__(self, hub: "Hub"):
+        self._hub = hub
+        self._session: S | None = None
+        self._given_back: asyncio.Future[None] | None = None
+        hub._leases.add(self)
+
+    @property
+    def session(self) -> S:
+        """What lives in the row."""
+        assert self._session is not None
+        return self._session
+
+    @property
+    def holds_row(self) -> bool:
+        """Whether the engine's row is taken; to be asked on the engine's thread."""
+        return self._session is not None
+
+    def give_back(self) -> "asyncio.Future[None]":
+        """Begins to close the session and to give its row to the next in the queue; twice does no harm."""
+        if self._given_back is None:
+            self._given_back = self._hub._submit(self._empty)
+            self._given_back.add_done_callback(self._emptied)
+        return self._given_back
+
+    async def close(self) -> None:
+        """Closes the session and gives its row back."""
+        await asyncio.shield(self.give_back())
+
+    def _fill(self, make: Callable[[], S]) -> None:
+        self._session = make()
+
+    def _empty(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _emptied(self, future: "asyncio.Future[None]") -> None:
+        self._hub._leases.discard(self)
+        if not future.cancelled() and (error := future.exception()) is not None:
+            _log.error("a session could not be closed; its row is lost", exc_info=error)
+        else:
+            self._hub._give_row()
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +123,7 @@ class Hub:
         self._asked: list[_Asked] = []
         self._wake = asyncio.Event()
         self._free = engine.cache.rows
+        self._leases: set[Lease[Any]] = set()
         self._queue: collections.deque[asyncio.Future[None]] = collections.deque()
         self._worker = ThreadPoolExecutor(1, "engine")
         self._loop: asyncio.Task[None] | None = None
@@ -70,6 +139,7 @@ class Hub:
             await asyncio.gather(self._loop, return_exceptions=True)
         for asked in self._asked:
             asked.future.cancel()
+        await asyncio.gather(*(lease.close() for lease in list(self._leases)), return_exceptions=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     # Rows.
@@ -84,39 +154,75 @@ class Hub:
         """Newcomers that wait for a row."""
         return sum(not f.done() for f in self._queue)
 
-    async def take_row(self, on_wait: Callable[[int], None] | None = None) -> None:
-        """Waits until a row is free and keeps it for the caller, first come, first served.
+    async def open(
+        self,
+        make: Callable[[], S],
+        on_wait: Callable[[int], None] | None = None,
+        gone: asyncio.Future[None] | None = None,
+        returning: bool = False,
+    ) -> "Lease[S]":
+        """Opens a session as soon as a row is free, first come, first served.
 
         Args:
-            on_wait: told the place in the queue, from 1, where there is none at once.
+            make: opens it, on the engine's thread; takes one row of the engine.
+            on_wait: told the place in the queue, from 1, where there is no row at once.
+            gone: set where nobody waits for the session any more.
+            returning: a session that had a row before, which waits however many others do.
 
         Raises:
-            Full: too many wait already.
+            Full: too many newcomers wait already.
+            Gone: nobody waits for it any more.
         """
+        if self.waiting >= self._most_waiting and not returning and not self._free:
+            raise Full(f"all {self.engine.cache.rows} sessions are taken and {self.waiting} wait; try again later")
+        await self._take_row(on_wait, gone)
+        lease = Lease[S](self)
+        try:
+            await self.call(lease._fill, make)
+        except BaseException as e:
+            lease.give_back()
+            if isinstance(e, EngineFull):
+                raise Full(str(e)) from e
+            raise
+        return lease
+
+    async def _take_row(self, on_wait: Callable[[int], None] | None, gone: asyncio.Future[None] | None) -> None:
         if self._free > 0 and not self.waiting:
             self._free -= 1
             return
-        if self.waiting >= self._most_waiting:
-            raise Full(f"all {self.engine.cache.rows} sessions are taken and {self.waiting} wait; try again later")
         future = asyncio.get_running_loop().create_future()
         self._queue.append(future)
+
+        def leave(gone: asyncio.Future[None]) -> None:
+            if not future.done():
+                future.set_exception(Gone("the client has left the queue"))
+
+        if gone is not None:
+            gone.add_done_callback(leave)
         if on_wait is not None:
             on_wait(self.waiting)
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.give_row()  # it had been handed over in the meantime
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_row()  # it had been handed over in the meantime
             raise
+        finally:
+            if gone is not None:
+                gone.remove_done_callback(leave)
 
-    def give_row(self) -> None:
-        """Gives a row back to the next in the queue."""
+    def _give_row(self) -> None:
+        """Gives a row to the next in the queue."""
         while self._queue:
             future = self._queue.popleft()
             if not future.done():
                 future.set_result(None)
                 return
         self._free += 1
+
+    async def count_rows(self) -> tuple[int, int]:
+        """Rows that sessions of this hub hold, and rows that are taken in the engine; they differ where one is lost."""
+        return await self.call(lambda: (sum(lease.holds_row for lease in self._leases), len(self.engine.rows)))
 
     # Work on the engine's thread.
 
@@ -125,7 +231,10 @@ class Hub:
 
         It is run to its end even where the caller is cancelled.
         """
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, work, *args))
+        return await asyncio.shield(self._submit(work, *args))
+
+    def _submit(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._worker, work, *args)
 
     async def each(self, items: Iterator[T]) -> Any:
         """The items of an iterator whose every step is work on the engine, others in between; an async generator."""

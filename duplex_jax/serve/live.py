@@ -15,6 +15,8 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession, Slice, Snapshot, TurnSession
 from duplex_jax.errors import UserError
 from duplex_jax.serve.hub import Hub
+from duplex_jax.serve.seat import Seat
+from duplex_jax.serve.tasks import to_the_end
 from duplex_jax.slicing import USER_WORDS, words_of
 from duplex_jax.timeline import SlicePair, Timeline, whole_characters
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
@@ -172,28 +174,31 @@ class LiveSession:
         """Told every slice too, for metrics."""
         self.quiet_since = time.monotonic()
         """When somebody last spoke."""
-        self._duplex: DuplexSession | None = None
-        self._turn: TurnSession | None = None
-        self._aside: Snapshot | None = None
+        self._seat = Seat(hub)
         self._turns: list[SlicePair] = []
         self._words: list[str] = []  # typed, and waiting for the clock
         self._query: list[str] = []  # of a turn that the user has not ended
         self._slices: collections.deque[str | None] = collections.deque()  # of a client that keeps the clock
+        self._taken: list[str | None] = []  # the user's slice of the interval that is due, until it is over
         self._sent = asyncio.Event()
         self._urged = self._hushed = False
-        self._resting = False
-        self._lock = asyncio.Lock()  # coming back and being set aside do not overlap with a step
         self._clock: asyncio.Task[None] | None = None
         self._voice_lock = asyncio.Lock()
 
     # Life.
 
-    async def open(self, snapshot: Snapshot | None = None, on_wait: Callable[[int], None] | None = None) -> None:
+    async def open(
+        self,
+        snapshot: Snapshot | None = None,
+        on_wait: Callable[[int], None] | None = None,
+        gone: asyncio.Future[None] | None = None,
+    ) -> None:
         """Takes a row as soon as one is free, and begins in it, anew or from a snapshot.
 
         Args:
             snapshot: of a session to go on with.
-            on_wait: see `Hub.take_row`.
+            on_wait: see `Hub.open`.
+            gone: see `Hub.open`.
 
         Raises:
             Full: no row is free and no more may wait.
@@ -201,17 +206,15 @@ class LiveSession:
         """
         s, engine = self.settings, self.hub.engine
         common: dict[str, Any] = {"system": s.system, "seed": s.seed, "sampling": s.sampling}
-        await self.hub.take_row(on_wait)
-        try:
+
+        def begin() -> DuplexSession | TurnSession:
             if snapshot is not None:
-                self._duplex = await self.hub.call(DuplexSession.restore, engine, snapshot)
-            elif s.mode == "turn_based":
-                self._turn = await self.hub.call(lambda: TurnSession(engine, **common))
-            else:
-                self._duplex = await self.hub.call(lambda: DuplexSession(engine, **common, dormant=s.dormant))
-        except BaseException:
-            self.hub.give_row()
-            raise
+                return DuplexSession.restore(engine, snapshot)
+            if s.mode == "turn_based":
+                return TurnSession(engine, **common)
+            return DuplexSession(engine, **common, dormant=s.dormant)
+
+        await self._seat.open(begin, on_wait, gone)
 
     def start(self) -> None:
         """Starts the clock, or goes on with it."""
@@ -220,51 +223,32 @@ class LiveSession:
             self._clock = asyncio.create_task(self._guarded(runs), name="clock")
 
     async def stop(self) -> None:
-        """Stops the clock; words that wait stay."""
-        if self._clock is not None:
-            self._clock.cancel()
-            await asyncio.gather(self._clock, return_exceptions=True)
-            self._clock = None
+        """Stops the clock, behind an interval that is under way; words that wait stay."""
+        clock, self._clock = self._clock, None
+        if clock is not None:
+            clock.cancel()
+            await asyncio.gather(clock, return_exceptions=True)
 
     async def close(self) -> None:
         """Ends the session and gives its row back, if it has one."""
         await self.stop()
-        async with self._lock:
-            session = self._duplex or self._turn
-            self._duplex = self._turn = self._aside = None
-            if session is not None:
-                await self.hub.call(session.close)
-                self.hub.give_row()
+        await self._seat.close()
 
     @property
     def has_row(self) -> bool:
         """Whether it holds a row of the engine."""
-        return self._duplex is not None or self._turn is not None
+        return self._seat.session is not None
 
     @property
     def may_rest(self) -> bool:
         """Whether it could be set aside: a duplex session in which nothing goes on."""
-        return self._duplex is not None and not (self._words or self._slices or self._lock.locked())
+        busy = self._words or self._slices or self._taken or self._seat.lock.locked()
+        return self.has_row and self.settings.mode == "duplex" and not busy
 
     async def set_aside(self, resting: bool = True) -> None:
-        """Moves the session to the host and gives its row back.
-
-        Args:
-            resting: silence goes on there, without the model; else the very next slice brings it back.
-        """
-        async with self._lock:
-            if self._duplex is None:
-                return
-            session, self._duplex = self._duplex, None
-            self._resting = resting
-
-            def leave() -> Snapshot:
-                snapshot = session.snapshot(entries=False)
-                session.close()
-                return snapshot
-
-            self._aside = await self.hub.call(leave)
-            self.hub.give_row()
+        """Moves a duplex session to the host and gives its row back; see `Seat.set_aside`."""
+        if self.settings.mode == "duplex":
+            await self._seat.set_aside(resting)
 
     # What the client does.
 
@@ -343,30 +327,27 @@ class LiveSession:
         Raises:
             UserError: a turn-based session has none.
         """
-        async with self._lock:
-            if self._aside is not None:
-                return self._aside
-            if self._duplex is None:
+        async with self._seat.lock:
+            if self._seat.aside is not None:
+                return self._seat.aside
+            if not isinstance(self._seat.session, DuplexSession):
                 raise UserError("only a duplex session has a snapshot")
-            return await self.hub.call(self._duplex.snapshot, False)
+            return await self.hub.call(self._seat.session.snapshot, False)
 
     async def timeline(self) -> Timeline:
         """Everything said so far."""
-        async with self._lock:
-            if self._aside is not None:
-                pairs = [SlicePair(*p) for p in self._aside.state["timeline"]]
-            elif self._duplex is not None:
-                pairs = await self.hub.call(list, self._duplex.timeline)
+        async with self._seat.lock:
+            if self._seat.aside is not None:
+                pairs = [SlicePair(*p) for p in self._seat.aside.state["timeline"]]
+            elif isinstance(self._seat.session, DuplexSession):
+                pairs = await self.hub.call(list, self._seat.session.timeline)
             else:
                 pairs = list(self._turns)
         return Timeline(pairs)
 
     async def _between(self, work: Callable[[DuplexSession], Any]) -> None:
-        async with self._lock:
-            if self._duplex is None:
-                await self._come_back()
-            assert self._duplex is not None
-            await self.hub.call(work, self._duplex)
+        async with self._seat.duplex() as session:
+            await to_the_end(self.hub.call(work, session))
 
     # The clock.
 
@@ -392,60 +373,59 @@ class LiveSession:
             else:  # late by whole ticks: they and their words go into one slice
                 missed = math.floor(-ahead / k)
                 tick += missed
-            await self._interval(await self._take(), began + tick * k, missed)
+            if not self._taken:
+                await to_the_end(self._take())
+            await self._interval(began + tick * k, missed)
 
     async def _by_slices(self) -> None:
         while True:
-            while not self._slices:
+            while not (self._slices or self._taken):
                 self._sent.clear()
                 await self._sent.wait()
-            await self._interval(self._slices.popleft(), time.monotonic(), 0)
+            if not self._taken:
+                self._taken.append(self._slices.popleft())
+            await self._interval(time.monotonic(), 0)
 
-    async def _take(self) -> str | None:
-        """The user's words of this interval."""
+    async def _take(self) -> None:
+        """Takes the user's words of this interval."""
         words, self._words = self._words[:MOST_WORDS], self._words[MOST_WORDS:]
         text = "".join(words).strip()
         if self.voice is not None:
             said = await self._voiced(self.voice.take)
             text = " ".join(filter(None, (text, said)))
-        return text or None
+        self._taken.append(text or None)
 
-    async def _interval(self, user: str | None, due: float, missed: int) -> None:
+    async def _interval(self, due: float, missed: int) -> None:
+        """Answers the slice that was taken. A clock that is stopped stops before the step or behind it: a slice that
+        was not answered yet stays taken."""
+        user = self._taken[0]
         if user is not None:
             self.quiet_since = time.monotonic()
         if self.settings.mode == "turn_based":
+            self._taken.clear()
             await self._turn_interval(user, due)
             return
-        async with self._lock:
-            if self._aside is not None and self._resting and user is None:
-                self._aside.state["timeline"].append([None, None])
-                index, ids = len(self._aside.state["timeline"]) - 1, len(self._aside.state["ids"])
-                result, cancelled = Slice(index, None, [], 0.0, ids), False
+        seat = self._seat
+        async with seat.lock:
+            rests = seat.aside is not None and seat.resting and user is None
+            session = None if rests else await seat.come_back()
+            spoken = await to_the_end(self._step(session, user, due, missed))
+        if self.voice is not None and spoken is not None:
+            self.emit(await self._voiced(self.voice.speak, spoken.index, spoken.assistant))
+
+    async def _step(self, session: DuplexSession | None, user: str | None, due: float, missed: int) -> Spoken | None:
+        """One interval, without a session where it rests in silence; None where the slice was refused."""
+        cancelled = False
+        try:
+            if session is None:
+                result = self._silence()
             else:
-                if self._duplex is None:
-                    await self._come_back()
-                assert self._duplex is not None
-                if user is not None:
-                    self._hushed = False
-                session = self._duplex
-                urged = self._urged and user is None and not self._words
-                if urged:
-                    await self.hub.call(_urge, session, -URGE)
-                try:
-                    result = await self.hub.step(session, user)
-                except UserError as e:
-                    self.emit(Trouble("slice_refused", str(e)))
-                    return
-                finally:
-                    if urged:
-                        await self.hub.call(_urge, session, self.settings.sampling.idle_bias)
-                if result.text is not None and not self._words:
-                    self._urged = False
-                # Newer words in a slice of its own are there: what was made for the older ones is not said.
-                overtaken = bool(self._slices) and self._slices[0] is not None
-                cancelled = result.text is not None and (overtaken or self._hushed)
-                if cancelled:
-                    await self.hub.call(self._duplex.cancel)
+                result, cancelled = await self._answered(session, user)
+        except UserError as e:
+            self.emit(Trouble("slice_refused", str(e)))
+            return None
+        finally:
+            self._taken.clear()
         text = None if cancelled else result.text
         if text is not None:
             self.quiet_since = time.monotonic()
@@ -453,19 +433,35 @@ class LiveSession:
                         cancelled)  # fmt: skip
         self.emit(spoken)
         self.on_step(spoken)
-        if self.voice is not None:
-            self.emit(await self._voiced(self.voice.speak, spoken.index, text))
+        return spoken
 
-    async def _come_back(self) -> None:
-        """Takes a row again; the caller holds the lock."""
-        assert self._aside is not None
-        await self.hub.take_row()
+    def _silence(self) -> Slice:
+        """An interval of a session that rests."""
+        aside = self._seat.aside
+        assert aside is not None
+        aside.state["timeline"].append([None, None])
+        return Slice(len(aside.state["timeline"]) - 1, None, [], 0.0, len(aside.state["ids"]))
+
+    async def _answered(self, session: DuplexSession, user: str | None) -> tuple[Slice, bool]:
+        """The step of a session, and whether what it said was cancelled at once."""
+        if user is not None:
+            self._hushed = False
+        urged = self._urged and user is None and not self._words
+        if urged:
+            await self.hub.call(_urge, session, -URGE)
         try:
-            self._duplex = await self.hub.call(DuplexSession.restore, self.hub.engine, self._aside)
-        except BaseException:
-            self.hub.give_row()
-            raise
-        self._aside = None
+            result = await self.hub.step(session, user)
+        finally:
+            if urged:
+                await self.hub.call(_urge, session, self.settings.sampling.idle_bias)
+        if result.text is not None and not self._words:
+            self._urged = False
+        # Newer words in a slice of its own are there: what was made for the older ones is not said.
+        overtaken = bool(self._slices) and self._slices[0] is not None
+        cancelled = result.text is not None and (overtaken or self._hushed)
+        if cancelled:
+            await self.hub.call(session.cancel)
+        return result, cancelled
 
     async def _turn_interval(self, user: str | None, due: float) -> None:
         """The baseline: a pause (or, from a client with a clock of its own, a slice's end) ends the query.
@@ -486,10 +482,10 @@ class LiveSession:
         self.on_step(spoken)
 
     async def _answer(self, query: str) -> str | None:
-        assert self._turn is not None
+        turn: TurnSession = self._seat.session
         tokenizer = self.hub.engine.template.tokenizer
         data, words = b"", []
-        parts = self.hub.each(self._turn.reply(query, self.settings.max_tokens))
+        parts = self.hub.each(turn.reply(query, self.settings.max_tokens))
         async with contextlib.aclosing(parts):
             async for ids in parts:
                 data += decode_bytes(tokenizer, ids)

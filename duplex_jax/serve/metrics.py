@@ -28,7 +28,7 @@ class Metrics(Collector):
         self._coalesced = Counter(
             "duplex_ticks_coalesced_total", "Ticks passed over because of lateness", registry=self._registry
         )
-        self.refused = Counter(
+        self._refused = Counter(
             "duplex_connections_refused_total", "Connections turned away", ["reason"], registry=self._registry
         )
         self._registry.register(self)
@@ -40,6 +40,10 @@ class Metrics(Collector):
         self._coalesced.inc(spoken.missed)
         if spoken.late > session.settings.slice_seconds:
             self._missed.inc()
+
+    def refuse(self, status: int) -> None:
+        """Counts a request that was turned away."""
+        self._refused.labels("key" if status == 401 else "origin").inc()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Gauges as they are now."""

@@ -6,7 +6,7 @@ from typing import Any
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.serve import live
-from duplex_jax.serve.connection import Connection, as_object, field
+from duplex_jax.serve.connection import Caller, Connection, as_object, field
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Settings, Voice
 from duplex_jax.serve.sessions import Entry, NotFound, Sessions
@@ -77,7 +77,7 @@ class Duplex:
     """
 
     def __init__(
-        self, connection: Connection, sessions: Sessions, client: str, about: Mapping[str, Any],
+        self, connection: Connection, sessions: Sessions, client: Caller, about: Mapping[str, Any],
         slice_seconds: float = 2.0, make_voice: VoiceFactory | None = None,
     ):  # fmt: skip
         self._connection, self._sessions, self._client, self._about = connection, sessions, client, about
@@ -199,7 +199,8 @@ class Duplex:
     async def _resume(self, message: Mapping[str, Any]) -> None:
         if self._entry is not None:
             raise UserError("resume: this connection has a session already")
-        self._entry = self._sessions.take_up(field(message, "session", str), field(message, "token", str), self._emit)
+        session, token = field(message, "session", str), field(message, "token", str)
+        self._entry = await self._sessions.take_up(session, token, self._emit, self._client)
         await self._started()
 
     async def _started(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.serve.connection import Connection, as_object, field
+from duplex_jax.serve.connection import Caller, Connection, as_object, field
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Audio, Delta, Event, LiveSession, Settings, Speech, Spoken, Trouble, Voice
 from duplex_jax.serve.sessions import Entry, Sessions
@@ -68,7 +68,7 @@ class Realtime:
     """
 
     def __init__(
-        self, connection: Connection, sessions: Sessions, client: str, model: str, slice_seconds: float = 2.0,
+        self, connection: Connection, sessions: Sessions, client: Caller, model: str, slice_seconds: float = 2.0,
         make_voice: Callable[[], Voice] | None = None,
     ):  # fmt: skip
         self._connection, self._sessions, self._client = connection, sessions, client

@@ -2,20 +2,27 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from duplex_jax.decode.session import Snapshot
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write
-from duplex_jax.serve.hub import Full, Hub
+from duplex_jax.serve.connection import Caller
+from duplex_jax.serve.hub import Full, Hub, S
 from duplex_jax.serve.live import Event, LiveSession, Settings, Spoken, Trouble, Voice
+from duplex_jax.serve.tasks import to_the_end
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Limits:
     """What one server grants.
 
     Attributes:
-        per_client: sessions of one address at a time.
+        per_client: sessions and requests of one address at a time.
         session_seconds: how long a session may last.
         parked_seconds: how long a session waits for a client that has gone.
         rest_after: seconds of silence on both sides after which a session may be set aside for a newcomer.
@@ -43,14 +50,35 @@ class NotFound(UserError):
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """A session in the book: `id` is public, `token` lets its client take it up again."""
+    """A session in the book.
+
+    Attributes:
+        id: public.
+        token: lets its client take it up again.
+        address: whom it counts for.
+        live: the session.
+        began: when.
+        caller: the connection that has it; None while it waits for its client.
+        parked_at: since when it waits.
+        lock: held while it changes hands.
+    """
 
     id: str
     token: str
-    client: str
+    address: str
     live: LiveSession
     began: float
+    caller: Caller | None = None
     parked_at: float | None = None
+    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+
+    def give_to(self, caller: Caller | None) -> None:
+        """Books which connection has it."""
+        if self.caller is not None:
+            self.caller.sessions -= 1
+        if caller is not None:
+            caller.sessions += 1
+        self.caller, self.parked_at = caller, None if caller is not None else time.monotonic()
 
 
 class Sessions:
@@ -67,7 +95,7 @@ class Sessions:
         self.hub, self.limits, self._prefix = hub, limits or Limits(), prefix
         self._key = key or secrets.token_bytes(32)
         self._entries: dict[str, Entry] = {}
-        self._by_client: dict[str, int] = {}
+        self._by_client: Counter[str] = Counter()
         self._keeper: asyncio.Task[None] | None = None
         self.on_step: Callable[[LiveSession, Spoken], None] = lambda session, spoken: None
         """Told every slice of every session."""
@@ -97,7 +125,7 @@ class Sessions:
 
     async def begin(
         self,
-        client: str,
+        caller: Caller,
         settings: Settings,
         emit: Callable[[Event], None],
         *,
@@ -112,58 +140,95 @@ class Sessions:
             UserError: bad settings or snapshot.
         """
         restored = self.unseal(snapshot) if snapshot is not None else None
-        if self._by_client.get(client, 0) >= self.limits.per_client:
-            raise Full(f"{client} has {self.limits.per_client} sessions already; end one of them first")
-        self._by_client[client] = self._by_client.get(client, 0) + 1
+        await self._enter(caller.address)
         try:
-            if not self.hub.free:
-                await self.make_room()
             live = LiveSession(self.hub, settings, emit, voice)
-            await live.open(restored, on_wait)
+            await self._make_room_where_full()
+            await live.open(restored, on_wait, caller.gone)
         except BaseException:
-            self._leave(client)
+            self._leave(caller.address)
             raise
         live.on_step = lambda spoken: self.on_step(live, spoken)
-        entry = Entry(self._prefix + secrets.token_hex(8), secrets.token_urlsafe(16), client, live, time.monotonic())
-        self._entries[entry.id] = entry
+        id, token = self._prefix + secrets.token_hex(8), secrets.token_urlsafe(16)
+        entry = self._entries[id] = Entry(id, token, caller.address, live, time.monotonic())
+        entry.give_to(caller)
         live.start()
         return entry
 
-    def take_up(self, id: str, token: str, emit: Callable[[Event], None]) -> Entry:
+    @contextlib.asynccontextmanager
+    async def answering(self, caller: Caller, make: Callable[[], S]) -> AsyncIterator[S]:
+        """A row for one request, which counts as a session of its client.
+
+        Args:
+            caller: whose request it is.
+            make: opens what lives in the row; see `Hub.open`.
+
+        Raises:
+            Full: as `begin`.
+        """
+        await self._enter(caller.address)
+        try:
+            await self._make_room_where_full()
+            lease = await self.hub.open(make, gone=caller.gone)
+            try:
+                yield lease.session
+            finally:
+                await lease.close()
+        finally:
+            self._leave(caller.address)
+
+    async def take_up(self, id: str, token: str, emit: Callable[[Event], None], caller: Caller) -> Entry:
         """The session of a client that comes back.
 
         Raises:
             NotFound: it has ended, or the token is another's.
         """
         entry = self._entries.get(id)
-        if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode()):
-            raise NotFound(f"session {id!r} has ended or is another's; start a new one")
-        if entry.parked_at is None:
-            raise NotFound(f"session {id!r} has a client already; end that connection first")
-        entry.parked_at = None
-        entry.live.emit = emit
-        entry.live.quiet_since = time.monotonic()
-        entry.live.start()
+        if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode("utf-8", "replace")):
+            raise NotFound(f"session {id[:80]!r} has ended or is another's; start a new one")
+        async with entry.lock:  # it may just be on its way out of its row
+            if id not in self._entries:
+                raise NotFound(f"session {id!r} has ended; start a new one")
+            if entry.caller is not None:
+                raise NotFound(f"session {id!r} has a client already; end that connection first")
+            entry.give_to(caller)
+            entry.live.emit = emit
+            entry.live.quiet_since = time.monotonic()
+            entry.live.start()
         return entry
 
     async def park(self, entry: Entry) -> None:
         """The client has gone: the clock stops, the row is given up, and the session waits on the host."""
-        if entry.id not in self._entries or entry.parked_at is not None:
-            return
-        entry.parked_at = time.monotonic()
-        entry.live.emit = lambda e: None
-        await entry.live.stop()
-        if entry.live.settings.mode == "turn_based" or len(self._entries) > self.limits.parked:
-            await self.end(entry)
-        else:
-            await entry.live.set_aside(resting=False)
+        await to_the_end(self._park(entry))
+
+    async def _park(self, entry: Entry) -> None:
+        async with entry.lock:
+            if entry.id not in self._entries or entry.caller is None:
+                return
+            entry.live.emit = lambda e: None
+            await entry.live.stop()
+            entry.give_to(None)
+            if entry.live.settings.mode == "turn_based":
+                await self.end(entry)
+            else:
+                await entry.live.set_aside(resting=False)
+        parked = self._parked()
+        if len(parked) > self.limits.parked:
+            await self.end(parked[0])
+
+    def _parked(self, address: str | None = None) -> list[Entry]:
+        """Sessions that wait for their clients, of one address or of all, the oldest first."""
+        waiting = [e for e in self._entries.values() if e.parked_at is not None and address in (None, e.address)]
+        return sorted(waiting, key=lambda e: e.parked_at or 0.0)
 
     async def end(self, entry: Entry) -> None:
         """Ends a session for good; twice does no harm."""
         if self._entries.pop(entry.id, None) is None:
             return
-        self._leave(entry.client)
-        await entry.live.close()
+        self._leave(entry.address)
+        if entry.caller is not None:
+            entry.give_to(None)
+        await to_the_end(entry.live.close())
 
     async def make_room(self) -> bool:
         """Sets the session aside in which nobody has spoken for longest; False where none is quiet enough."""
@@ -176,24 +241,48 @@ class Sessions:
         await min(quiet, key=lambda e: e.live.quiet_since).live.set_aside()
         return True
 
-    def _leave(self, client: str) -> None:
-        self._by_client[client] -= 1
-        if not self._by_client[client]:
-            del self._by_client[client]
+    async def _make_room_where_full(self) -> None:
+        if not self.hub.free:
+            await self.make_room()
+
+    async def _enter(self, address: str) -> None:
+        """Counts a session or a request of an address; one that waits for its client gives way.
+
+        Raises:
+            Full: the address has as many as it may.
+        """
+        while self._by_client[address] >= self.limits.per_client:
+            parked = self._parked(address)
+            if not parked:
+                raise Full(f"{address} has {self.limits.per_client} sessions already; end one of them first")
+            await self.end(parked[0])
+        self._by_client[address] += 1
+
+    def _leave(self, address: str) -> None:
+        self._by_client[address] -= 1
+        if not self._by_client[address]:
+            del self._by_client[address]
 
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(1)
-            now = time.monotonic()
-            for entry in list(self._entries.values()):
-                if now - entry.began > self.limits.session_seconds:
-                    hours = self.limits.session_seconds / 3600
-                    entry.live.emit(Trouble("session_limit", f"the session has lasted {hours:g} hours", fatal=True))
-                    await self.end(entry)
-                if entry.parked_at is not None and now - entry.parked_at > self.limits.parked_seconds:
-                    await self.end(entry)
-            if self.hub.waiting:
-                await self.make_room()
+            try:
+                await self._tidy()
+            except Exception:
+                _log.exception("sessions could not be looked after")
+
+    async def _tidy(self) -> None:
+        """Ends what has lasted too long, and makes room for those that wait."""
+        now, limits = time.monotonic(), self.limits
+        for entry in list(self._entries.values()):
+            if now - entry.began > limits.session_seconds:
+                hours = limits.session_seconds / 3600
+                entry.live.emit(Trouble("session_limit", f"the session has lasted {hours:g} hours", fatal=True))
+                await self.end(entry)
+            elif entry.parked_at is not None and now - entry.parked_at > limits.parked_seconds:
+                await self.end(entry)
+        if self.hub.waiting:
+            await self.make_room()
 
     # Snapshots leave the server signed: what comes back holds token ids, and no client makes control tokens.
 

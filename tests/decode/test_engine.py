@@ -228,6 +228,26 @@ def test_rows_end_and_refuse(engine: Engine):
     assert engine.advance({}) == {}
 
 
+def test_what_fails_while_a_row_opens_takes_none(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    for bad in ({"seed": "x"}, {"seed": None}, {"ids": 7}, {"ids": [1] * 1000}):
+        with pytest.raises((TypeError, UserError)):
+            engine.open(**bad)
+    session = DuplexSession(engine)
+    session.step("hello")
+
+    def fails(*args: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_program", fails)  # as where the device has no memory left
+        for call in (session.fork, lambda: DuplexSession.restore(engine, session.snapshot())):
+            with pytest.raises(MemoryError):
+                call()
+    assert len(engine.rows) == 1
+    rows = [engine.open() for _ in range(7)]
+    assert len({row.index for row in rows}) == 7
+
+
 def test_long_feeds_go_in_chunks(engine: Engine):
     """What a step is fed may be longer than the largest bucket: the same logits, the same greedy slice."""
     rng = np.random.default_rng(0)

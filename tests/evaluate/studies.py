@@ -13,7 +13,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.evaluate.study.plan import ASPECTS, Texts, plan_of
 from duplex_jax.evaluate.study.server import StudyServer, System
 from duplex_jax.evaluate.study.store import Conversation, Scores, Store
-from duplex_jax.serve.app import Access
+from duplex_jax.serve.access import RUNNING, Access
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.live import Settings
 from duplex_jax.serve.sessions import Limits, Sessions
@@ -55,7 +55,7 @@ def all_of(score: int) -> dict[str, int]:
 
 @contextlib.asynccontextmanager
 async def studying(
-    path: Path, grace: float = 60.0, keys: tuple[str, ...] = (), limits: Limits | None = None
+    path: Path, grace: float = 60.0, keys: tuple[str, ...] = (), limits: Limits | None = None, per_hour: int = 60
 ) -> AsyncIterator[str]:
     """A server of two sessions with each system, and where it listens."""
     systems = {
@@ -68,9 +68,8 @@ async def studying(
     }
     store = Store(path)
     store.agree(SETUP)
-    runner = web.AppRunner(
-        StudyServer(store, systems, TEXTS, access=Access(keys), grace=grace).app(), shutdown_timeout=1.0
-    )  # fmt: skip
+    server = StudyServer(store, systems, TEXTS, access=Access(keys), grace=grace, per_hour=per_hour)
+    runner = web.AppRunner(server.app(), **RUNNING)
     await runner.setup()
     site = web.TCPSite(runner, "localhost", 0)
     await site.start()

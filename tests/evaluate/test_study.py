@@ -398,6 +398,33 @@ def made_up(seed: int, participants: int) -> list[dict[str, dict[str, int]]]:
     return [{s: {name: rng.randint(1, 7) for name in ASPECTS} for s in SYSTEMS} for _ in range(participants)]
 
 
+def test_nobody_fills_the_study_s_file(tmp_path: Path):
+    async def test() -> None:
+        path = tmp_path / "study.db"
+        async with studying(path, per_hour=5) as place, Participant.of(place) as p:
+            answers = [await p.ask("POST", "begin", json={"consent": True}) for _ in range(40)]
+            assert [status for status, _ in answers] == [200] * 5 + [429] * 35
+            assert "5 participants came from here" in answers[-1][1]["error"]
+            p.code = answers[0][1]["code"]
+            assert (await p.ask("GET", "state"))[0] == 200  # who takes part goes on
+        assert len(read(path).participants) == 5
+
+    run(test)
+
+
+def test_a_study_is_reached_under_its_own_name_alone(tmp_path: Path):
+    async def test() -> None:
+        async with studying(tmp_path / "study.db") as place, Participant.of(place) as p:
+            for headers in ({"Host": "evil.example", "Origin": "http://evil.example"}, {"Origin": "http://[x"}):
+                status, answer = await p.ask("POST", "begin", json={"consent": True}, headers=headers)
+                assert (status, list(answer)) == (403, ["error"])
+            async with p.session.get(f"http://{place}/") as page:
+                assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
+                assert page.headers["X-Content-Type-Options"] == "nosniff"
+
+    run(test)
+
+
 @pytest.mark.parametrize("participants", [2, 9, 40])
 def test_statistics_are_scipys(participants: int, tmp_path: Path):
     scores = made_up(participants, participants)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from aiohttp import web
 
 from duplex_jax.checkpoint.registry import LoadedModel
 from duplex_jax.decode.engine import Engine
+from duplex_jax.serve.access import RUNNING
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.sessions import Limits, Sessions
@@ -36,13 +38,13 @@ def engine_of(model: LoadedModel, rows: int, capacity: int = CAPACITY) -> Engine
 @contextlib.asynccontextmanager
 async def serving(
     model: LoadedModel | None = None, *, rows: int = 4, capacity: int = CAPACITY, waiting: int = 64,
-    limits: Limits | None = None, key: bytes | None = None, **options: Any,
+    limits: Limits | None = None, key: bytes | None = None, headers_seconds: float = 20, **options: Any,
 ) -> AsyncIterator[tuple[Server, str]]:  # fmt: skip
     """A server and where it listens, as `localhost:port`."""
     engine = engine_of(model or tiny_model(), rows, capacity)
     sessions = Sessions(Hub(engine, waiting=waiting), limits or Limits(per_client=1000), key)
     server = Server(sessions, "tiny", **options)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(server.app(), **RUNNING | {"keepalive_timeout": headers_seconds})
     await runner.setup()
     site = web.TCPSite(runner, "localhost", 0)
     await site.start()
@@ -55,6 +57,27 @@ async def serving(
 def run(test: Callable[[], Awaitable[None]], seconds: float = 120) -> None:
     """Runs an asynchronous test; a hang fails."""
     asyncio.run(asyncio.wait_for(test(), seconds))
+
+
+async def soon(holds: Callable[[], Any]) -> None:
+    """Waits until something holds."""
+    for _ in range(500):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never came to hold")
+
+
+@contextlib.asynccontextmanager
+async def busy(hub: Hub) -> AsyncIterator[Callable[[], None]]:
+    """Keeps the engine's thread busy until what it gives is called, or the block ends."""
+    free = threading.Event()
+    work = asyncio.create_task(hub.call(free.wait))
+    try:
+        yield free.set
+    finally:
+        free.set()
+        await work
 
 
 class Client:

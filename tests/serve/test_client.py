@@ -9,7 +9,7 @@ import pytest
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.serve.app import Access
+from duplex_jax.serve.access import Access
 from duplex_jax.serve.client import RemoteSession
 from duplex_jax.timeline import SlicePair, Timeline, read_timelines, write_timelines
 from tests.serve.alone import alone, script

@@ -95,7 +95,7 @@ def test_the_demo_s_protocol_on_twenty_sessions_at_once():
                 assert await asyncio.wait_for(ws.receive_str(), 60)
 
     def done(live: LiveSession, i: int) -> bool:
-        return live._duplex is not None and len(live._duplex.timeline) == i + 1 and not live._lock.locked()
+        return live.has_row and len(live._seat.session.timeline) == i + 1 and not live._seat.lock.locked()
 
     run(test)
 

@@ -8,7 +8,7 @@ import pytest
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession
-from duplex_jax.serve.app import Access
+from duplex_jax.serve.access import Access
 from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row

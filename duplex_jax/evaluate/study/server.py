@@ -1,8 +1,10 @@
 """The study's server: one page, and what it asks for; two systems behind it, and nobody is told which is which."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +14,9 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate.study.plan import ASPECTS, HIGH, LOW, MOST_COMMENT, SCALE, Texts, check_scores, plan_of
 from duplex_jax.evaluate.study.store import OutOfOrder, Scores, Store, UnknownCode
 from duplex_jax.evaluate.study.talk import Talk
-from duplex_jax.serve.app import Access, Handler, page_file
-from duplex_jax.serve.connection import Connection, WireLimits, as_object, field
+from duplex_jax.serve.access import Access, Gate, Handler
+from duplex_jax.serve.app import page_file
+from duplex_jax.serve.connection import Caller, Connection, Sockets, WireLimits, as_object, field
 from duplex_jax.serve.live import Settings
 from duplex_jax.serve.sessions import Sessions
 from duplex_jax.timeline import whole_characters
@@ -39,21 +42,27 @@ class StudyServer:
         texts: what participants read; as many sessions with each system as there are openings.
         access: who may come in.
         grace: seconds that a conversation goes on without its page; then it is broken off, and begins anew.
+        per_hour: participants that one address may send within an hour.
     """
 
     def __init__(
         self, store: Store, systems: Mapping[str, System], texts: Texts, *, access: Access | None = None,
-        grace: float = 60.0,
+        grace: float = 60.0, per_hour: int = 60,
     ):  # fmt: skip
         self.store, self.systems, self.texts = store, systems, texts
-        self.access, self.grace = access or Access(), grace
-        self.wire = WireLimits()
+        self.access, self.grace, self.per_hour = access or Access(), grace, per_hour
+        self.sockets = Sockets(WireLimits())
         self._talks: dict[int, Talk] = {}
+        self._admitted: collections.deque[tuple[float, str]] = collections.deque()  # when, and from where
 
     def app(self) -> web.Application:
         """The application, to be run by aiohttp."""
-        app = web.Application(middlewares=[self._guard], client_max_size=self.wire.message_bytes)
+        wire = self.sockets.limits
+        app = web.Application(client_max_size=wire.message_bytes)
+        Gate(self.access, wire, lambda request: not request.path.startswith("/api/"), _problem).apply_to(app)
+        app.middlewares.append(_errors)
         app.on_startup.append(self._begin)
+        app.on_shutdown.append(self._drain)
         app.on_cleanup.append(self._end)
         app.add_routes(
             [
@@ -73,6 +82,10 @@ class StudyServer:
     async def _begin(self, app: web.Application) -> None:
         for system in self.systems.values():
             system.sessions.start()
+        self.sockets.start()
+
+    async def _drain(self, app: web.Application) -> None:
+        await self.sockets.close()
 
     async def _end(self, app: web.Application) -> None:
         for talk in list(self._talks.values()):
@@ -80,27 +93,10 @@ class StudyServer:
         for system in self.systems.values():
             await system.sessions.close()
 
-    @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        status, reason = 400, ""
-        try:
-            if request.path.startswith("/api/"):
-                refusal = self.access.refusal(request)
-                if refusal is not None:
-                    return _problem(*refusal)
-            return await handler(request)
-        except web.HTTPRequestEntityTooLarge:
-            status, reason = 413, f"the body is over {self.wire.message_bytes} bytes"
-        except UnknownCode as e:
-            status, reason = 404, str(e)
-        except OutOfOrder as e:
-            status, reason = 409, str(e)
-        except UserError as e:
-            reason = str(e)
-        return _problem(status, reason)
-
     async def _page(self, request: web.Request) -> web.StreamResponse:
-        return page_file(request.match_info.get("folder", "study"), request.match_info.get("name", "index.html"))
+        return page_file(
+            request, request.match_info.get("folder", "study"), request.match_info.get("name", "index.html")
+        )
 
     # The participant.
 
@@ -114,6 +110,12 @@ class StudyServer:
     async def _admit(self, request: web.Request) -> web.StreamResponse:
         if field(as_object(await _text(request)), "consent", bool, False) is not True:
             raise OutOfOrder("nobody takes part, and nothing is stored, without consent")
+        now, address = time.monotonic(), Caller.of(request).address
+        while self._admitted and now - self._admitted[0][0] > 3600:
+            self._admitted.popleft()
+        if sum(of == address for _, of in self._admitted) >= self.per_hour:
+            raise web.HTTPTooManyRequests(text=f"{self.per_hour} participants came from here within an hour; try later")
+        self._admitted.append((now, address))
         number, code = self.store.admit()
         return web.json_response({"code": code} | self._state_of(number))
 
@@ -164,7 +166,9 @@ class StudyServer:
     # Conversations.
 
     async def _talk(self, request: web.Request) -> web.StreamResponse:
-        connection = await Connection.accept(request, self.wire, ("duplex-jax",))
+        return await self.sockets.accept(request, self._converse, ("duplex-jax",))
+
+    async def _converse(self, connection: Connection) -> None:
         talk: Talk | None = None
         try:
             async for data in connection.messages():
@@ -175,6 +179,7 @@ class StudyServer:
                         if talk is not None:
                             raise OutOfOrder("start: the conversation has begun")
                         talk = await self._join(self.store.number(field(message, "code", str)), connection)
+                        connection.caller.sessions = 1
                     elif talk is None or talk.connection is not connection:
                         raise OutOfOrder(f"{kind}: comes before the conversation, or behind its end")
                     elif kind == "text":
@@ -195,7 +200,6 @@ class StudyServer:
                 talk.connection = None
                 talk.leaving = asyncio.create_task(self._leave(talk), name="leave")
             await connection.close()
-        return connection.response
 
     async def _join(self, number: int, connection: Connection) -> Talk:
         """The participant's conversation: the one that is under way, else the next one."""
@@ -224,7 +228,7 @@ class StudyServer:
         self._talks[number] = talk
         try:
             entry = await system.sessions.begin(
-                f"participant {number}", settings, talk.take,
+                Caller(f"participant {number}"), settings, talk.take,
                 on_wait=lambda place: talk.tell({"type": "waiting", "place": place}),
             )  # fmt: skip
         except BaseException:
@@ -269,6 +273,18 @@ class StudyServer:
             del self._talks[talk.number]
             if connection is not None and not finished:
                 connection.hang_up()
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except UnknownCode as e:
+        return _problem(404, str(e))
+    except OutOfOrder as e:
+        return _problem(409, str(e))
+    except UserError as e:
+        return _problem(400, str(e))
 
 
 async def _text(request: web.Request) -> str:

@@ -1,0 +1,184 @@
+"""Who may come in, and what holds for every request: names, origins, keys, deadlines and headers."""
+
+import asyncio
+import dataclasses
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+from duplex_jax.errors import UserError
+from duplex_jax.serve.connection import WireLimits
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Problem = Callable[[int, str], web.Response]
+"""Makes an error response of a status and a message."""
+
+RUNNING: dict[str, Any] = {
+    "handler_cancellation": True,  # a request whose client has left stops
+    "keepalive_timeout": 20.0,  # the deadline of a request's headers, too
+    "shutdown_timeout": 2.0,
+    "access_log": None,
+}
+"""How aiohttp runs an application of ours: arguments of `web.run_app` and `web.AppRunner`."""
+
+_KEY_PROTOCOLS = ("duplex-jax-key.", "openai-insecure-api-key.")
+_HOST = re.compile(r"[\w.:\[\]-]+", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """Who may come in.
+
+    Attributes:
+        keys: any of these as `Authorization: Bearer KEY`; with none, no key is needed.
+        origins: pages of other servers that may connect, as `https://name:port`; `*` for all.
+        hosts: names that clients may use for this server besides those of the loopback interface; `*` for all. With
+            `0.0.0.0` or `::`, any IP address and the machine's own name too.
+    """
+
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+    def knows(self, host: str) -> bool:
+        """Whether a `Host` header names this server.
+
+        A page of another server reaches this one under its own name once that name resolves to this machine (DNS
+        rebinding), and the browser takes both for the same origin.
+        """
+        if not _HOST.fullmatch(host):
+            return False
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        hosts = {known.lower().strip("[]").rstrip(".") for known in self.hosts}
+        everywhere = bool({"0.0.0.0", "::"} & hosts)
+        if name in hosts or "*" in hosts:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback or everywhere
+        except ValueError:
+            own = ("localhost", socket.gethostname().lower()) if everywhere else ("localhost",)
+            return name in own or name.endswith(".localhost")
+
+    def refusal(self, request: web.Request) -> tuple[int, str] | None:
+        """Status and reason where a request may not come in."""
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin and not {"*", origin} & set(self.origins) and not _is_origin_of(origin, request.host):
+            return 403, f"origin {origin[:80]} is not allowed; --allowed_origins lists those that are"
+        if self.keys and not any(
+            hmac.compare_digest(given, k.encode()) for given in _given(request) for k in self.keys
+        ):
+            return 401, "an API key is needed: Authorization: Bearer KEY"
+        return None
+
+
+def _is_origin_of(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
+
+
+def _given(request: web.Request) -> list[bytes]:
+    """Keys that a request brings; a browser's websocket can send one only as a subprotocol."""
+    scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    given = [key.strip()] if scheme.lower() == "bearer" else []
+    for protocol in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(","):
+        given += [protocol.strip().removeprefix(p) for p in _KEY_PROTOCOLS if protocol.strip().startswith(p)]
+    return [g.encode("utf-8", "surrogatepass") for g in given]
+
+
+def read_keys(path: str | Path) -> tuple[str, ...]:
+    """API keys of a file, one a line; lines with `#` in front are comments.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--api_key_file={path}: cannot be read ({e})") from e
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise UserError(f"--api_key_file={path}: holds no key; one a line")
+    return keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """The one middleware of a server: every request passes it, and every response.
+
+    Attributes:
+        access: who may come in.
+        wire: limits of a request's body.
+        is_public: whether a request needs no key and may come from any page.
+        problem: makes an error as the server's clients read it.
+        refused: told each status with which a request was turned away.
+    """
+
+    access: Access
+    wire: WireLimits
+    is_public: Callable[[web.Request], bool]
+    problem: Problem
+    refused: Callable[[int], None] = lambda status: None
+
+    def apply_to(self, app: web.Application) -> None:
+        """Makes it an application's middleware."""
+
+        @web.middleware
+        async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._pass(request, handler)
+
+        app.middlewares.append(gate)
+        app.on_response_prepare.append(_add_headers)
+
+    async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self.refused(refusal[0])
+            return self.problem(*refusal)
+        try:
+            if request.body_exists:  # all of it, so that no handler waits for a body that never ends
+                async with asyncio.timeout(self.wire.body_seconds):
+                    await request.read()
+        except TimeoutError:
+            response = self.problem(408, f"the body took over {self.wire.body_seconds:g} seconds")
+            response.force_close()
+            return response
+        except web.HTTPRequestEntityTooLarge:
+            return self.problem(413, f"the body is over {self.wire.message_bytes} bytes")
+        try:
+            return await handler(request)
+        except web.HTTPClientError as e:
+            response = self.problem(e.status, e.text or e.reason)
+            response.headers.extend({k: v for k, v in e.headers.items() if k == hdrs.ALLOW})
+            return response
+
+    def _refusal(self, request: web.Request) -> tuple[int, str] | None:
+        if request.path != "/healthz" and not self.access.knows(request.host):
+            return 403, f"host {request.host[:80]} is not this server; --allowed_hosts lists its other names"
+        return None if self.is_public(request) else self.access.refusal(request)
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
+def page_policy(host: str) -> str:
+    """The Content-Security-Policy of a page at `host`: it talks to its own server alone, and nobody frames it.
+
+    Not every browser takes `'self'` for websockets, too.
+    """
+    return (
+        f"default-src 'self'; connect-src 'self' ws://{host} wss://{host}; media-src 'self' blob:; "
+        "worker-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    )
