@@ -37,7 +37,7 @@ class Server:
         sessions: the book of sessions, with its hub.
         model: the name of the model, as clients see it.
         access: who may come in.
-        wire: limits of one connection.
+        wire: limits of connections; by default an address may have four for each of its sessions, and 64.
         slice_seconds: k where a client does not say.
         make_voice: hearing and speaking for a session; None where the server has neither.
     """
@@ -47,7 +47,8 @@ class Server:
         slice_seconds: float = 2.0, make_voice: VoiceFactory | None = None,
     ):  # fmt: skip
         self.sessions, self.model = sessions, model
-        self.access, self.wire = access or Access(), wire or WireLimits()
+        sockets = max(WireLimits.sockets_per_client, 4 * sessions.limits.per_client)
+        self.access, self.wire = access or Access(), wire or WireLimits(sockets_per_client=sockets)
         self.slice_seconds, self.make_voice = slice_seconds, make_voice
         self.metrics, self.sockets = Metrics(sessions), Sockets(self.wire)
         self._draining = False
