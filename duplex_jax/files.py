@@ -19,22 +19,23 @@ import zstandard
 from duplex_jax.errors import UserError
 
 
-def local_path(text: str | Path) -> Path:
-    """A path as a user wrote it: `~` is expanded, and a URL is refused before any work is spent.
+def local_path(text: str) -> str:
+    """A path as a user wrote it, with `~` expanded; a URL is refused before any work is spent.
 
     Raises:
         UserError: a URL, or the home of a user who does not exist.
     """
-    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", str(text)):
-        copy = "mount the bucket (gcsfuse, mountpoint-s3) and give the path there"
+    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", text):
+        if scheme[1].lower() == "file":
+            raise UserError(f"{text}: is a URL; give the path alone, without file://")
         raise UserError(
-            f"{text}: {scheme[1]}: URLs are not read or written; "
-            + ("leave file:// out" if scheme[1].lower() == "file" else "give a path of this machine, " + copy)
+            f"{text}: {scheme[1]}: URLs are neither read nor written; give a path of this machine: copy the files, or "
+            "mount the bucket (gcsfuse, mountpoint-s3) and give its folder"
         )
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as e:
-        raise UserError(f"{text}: {e}; give the path itself") from e
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"{text}: no such user; give the whole path, or ./{text} for a file of that name")
+    return path
 
 
 def check_writable(path: str | Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from duplex_jax.errors import UserError
+from duplex_jax.files import local_path
 
 
 class Packaged(NamedTuple):
@@ -46,7 +47,7 @@ def locate(name_or_path: str | Path, weights: bool = True) -> Path:
         return _packaged(name)
     if name.startswith("hf:"):
         return _download(name.removeprefix("hf:"), weights)
-    path = Path(name).expanduser()
+    path = Path(local_path(name))
     if not path.exists():
         raise UserError(
             f"model {name!r}: no such file or folder; give a folder, a .gguf or .safetensors file, hf:owner/name, "

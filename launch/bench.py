@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.files import atomic_write, check_writable, local_path
 from launch import app
 
 MEASUREMENTS = {
@@ -29,13 +29,13 @@ MEASUREMENTS = {
     "speech": "duplex_jax.serve.voice.measure:bench_speech",
 }
 
-_JSON = flags.DEFINE_string("json", None, "Write the figures there, too.")
+_JSON = app.path_flag("json", None, "Write the figures there, too.")
 _ARGUMENTS = [
-    flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name."),
+    app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name."),
     flags.DEFINE_string("histories", None, "decode: tokens said before the measured slice, as in 256,4096."),
     flags.DEFINE_integer("repeats", None, "decode: measurements of each fast way.", lower_bound=1),
     flags.DEFINE_integer("slow_repeats", None, "decode: measurements of each way that encodes the history anew.", 1),
-    flags.DEFINE_string("png", None, "decode: draw the figures there."),
+    app.path_flag("png", None, "decode: draw the figures there."),
 ]
 
 
@@ -73,7 +73,7 @@ def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str,
             raise UserError(f"{item!r}: must be key=value, with one of {', '.join(signature.parameters)} as key")
         kind = type(signature.parameters[key].default)
         try:
-            found[key] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
+            found[key] = _BOOLEANS[value.lower()] if kind is bool else local_path(value) if kind is str else kind(value)
         except (ValueError, KeyError) as e:
             raise UserError(f"{item!r}: must be {kind.__name__}") from e
     return found

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from duplex_jax.decode.session import DuplexSession, Slice
     from duplex_jax.serve.client import RemoteSession
 
-_MODEL = flags.DEFINE_string(
+_MODEL = app.path_flag(
     "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
     "smollm2-135m-instruct with --mode=turn_based.",
 )  # fmt: skip
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _MODE = flags.DEFINE_enum("mode", "duplex", ["duplex", "turn_based"], "Slices, or the baseline of whole turns.")
-_TIMELINE = flags.DEFINE_string("timeline", None, "Replay the user's side of this JSONL file on a virtual clock.")
-_OUT = flags.DEFINE_string("out", None, "With --timeline: write the timelines that came out to this JSONL file.")
+_TIMELINE = app.path_flag("timeline", None, "Replay the user's side of this JSONL file on a virtual clock.")
+_OUT = app.path_flag("out", None, "With --timeline: write the timelines that came out to this JSONL file.")
 _ROWS = flags.DEFINE_integer("rows", 1, "With --timeline: conversations at once.", lower_bound=1)
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)

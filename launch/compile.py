@@ -12,8 +12,8 @@ from duplex_jax.files import atomic_write, check_writable
 from launch import app
 from launch.dotted import take_dotted
 
-_CONFIG = flags.DEFINE_string("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
-_MESH = flags.DEFINE_string("mesh", "v5e-16", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
+_CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
+_MESH = app.path_flag("mesh", "v5e-16", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
 _DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
 _FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
@@ -23,7 +23,7 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["256", "1024", "4096"], "sessions: to
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "sessions: a tick of the clock.", lower_bound=0.01)
 _SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for what fits.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Write the reports there, too.")
+_JSON = app.path_flag("json", None, "Write the reports there, too.")
 
 _DOTTED: list[tuple[str, str]] = []
 

@@ -14,8 +14,8 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import check_folder, check_new_file
 from launch import app
 
-_MODEL = flags.DEFINE_string("model", None, "A folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
-_OUT = flags.DEFINE_string("out", None, "The folder (or .gguf file) to write; it appears complete or not at all.")
+_MODEL = app.path_flag("model", None, "A folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
+_OUT = app.path_flag("out", None, "The folder (or .gguf file) to write; it appears complete or not at all.")
 _FORMAT = flags.DEFINE_enum(
     "format", "hf", (*FORMATS, "adapter"),
     "hf: transformers loads it. orbax: training starts from it. gguf: a file for llama.cpp. adapter: LoRA's updates "

@@ -21,11 +21,11 @@ from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate.behaviour import DEGENERATE
 from launch import app
 
-_MODEL = flags.DEFINE_string(
+_MODEL = app.path_flag(
     "model", None, f"A folder, a file, hf:owner/name, a known name, or one of {', '.join(DEGENERATE)}."
 )
-_DATA = flags.DEFINE_string("data", None, "Held-out timelines with events: a JSONL file, or a folder of them.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
+_DATA = app.path_flag("data", None, "Held-out timelines with events: a JSONL file, or a folder of them.")
+_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Replay everything once for each of these seeds.")
 _IDLE_BIAS = flags.DEFINE_list(
@@ -42,7 +42,7 @@ _SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
 _KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
 _DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
-_BESIDE = flags.DEFINE_list("beside", [], "Folders of other runs on the same data, to stand in the table too.")
+_BESIDE = app.paths_flag("beside", "Folders of other runs on the same data, to stand in the table too.")
 
 
 def _numbers(name: str, values: list[str], kind: type) -> list[Any]:

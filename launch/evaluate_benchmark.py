@@ -28,7 +28,7 @@ from launch import app
 if TYPE_CHECKING:
     from duplex_jax.checkpoint.registry import LoadedModel
 
-_MODEL = flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name.")
 _FORM = flags.DEFINE_enum(
     "form", "likelihood", ["likelihood", "generation"],
     "Score the likelihood of given choices, or what the model writes.",
@@ -41,10 +41,10 @@ _WAYS = flags.DEFINE_list(
     "ways", ["turn_based", "duplex"],
     f"How to ask: by likelihood some of {', '.join(WAYS)}; by generation some of {', '.join(conversations.WAYS)}.",
 )  # fmt: skip
-_DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks' files.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
+_DATA = app.path_flag("data", None, "Folder of the benchmarks' files.")
+_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "So many items of each task, the same for every model; 0 for all.", 0)
-_BESIDE = flags.DEFINE_list("beside", [], "Folders of other models' results on the same items, to compare with.")
+_BESIDE = app.paths_flag("beside", "Folders of other models' results on the same items, to compare with.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
 

@@ -12,7 +12,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import hub, tasks, ultraeval
 from launch import app
 
-_DATA = flags.DEFINE_string("data", None, "Folder of the benchmarks' files; made if it is not there.")
+_DATA = app.path_flag("data", None, "Folder of the benchmarks' files; made if it is not there.")
 _TASKS = flags.DEFINE_list("tasks", list(ultraeval.TASKS), f"Some of {', '.join(ultraeval.TASKS)}.")
 
 

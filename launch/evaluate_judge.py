@@ -32,13 +32,13 @@ from launch.requests import RequestFlags
 
 EXIT_UNFINISHED = 3
 
-_MODEL = flags.DEFINE_string("model", None, "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name.")
 _TASKS = flags.DEFINE_list("tasks", ["mt_bench", *TABLE_5], f"Some of {', '.join(TASKS)}.")
 _WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"How to ask: some of {', '.join(WAYS)}.")
-_DATA = flags.DEFINE_string("data", None, "Folder of the questions and of the judge's prompts.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the results; a run that was stopped goes on there.")
+_DATA = app.path_flag("data", None, "Folder of the questions and of the judge's prompts.")
+_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "So many questions of each task, the same for every model; 0 for all.", 0)
-_BESIDE = flags.DEFINE_list("beside", [], "Folders of other models' judged answers, to compare with.")
+_BESIDE = app.paths_flag("beside", "Folders of other models' judged answers, to compare with.")
 _PAIRWISE = flags.DEFINE_bool(
     "pairwise", False, "Show the judge MT-Bench answers beside each other too, in both orders."
 )
@@ -55,7 +55,7 @@ _QUIET = flags.DEFINE_integer("quiet", 3, "An answer in slices is over after so 
 _PATIENCE = flags.DEFINE_integer("patience", 10, "Slices to wait for a model that says nothing.", lower_bound=1)
 
 _JUDGE = flags.DEFINE_string("judge_model", "", "The judge's name at --judge_url; without it nothing is judged.")
-_FIELDS = flags.DEFINE_string(
+_FIELDS = app.path_flag(
     "judge_fields", None, "A JSON file of what the judge's requests carry besides, by kind: rating, json, pair."
 )
 _REQUESTS = RequestFlags(__name__, "judge_url", "Replies of the judge that may be unreadable.", "OUT/replies.sqlite")

@@ -6,16 +6,14 @@ Each DIR is the --out of an evaluation, or a folder of such folders. `report.htm
 
 from pathlib import Path
 
-from absl import flags
-
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.summary.pages import write_page
 from duplex_jax.evaluate.summary.sections import make_page
 from duplex_jax.evaluate.summary.sources import read_sources
-from duplex_jax.files import check_writable
+from duplex_jax.files import check_writable, local_path
 from launch import app
 
-_OUT = flags.DEFINE_string("out", None, "Folder of the page.")
+_OUT = app.path_flag("out", None, "Folder of the page.")
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +21,7 @@ def main(argv: list[str]) -> None:
     if not argv or not _OUT.value:
         raise UserError("evaluate report needs the folders of evaluations and --out=FOLDER")
     out = Path(_OUT.value)
-    sources = read_sources(argv)
+    sources = read_sources([local_path(folder) for folder in argv])
     page = make_page(sources)
     check_writable(out / "report.html")
     written = write_page(page, out)

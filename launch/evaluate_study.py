@@ -19,14 +19,14 @@ from launch import app
 PARTS = ("serve", "report")
 MODES = ("duplex", "turn_based")
 
-_DB = flags.DEFINE_string("db", None, "The study's file; `serve` makes it where there is none.")
-_OUT = flags.DEFINE_string("out", None, "report: folder of the results.")
+_DB = app.path_flag("db", None, "The study's file; `serve` makes it where there is none.")
+_OUT = app.path_flag("out", None, "report: folder of the results.")
 _CSV = flags.DEFINE_bool("csv", False, "report: scores.csv too, a line for each questionnaire.")
 _TIMELINES = flags.DEFINE_bool("timelines", False, "report: conversations.jsonl too, with everybody's words.")
 
 _MODEL = {
-    "a": flags.DEFINE_string("model_a", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name."),
-    "b": flags.DEFINE_string("model_b", "smollm2-135m-instruct", "What it is compared with."),
+    "a": app.path_flag("model_a", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name."),
+    "b": app.path_flag("model_b", "smollm2-135m-instruct", "What it is compared with."),
 }
 _MODE = {
     "a": flags.DEFINE_enum("mode_a", "duplex", MODES, "How it talks."),
@@ -37,9 +37,9 @@ _TEMPLATE = {
     "b": flags.DEFINE_enum("template_b", None, ["minicpm", "chatml", "compact"], "How slices become tokens."),
 }
 _SESSIONS = flags.DEFINE_integer("sessions", 5, "Conversations with each model; the paper has at least 5.", 1)
-_OPENINGS = flags.DEFINE_string("openings", None, "Their first sentences, one a line; the package's own by default.")
-_NOTE = flags.DEFINE_string("note", None, "Sample instructions, one a line; the package's own by default.")
-_CONSENT = flags.DEFINE_string("consent", None, "What participants agree to; the package's own by default.")
+_OPENINGS = app.path_flag("openings", None, "Their first sentences, one a line; the package's own by default.")
+_NOTE = app.path_flag("note", None, "Sample instructions, one a line; the package's own by default.")
+_CONSENT = app.path_flag("consent", None, "What participants agree to; the package's own by default.")
 _AT_ONCE = flags.DEFINE_integer("at_once", 4, "Conversations at once with each model; others wait.", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a conversation's context.", lower_bound=1)
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
@@ -53,7 +53,7 @@ _GRACE = flags.DEFINE_float(
 )
 _HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
 _PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
-_KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
+_KEYS = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.")
 _HOSTS = flags.DEFINE_list("allowed_hosts", [], "Other names under which the study is reached; * for any.")
 _PER_HOUR = flags.DEFINE_integer("participants_per_hour", 60, "Participants of one address in an hour.", lower_bound=1)
 

@@ -33,10 +33,10 @@ from launch.requests import RequestFlags
 EXIT_PROBLEMS = 1
 EXIT_UNFINISHED = 3
 
-_INPUT = flags.DEFINE_string("input", None, "Dialogues: a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the data set; a run that was stopped goes on there.")
-_CHECK = flags.DEFINE_string("check", None, "Check a data set: every rule of the format and of its categories.")
-_STATS = flags.DEFINE_string("stats", None, "Describe a data set: Table 1 beside the paper's, histograms to --out.")
+_INPUT = app.path_flag("input", None, "Dialogues: a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder.")
+_OUT = app.path_flag("out", None, "Folder of the data set; a run that was stopped goes on there.")
+_CHECK = app.path_flag("check", None, "Check a data set: every rule of the format and of its categories.")
+_STATS = app.path_flag("stats", None, "Describe a data set: Table 1 beside the paper's, histograms to --out.")
 _CONVERSE = flags.DEFINE_integer(
     "converse", None, "Have --rewriter_model answer everyday questions: so many dialogues, to --out=FILE.jsonl.",
     lower_bound=1,
@@ -45,7 +45,7 @@ _CONVERSE = flags.DEFINE_integer(
 _CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")
 _SHARES = flags.DEFINE_list("shares", [], "NAME=NUMBER,...: timelines for each source dialogue; Table 1's by default.")
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same data set.")
-_TOKENIZER = flags.DEFINE_string(
+_TOKENIZER = app.path_flag(
     "tokenizer", "smollm2-135m-instruct", "Cuts assistant messages: a model's folder, .gguf file or name."
 )
 _IDLE = flags.DEFINE_integer("max_idle_pairs", 3, "Most silent pairs between turns; 0 as in the paper.", lower_bound=0)

@@ -7,9 +7,9 @@ from absl import flags
 
 from launch import app
 
-_INPUT = flags.DEFINE_string("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
-_MODEL = flags.DEFINE_string(
+_INPUT = app.path_flag("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
+_OUT = app.path_flag("out", None, "Folder to make.", required=True)
+_MODEL = app.path_flag(
     "model", None, "Whose tokenizer: a folder, a .gguf file, hf:owner/name or a name.", required=True
 )
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")

@@ -8,6 +8,7 @@ from absl import flags
 from data_gen.cache import ReplyCache
 from data_gen.client import Budget, Client
 from duplex_jax.errors import UserError
+from launch import app
 
 
 class RequestFlags:
@@ -34,7 +35,7 @@ class RequestFlags:
             "retries", 6, "Times to send a request again that got no reply.", lower_bound=0, **here
         )
         self.attempts = flags.DEFINE_integer("attempts", 3, unusable, lower_bound=1, **here)
-        self.cache = flags.DEFINE_string("cache", None, f"File of the replies; {cache} by default.", **here)
+        self.cache = app.path_flag("cache", None, f"File of the replies; {cache} by default.", **here)
         self._tokens = flags.DEFINE_integer(
             "budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.", **here
         )

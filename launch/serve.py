@@ -7,7 +7,7 @@ from absl import flags
 from duplex_jax.errors import UserError
 from launch import app
 
-_MODEL = flags.DEFINE_string("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
 _HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
 _PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
@@ -19,13 +19,15 @@ _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of
 _PER_CLIENT = flags.DEFINE_integer("sessions_per_client", 8, "Sessions of one address.", lower_bound=1)
 _SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.", lower_bound=0.001)
 _PARKED = flags.DEFINE_float("resume_seconds", 300, "How long a session waits for a client that has gone.", 0)
-_KEYS = flags.DEFINE_string("api_key_file", None, "Ask for one of these keys, one a line.")
+_KEYS = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.")
 _ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that may connect; * for all.")
 _HOSTS = flags.DEFINE_list(
     "allowed_hosts", [], "Other names under which clients reach this server, as behind a proxy; * for any."
 )
-_SNAPSHOT_KEY = flags.DEFINE_string(
-    "snapshot_key_file", "~/.cache/duplex_jax/snapshot.key", "Signs snapshots; servers that share it share them."
+_SNAPSHOT_KEY = app.path_flag(
+    "snapshot_key_file",
+    None,
+    "Signs snapshots; servers that share it share them. ~/.cache/duplex_jax/snapshot.key by default.",
 )
 _REPLICAS = flags.DEFINE_integer(
     "replicas", 1, "Servers behind one port, on the machines of a Ray cluster: needs pip install 'duplex-jax[ray]'.",
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> None:
         model=_MODEL.value, template=_TEMPLATE.value, sessions=_SESSIONS.value, waiting=_WAITING.value,
         capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits, api_key_file=_KEYS.value,
         allowed_origins=tuple(_ORIGINS.value), host=_HOST.value, allowed_hosts=tuple(_HOSTS.value),
-        snapshot_key_file=_SNAPSHOT_KEY.value, voice=_VOICE.value, weights=_STORES.weights, entries=_STORES.entries,
+        snapshot_key_file=_SNAPSHOT_KEY.value or Options.snapshot_key_file, voice=_VOICE.value,
+        weights=_STORES.weights, entries=_STORES.entries,
     )  # fmt: skip
     if _REPLICAS.value > 1:
         if not _PORT.value:

@@ -10,12 +10,12 @@ from duplex_jax.errors import UserError
 from launch import app
 from launch.dotted import take_dotted
 
-_CONFIG = flags.DEFINE_string("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
-_MESH = flags.DEFINE_string("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
+_CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
+_MESH = app.path_flag("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
 _DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
 _FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
 _TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics and the exported model; a run goes on from it.")
+_WORKDIR = app.path_flag("workdir", None, "Checkpoints, metrics and the exported model; a run goes on from it.")
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to trace into WORKDIR/profile.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of the first process; Slurm, TPU pods and Open MPI are recognised without."

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duplex_jax.errors import UserError
+from duplex_jax.files import local_path
 
 _log = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("common.h", "decode.cc", "training.cc")]
@@ -35,8 +36,8 @@ _PARTS = ("products", "attention", "small", "head")
 
 def cache_folder() -> Path | None:
     """Where compiled programs are kept: `DUPLEX_JAX_CACHE`, or the user's cache folder; None where that is `off`."""
-    folder = os.environ.get("DUPLEX_JAX_CACHE") or os.path.expanduser("~/.cache/duplex_jax")
-    return None if folder == "off" else Path(folder)
+    folder = os.environ.get("DUPLEX_JAX_CACHE") or "~/.cache/duplex_jax"
+    return None if folder == "off" else Path(local_path(folder))
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duplex_jax.errors import UserError
+from duplex_jax.files import local_path
 from duplex_jax.model.attention import BACKENDS
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import REMAT
@@ -292,8 +293,26 @@ def _parse(kind: Any, text: str, name: str) -> Any:
         raise UserError(f"--config.{name}={text}: must be of type {kind.__name__}") from None
 
 
+def _local(config: Config) -> Config:
+    """A config whose paths are as `files.local_path` makes them.
+
+    Raises:
+        UserError: names the field with a URL.
+    """
+    for name in ("model.source", "model.tokenizer", "data.train", "data.eval", "optim.decay_from"):
+        group, field = name.split(".")
+        node = getattr(config, group)
+        value = getattr(node, field)
+        try:
+            found = local_path(value) if isinstance(value, str) else tuple(map(local_path, value))
+        except UserError as e:
+            raise UserError(f"config.{name}: {e}") from e
+        config = dataclasses.replace(config, **{group: dataclasses.replace(node, **{field: found})})
+    return config
+
+
 def check(config: Config) -> Config:
-    """The config itself, once its values make sense together.
+    """The config with its paths made local, once its values make sense together.
 
     Raises:
         UserError: names the field and what would be right.
@@ -332,7 +351,7 @@ def check(config: Config) -> Config:
         )
     if not config.model.source and config.model.shape is None:
         raise UserError("config.model: needs a source to start from, or a shape for fresh weights")
-    return config
+    return _local(config)
 
 
 def fit_batch(config: Config, spec: MeshSpec) -> Config:
