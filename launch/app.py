@@ -5,13 +5,12 @@ import difflib
 import errno
 import importlib.metadata
 import io
-import ipaddress
 import logging as std_logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -21,6 +20,7 @@ from absl import app, flags, logging
 from duplex_jax.errors import UserError
 from duplex_jax.files import local_path, locked
 from duplex_jax.model.config import STORES
+from launch import machine
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -76,6 +76,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             fail(f"cannot write the output ({e.strerror}); nothing more was printed")
         except KeyboardInterrupt:
             fail("interrupted", EXIT_INTERRUPTED)
+        except Exception:
+            if why := machine.backend_trouble():
+                fail(why)
+            raise
 
     _show_in_help(sys.modules[main.__module__])
     # A shell starts background jobs with SIGINT ignored; Ctrl-C works all the same.
@@ -85,6 +89,35 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """While this lasts Ctrl-C ends the process at once, in the midst of a compilation too.
+
+    For times in which nothing is half-written. A compiler's threads cannot be unwound: the interpreter crashes on them
+    at its end, and an exception that is raised while one of them calls back is lost.
+    """
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+
+    def watch() -> None:
+        with open(ear, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] == signal.SIGINT:
+                    _claimed.close()
+                    os.write(2, b"duplex-jax: interrupted\n")
+                    os._exit(EXIT_INTERRUPTED)
+
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="Ctrl-C", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGINT, handler)
+        os.close(mouth)
 
 
 _claimed = contextlib.ExitStack()
@@ -136,6 +169,8 @@ def keep_memory() -> None:
     the user stay.
     """
     if sys.platform != "linux" or not {"GLIBC_TUNABLES", "MIMALLOC_PURGE_DELAY"}.isdisjoint(os.environ):
+        return
+    if machine.has_accelerator():  # CUDA and libtpu bring what they need, and a step there takes little of the host
         return
     os.environ["GLIBC_TUNABLES"] = _TUNABLES
     mimalloc = _mimalloc()
@@ -225,22 +260,3 @@ def no_arguments(argv: Sequence[str]) -> None:
     """Refuses positional arguments of a job that takes none."""
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}; this job takes flags only (--help lists them)")
-
-
-def check_address(host: str, port: int, api_key_file: str | None) -> None:
-    """Refuses, before a model is loaded, an address that cannot be listened on, or that others reach without a key.
-
-    Raises:
-        UserError: says which of them.
-    """
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local and not api_key_file:
-        raise UserError(f"--host={host}: others could reach it without a key; give --api_key_file, or localhost")
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as e:
-        raise UserError(f"--host={host} --port={port}: cannot listen there ({e.strerror or e})") from e

@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import shlex
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from duplex_jax.evaluate.study import store as stores
 from duplex_jax.evaluate.study.plan import SYSTEMS, Texts, read_texts
 from duplex_jax.files import check_writable
 from launch import app
+from launch.listening import ListenFlags
 
 PARTS = ("serve", "report")
 MODES = ("duplex", "turn_based")
@@ -51,10 +51,7 @@ _MINUTES = flags.DEFINE_float("conversation_minutes", 30.0, "The longest convers
 _GRACE = flags.DEFINE_float(
     "resume_seconds", 60.0, "How long a conversation goes on without its page.", lower_bound=0.0
 )
-_HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
-_PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
-_KEYS = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.")
-_HOSTS = flags.DEFINE_list("allowed_hosts", [], "Other names under which the study is reached; * for any.")
+_LISTEN = ListenFlags(__name__, "the study")
 _PER_HOUR = flags.DEFINE_integer("participants_per_hour", 60, "Participants of one address in an hour.", lower_bound=1)
 
 
@@ -70,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def _serve(db: str) -> None:
     """Refuses what cannot be, then runs the study on its file."""
-    app.check_address(_HOST.value, _PORT.value, _KEYS.value)
+    _LISTEN.check()
     texts = read_texts(_SESSIONS.value, _CONSENT.value, _NOTE.value, _OPENINGS.value)
     app.claim(db, beside=True)
     store = stores.Store(db)
@@ -88,42 +85,35 @@ def _serve(db: str) -> None:
 
 def _run(store: stores.Store, texts: Texts) -> None:
     """Loads both models, and serves until it is stopped."""
-    from aiohttp import web
-
     from duplex_jax.decode.sampling import Sampling
     from duplex_jax.evaluate.behaviour_run import model_settings
     from duplex_jax.evaluate.study.server import StudyServer, System
     from duplex_jax.serve import build
-    from duplex_jax.serve.access import RUNNING, Access, read_keys
+    from duplex_jax.serve.access import Access, read_keys
     from duplex_jax.serve.hub import Hub
     from duplex_jax.serve.live import Settings
     from duplex_jax.serve.sessions import Limits, Sessions
 
-    access = Access(read_keys(_KEYS.value) if _KEYS.value else (), hosts=(_HOST.value, *_HOSTS.value))
+    keys = _LISTEN.api_keys.value
+    access = Access(read_keys(keys) if keys else (), hosts=(_LISTEN.host, *_LISTEN.hosts))
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
     app.use_compilation_cache()
     limits = Limits(per_client=1, session_seconds=60 * _MINUTES.value)
     systems = {}
     for s in SYSTEMS:
-        model = build.load(_MODEL[s].value, _TEMPLATE[s].value, _tell)
+        with app.ends_at_once():
+            model = build.load(_MODEL[s].value, _TEMPLATE[s].value, _tell)
         store.agree({f"{k}_{s}": v for k, v in model_settings(_MODEL[s].value, model).items()})
-        engine = build.build_engine(model, _AT_ONCE.value, _CAPACITY.value, _tell)
+        with app.ends_at_once():
+            engine = build.build_engine(model, _AT_ONCE.value, _CAPACITY.value, _tell)
         mode: Any = _MODE[s].value
         settings = Settings(mode=mode, slice_seconds=_SLICE_SECONDS.value, sampling=sampling,
                             max_tokens=_MAX_TOKENS.value)  # fmt: skip
         systems[s] = System(Sessions(Hub(engine), limits), settings)
     server = StudyServer(store, systems, texts, access=access, grace=_GRACE.value, per_hour=_PER_HOUR.value)
-    listener = socket.create_server((_HOST.value, _PORT.value))
-    port = listener.getsockname()[1]
-    told: list[object] = []
-
-    def tell(*words: object) -> None:
-        """aiohttp prints where it listens; one line of ours says what is there."""
-        if not told:
-            told.append(words)
-            _tell(f"the study listens; Ctrl-C stops it\n  page     http://{_HOST.value}:{port}/")
-
-    web.run_app(server.app(), sock=listener, print=tell, **RUNNING)
+    _LISTEN.run(
+        server.app(), lambda port: _tell(f"the study listens; Ctrl-C stops it\n  page     {_LISTEN.url('http', port)}/")
+    )
 
 
 def _tell(text: str) -> None:

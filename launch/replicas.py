@@ -26,7 +26,7 @@ from duplex_jax.serve.access import RUNNING
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.build import Options, build_server
 from duplex_jax.serve.sessions import Limits
-from launch import app
+from launch import app, machine
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -291,18 +291,18 @@ def application(options: Options, **deployed: Any) -> serve.Application:
     return cast(serve.Application, deployment.options(max_ongoing_requests=room, **deployed).bind(options))
 
 
-def run(options: Options, replicas: int, host: str, port: int) -> None:
+def run(options: Options, replicas: int, host: str, port: int, tell: Callable[[], None]) -> None:
     """Serves until it is stopped, on the Ray cluster at hand (`RAY_ADDRESS`) or a new one on this machine."""
     ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    reserved = machine.reserved(ray.cluster_resources(), replicas)
     serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
     print(f"starting {replicas} replicas", flush=True)
     try:
         try:
-            serve.run(application(options, num_replicas=replicas), name="duplex_jax", route_prefix="/")
+            serve.run(application(options, num_replicas=replicas, **reserved), name="duplex_jax", route_prefix="/")
         except RuntimeError as e:
             raise UserError(f"--replicas={replicas}: {e} More is in /tmp/ray/session_latest/logs/serve") from None
-        print(f"{options.name} listens, {replicas} replicas; Ctrl-C stops them\n  page     http://{host}:{port}/\n"
-              f"  duplex   ws://{host}:{port}/v1/duplex\n  OpenAI   http://{host}:{port}/v1", flush=True)  # fmt: skip
+        tell()
         while True:
             time.sleep(3600)
     finally:

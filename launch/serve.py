@@ -1,16 +1,14 @@
 """`duplex-jax serve`: the real-time server, its page, and the protocols that clients speak."""
 
-import socket
-
 from absl import flags
 
 from duplex_jax.errors import UserError
 from launch import app
+from launch.listening import ListenFlags
 
 _MODEL = app.path_flag("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
-_HOST = flags.DEFINE_string("host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine.")
-_PORT = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535)
+_LISTEN = ListenFlags(__name__, "this server")
 _SESSIONS = flags.DEFINE_integer("sessions", 8, "Sessions at once: rows of the batch.", lower_bound=1)
 _WAITING = flags.DEFINE_integer("waiting", 64, "Newcomers that may wait for a row.", lower_bound=0)
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a session's context; old pairs make room.", lower_bound=1)
@@ -19,11 +17,7 @@ _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of
 _PER_CLIENT = flags.DEFINE_integer("sessions_per_client", 8, "Sessions of one address.", lower_bound=1)
 _SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.", lower_bound=0.001)
 _PARKED = flags.DEFINE_float("resume_seconds", 300, "How long a session waits for a client that has gone.", 0)
-_KEYS = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.")
 _ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that may connect; * for all.")
-_HOSTS = flags.DEFINE_list(
-    "allowed_hosts", [], "Other names under which clients reach this server, as behind a proxy; * for any."
-)
 _SNAPSHOT_KEY = app.path_flag(
     "snapshot_key_file",
     None,
@@ -39,10 +33,7 @@ _VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'du
 def main(argv: list[str]) -> None:
     """Loads the model, compiles, and serves until it is stopped."""
     app.no_arguments(argv)
-    app.check_address(_HOST.value, _PORT.value, _KEYS.value)
-    from aiohttp import web
-
-    from duplex_jax.serve.access import RUNNING
+    _LISTEN.check()
     from duplex_jax.serve.build import Options, build_server
     from duplex_jax.serve.sessions import Limits
 
@@ -51,36 +42,32 @@ def main(argv: list[str]) -> None:
     )
     options = Options(
         model=_MODEL.value, template=_TEMPLATE.value, sessions=_SESSIONS.value, waiting=_WAITING.value,
-        capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits, api_key_file=_KEYS.value,
-        allowed_origins=tuple(_ORIGINS.value), host=_HOST.value, allowed_hosts=tuple(_HOSTS.value),
+        capacity=_CAPACITY.value, slice_seconds=_SLICE_SECONDS.value, limits=limits,
+        api_key_file=_LISTEN.api_keys.value, allowed_origins=tuple(_ORIGINS.value),
+        host=_LISTEN.host, allowed_hosts=_LISTEN.hosts,
         snapshot_key_file=_SNAPSHOT_KEY.value or Options.snapshot_key_file, voice=_VOICE.value,
         weights=_STORES.weights, entries=_STORES.entries,
     )  # fmt: skip
     if _REPLICAS.value > 1:
-        if not _PORT.value:
-            raise UserError("--port=0: replicas share one port, which must be named")
+        if not _LISTEN.port or _LISTEN.has_tls:
+            raise UserError("--replicas: they share one port, which must be named, and speak no TLS; end it at a proxy")
         try:
             from launch.replicas import run
         except ImportError as e:
             raise UserError(f"--replicas needs Ray Serve: pip install 'duplex-jax[ray]' ({e.name} is missing)") from e
-        run(options, _REPLICAS.value, _HOST.value, _PORT.value)
+        run(options, _REPLICAS.value, _LISTEN.host, _LISTEN.port, lambda: _tell(options.name, _LISTEN.port))
         return
-    app.use_compilation_cache()
-    server = build_server(options, lambda text: print(text, flush=True))
-    name = options.name
-    ready: list[str] = []
+    with app.ends_at_once():
+        app.use_compilation_cache()
+        server = build_server(options, lambda text: print(text, flush=True))
+    _LISTEN.run(server.app(), lambda port: _tell(options.name, port))
 
-    def told(*words: object) -> None:
-        """aiohttp prints where it listens; one line of ours says what is there."""
-        if not ready:
-            ready.append("")
-            print(f"{name} listens; Ctrl-C stops it\n  page     http://{_HOST.value}:{port}/\n"
-                  f"  duplex   ws://{_HOST.value}:{port}/v1/duplex\n  OpenAI   http://{_HOST.value}:{port}/v1",
-                  flush=True)  # fmt: skip
 
-    listener = socket.create_server((_HOST.value, _PORT.value))
-    port = listener.getsockname()[1]
-    web.run_app(server.app(), sock=listener, print=told, **RUNNING)
+def _tell(name: str, port: int) -> None:
+    """What listens, and where."""
+    web, sockets = _LISTEN.url("http", port), _LISTEN.url("ws", port)
+    print(f"{name} listens; Ctrl-C stops it\n  page     {web}/\n  duplex   {sockets}/v1/duplex\n  OpenAI   {web}/v1",
+          flush=True)  # fmt: skip
 
 
 def start() -> None:

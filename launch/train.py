@@ -1,13 +1,12 @@
 """`duplex-jax train`: one program for a laptop and a pod; `--mesh` says which."""
 
-import os
 import sys
 from pathlib import Path
 
 from absl import flags, logging
 
 from duplex_jax.errors import UserError
-from launch import app
+from launch import app, machine
 from launch.dotted import take_dotted
 
 _CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
@@ -24,36 +23,6 @@ _PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 f
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this is.")
 
 _DOTTED: list[tuple[str, str]] = []
-
-
-def prepare_devices(spec, num_processes: int) -> None:
-    """Chooses the platform before JAX looks for devices; CPU devices are pretended."""
-    import jax
-
-    if spec.platform == "cpu":
-        processes = max(1, num_processes)
-        if spec.size % processes:
-            raise UserError(f"mesh {spec.name}: {spec.size} devices do not divide by {processes} processes")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", spec.size // processes)
-    elif spec.platform == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
-
-
-def start_processes(spec) -> None:
-    """Joins the other processes of the run where there are any."""
-    import jax
-
-    if _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value or None, max(0, _PROCESS.value))
-    elif spec.hosts > 1:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as e:
-            raise UserError(
-                f"mesh {spec.name}: has {spec.hosts} hosts and the others cannot be found ({e}); start one process a "
-                "host under Slurm or on a TPU pod, or give --coordinator, --num_processes and --process_id"
-            ) from e
 
 
 def parse_profile(text: str):
@@ -88,8 +57,7 @@ def main(argv: list[str]) -> int | None:
     if config.model.shape is not None:
         parallel.check_heads(spec, config.model.shape)
     profile = parse_profile(_PROFILE.value)
-    prepare_devices(spec, _PROCESSES.value)
-    start_processes(spec)
+    machine.start(spec, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     app.use_compilation_cache()  # a run that goes on compiles nothing anew
     import jax
 

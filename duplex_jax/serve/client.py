@@ -1,9 +1,11 @@
 """A session on a server, used like one of our own: each step sends the user's slice and awaits the assistant's."""
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -36,6 +38,7 @@ class RemoteSession:
         self.url = url if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/duplex"
         self.timeline: list[SlicePair] = []
         self._patience = patience
+        self._pending: Future[Any] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._thread.start()
@@ -57,9 +60,13 @@ class RemoteSession:
         return Slice(m["slice"], m["assistant"], [], m["late"], m["context"])
 
     def close(self) -> None:
-        """Ends the session."""
+        """Ends the session, and a step that another thread waits for; says nothing where the server has gone."""
         if not self._loop.is_closed():
-            self._wait(self._end())
+            if self._pending is not None:
+                self._pending.cancel()
+            ended = asyncio.run_coroutine_threadsafe(asyncio.wait_for(self._end(), 2), self._loop)
+            with contextlib.suppress(Exception):
+                ended.result()
             self._stop()
 
     def _stop(self) -> None:
@@ -68,7 +75,7 @@ class RemoteSession:
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, self._patience), self._loop)
+        self._pending = future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, self._patience), self._loop)
         try:
             return future.result()
         except TimeoutError:

@@ -1,0 +1,123 @@
+"""Where a server of ours listens: the flags of its address, keys and TLS, its socket, and its life on it."""
+
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from duplex_jax.errors import UserError
+from launch import app
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+
+class ListenFlags:
+    """Defines the flags for a job's module.
+
+    Args:
+        module: the job's `__name__`; --help shows the flags with its own.
+        what: what clients reach, for --help.
+    """
+
+    def __init__(self, module: str, what: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._host = flags.DEFINE_string(
+            "host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine, :: with IPv6.", **here
+        )
+        self._port = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535, **here)
+        self.api_keys = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.", **here)
+        self._hosts = flags.DEFINE_list(
+            "allowed_hosts", [], f"Other names under which clients reach {what}, as behind a proxy; * for any.", **here
+        )
+        self._cert = app.path_flag("tls_cert", None, "Speak TLS: a PEM file, the certificate and its chain.", **here)
+        self._key = app.path_flag("tls_key", None, "The certificate's private key, if it is not in --tls_cert.", **here)
+        self._tls: ssl.SSLContext | None = None
+
+    @property
+    def host(self) -> str:
+        """The address, an IPv6 one without brackets."""
+        return self._host.value.strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port; 0 for a free one."""
+        return self._port.value
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The other names."""
+        return tuple(self._hosts.value)
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether clients speak TLS."""
+        return bool(self._cert.value)
+
+    def check(self) -> None:
+        """Refuses, before a model is loaded, what cannot be listened on, or what others reach without a key.
+
+        Raises:
+            UserError: says which of them.
+        """
+        try:
+            local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            local = False
+        if not local and not self.api_keys.value:
+            raise UserError(
+                f"--host={self.host}: others could reach it without a key; give --api_key_file, or localhost"
+            )
+        if self._key.value and not self.has_tls:
+            raise UserError("--tls_key needs --tls_cert, the certificate that it is of")
+        if self.has_tls:
+            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            try:
+                # Without a password callback OpenSSL would ask on the terminal.
+                self._tls.load_cert_chain(self._cert.value, self._key.value, password=lambda: "")
+            except (OSError, ValueError) as e:  # ssl's errors are OSErrors
+                why = getattr(e, "strerror", None) or e
+                raise UserError(
+                    f"--tls_cert={self._cert.value} --tls_key={self._key.value or ''}: cannot be used ({why}); give a "
+                    "certificate and its unencrypted key, both PEM"
+                ) from e
+        self.listen().close()
+
+    def listen(self) -> socket.socket:
+        """The socket, listening.
+
+        Raises:
+            UserError: the address is not this machine's, or is taken.
+        """
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family = min((f for f, *_ in found), key=lambda f: f != socket.AF_INET)
+            both = self.host == "::" and socket.has_dualstack_ipv6()
+            return socket.create_server((self.host, self.port), family=family, dualstack_ipv6=both)
+        except OSError as e:
+            raise UserError(f"--host={self.host} --port={self.port}: cannot listen there ({e.strerror or e})") from e
+
+    def url(self, scheme: str, port: int | None = None) -> str:
+        """`http` or `ws` and the address, with an `s` where clients speak TLS."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}{'s' if self.has_tls else ''}://{host}:{self.port if port is None else port}"
+
+    def run(self, application: "web.Application", tell: Callable[[int], None]) -> None:
+        """Serves until it is stopped; `tell` is called once with the port, when it listens."""
+        from aiohttp import web
+
+        from duplex_jax.serve.access import RUNNING
+
+        listener = self.listen()
+        port = listener.getsockname()[1]
+        told: list[object] = []
+
+        def once(*words: object) -> None:  # aiohttp prints where it listens; `tell` says what is there
+            if not told:
+                told.append(words)
+                tell(port)
+
+        web.run_app(application, sock=listener, ssl_context=self._tls, print=once, **RUNNING)
