@@ -7,6 +7,7 @@ never tokenised again. Control tokens enter by id only: no text that anybody typ
 
 import abc
 import dataclasses
+import enum
 import itertools
 from collections.abc import Sequence
 from typing import ClassVar
@@ -18,20 +19,35 @@ from duplex_jax.timeline import SlicePair, Timeline
 from duplex_jax.tokenizer import Tokenizer, decode, decode_bytes
 
 
+class Code(enum.IntFlag):
+    """What a token counts for in training; `data.loader` makes loss weights of it."""
+
+    IGNORED = 0
+    """No target: the user's part, markers, the opening."""
+    SPOKEN = 1
+    """The assistant's words, and the end of a slice in which it speaks."""
+    IDLE = 2
+    """A silent assistant's idle token, and the end of that slice."""
+    DECISION = 4
+    """Set beside the others at the first assistant token of a pair, where it speaks or stays idle."""
+
+
+WEIGHED = Code.SPOKEN | Code.IDLE
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """A timeline as a model sees it.
 
     Attributes:
         ids: int32 `[N]`, the whole timeline.
-        loss_weights: float32 `[N]`, the weight of predicting `ids[i]` from `ids[:i]`: assistant tokens and ends of
-            slices 1, idle (and the end that follows it) the weight asked for, everything else 0.
+        codes: uint8 `[N]`, the `Code` of predicting `ids[i]` from `ids[:i]`.
         starts: int32 `[P]`, where each pair begins; `starts[0]` is also the length of what comes before the pairs.
         decisions: int32 `[P]`, the index of each pair's first assistant token: speak or stay idle.
     """
 
     ids: np.ndarray
-    loss_weights: np.ndarray
+    codes: np.ndarray
     starts: np.ndarray
     decisions: np.ndarray
 
@@ -132,13 +148,11 @@ class Template(abc.ABC):
         words = [i for i in ids if i not in self.stop_ids]
         return decode(self.tokenizer, words) or None
 
-    def encode(
-        self, timeline: Timeline | Sequence[SlicePair], idle_weight: float = 1.0, system: str | None = None
-    ) -> Encoded:
-        """Ids, loss weights and pair boundaries of a whole timeline, for training and scoring."""
+    def encode(self, timeline: Timeline | Sequence[SlicePair], system: str | None = None) -> Encoded:
+        """Ids, codes and pair boundaries of a whole timeline, for training and scoring."""
         pairs = timeline.pairs if isinstance(timeline, Timeline) else timeline
         ids = self.start(system)
-        weights = [0.0] * len(ids)
+        codes = [Code.IGNORED] * len(ids)
         starts, decisions = [], []
         for (user, _), assistant in zip(pairs, self._assistant_parts(pairs), strict=True):
             starts.append(len(ids))
@@ -147,13 +161,16 @@ class Template(abc.ABC):
             said = [self.idle_id] if assistant is None else assistant
             closing = self.closing(said)
             ids += part + said + closing
-            weight = idle_weight if assistant is None else 1.0
-            weights += [0.0] * len(part) + [weight] * len(said)
-            weights += [weight if i == self.end_id else 0.0 for i in closing]
+            code = Code.IDLE if assistant is None else Code.SPOKEN
+            codes += [Code.IGNORED] * len(part) + [code] * len(said)
+            codes += [code if i == self.end_id else Code.IGNORED for i in closing]
+            codes[decisions[-1]] |= Code.DECISION
         return Encoded(
-            np.asarray(ids, np.int32), np.asarray(weights, np.float32),
-            np.asarray(starts, np.int32), np.asarray(decisions, np.int32),
-        )  # fmt: skip
+            np.asarray(ids, np.int32),
+            np.asarray(codes, np.uint8),
+            np.asarray(starts, np.int32),
+            np.asarray(decisions, np.int32),
+        )
 
     def _assistant_parts(self, pairs: Sequence[SlicePair]) -> list[list[int] | None]:
         """The assistant's ids of each pair; None where it is idle."""

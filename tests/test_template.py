@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import slice_ids, slice_tokens
 from duplex_jax.template import (
     TEMPLATES,
+    WEIGHED,
+    Code,
     Template,
     default_template,
     make_template,
@@ -109,30 +110,31 @@ def test_timelines_come_back(template: Template, rows: list[tuple[str | None, st
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(rows=pairs, idle_weight=st.sampled_from([0.0, 0.25, 1.0]))
-def test_loss_weights(template: Template, rows: list[tuple[str | None, str | None]], idle_weight: float):
-    """Assistant tokens and ends of slices count 1, idle what was asked, and nothing else counts."""
-    encoded = template.encode(as_pairs(rows), idle_weight)
-    assert encoded.ids.shape == encoded.loss_weights.shape
-    assert encoded.loss_weights.dtype == np.float32
+@given(rows=pairs)
+def test_codes(template: Template, rows: list[tuple[str | None, str | None]]):
+    """Assistant tokens and ends of slices are speech or silence, and nothing else counts."""
+    encoded = template.encode(as_pairs(rows))
+    assert encoded.ids.shape == encoded.codes.shape
+    assert encoded.codes.dtype == np.uint8
+    np.testing.assert_array_equal(np.flatnonzero(encoded.codes & Code.DECISION), encoded.decisions)
+    codes = encoded.codes & ~np.uint8(Code.DECISION)
     ends = [*encoded.starts[1:], len(encoded.ids)]
-    assert not encoded.loss_weights[: encoded.starts[0]].any()
+    assert not codes[: encoded.starts[0]].any()
     for (_, assistant), start, decision, end in zip(rows, encoded.starts, encoded.decisions, ends, strict=True):
-        assert not encoded.loss_weights[start:decision].any()
+        assert not codes[start:decision].any()
         said = encoded.ids[decision:end].tolist()
-        weights = encoded.loss_weights[decision:end].tolist()
-        weight = idle_weight if assistant is None else 1.0
+        code = Code.IDLE if assistant is None else Code.SPOKEN
         stop = max((i for i, t in enumerate(said) if t in template.stop_ids), default=None)
         assert stop is not None  # every slice ends with a token that is learnt
-        assert weights == [weight] * (stop + 1) + [0.0] * (len(said) - stop - 1)
+        assert codes[decision:end].tolist() == [code] * (stop + 1) + [0] * (len(said) - stop - 1)
 
 
-def test_loss_weights_of_one_example(released: Template):
-    encoded = released.encode([SlicePair("Hi there", None), SlicePair(None, " Hello")], idle_weight=0.5)
+def test_codes_of_one_example(released: Template):
+    encoded = released.encode([SlicePair("Hi there", None), SlicePair(None, " Hello")])
     hello = released.tokenizer.encode(" Hello")
-    weighted = encoded.ids[encoded.loss_weights > 0].tolist()
-    assert weighted == [122753, 2, *hello, 2]
-    assert encoded.loss_weights[encoded.loss_weights > 0].tolist() == [0.5, 0.5, *[1.0] * len(hello), 1.0]
+    codes = encoded.codes & WEIGHED
+    assert encoded.ids[codes > 0].tolist() == [122753, 2, *hello, 2]
+    assert codes[codes > 0].tolist() == [Code.IDLE, Code.IDLE, *[Code.SPOKEN] * len(hello), Code.SPOKEN]
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -16,7 +16,7 @@ from duplex_jax.data import encode, rows
 from duplex_jax.data.packing import pack
 from duplex_jax.data.rows import Document, Row
 from duplex_jax.errors import UserError
-from duplex_jax.template import Template
+from duplex_jax.template import Code, Template
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -121,7 +121,7 @@ class Tally:
         for document in row:
             self.documents += 1
             self.tokens += len(document.ids)
-            self.decisions += int((document.codes & rows.DECISION != 0).sum())
+            self.decisions += int((document.codes & Code.DECISION != 0).sum())
             tokens = self.category_tokens.get(document.category, 0)
             self.category_tokens[document.category] = tokens + len(document.ids)
 

@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 
 from duplex_jax import timeline
-from duplex_jax.data.rows import DECISION, IDLE, IGNORED, SPOKEN
 from duplex_jax.errors import UserError
 from duplex_jax.files import open_lines
 from duplex_jax.sources import locate
-from duplex_jax.template import Template, default_template, make_template, missing_tokens
+from duplex_jax.template import Code, Template, default_template, make_template, missing_tokens
 from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
 
 TURN_BASED, UNCATEGORISED = "turn_based", "uncategorised"
 CATEGORIES = (*timeline.CATEGORIES, TURN_BASED, UNCATEGORISED)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-
-# Any weight but 0 and 1 tells idle from speech in what the template gives back.
-_IDLE_MARK = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +67,10 @@ def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.Sli
 def encode_timeline(template: Template, row: timeline.Timeline, late: float = 0.0) -> Encoding:
     """A timeline's ids, what each counts for, and its pair boundaries; see `answer_late` for `late`."""
     pairs, silent = answer_late(row, late)
-    encoded = template.encode(pairs, idle_weight=_IDLE_MARK)
-    codes = np.where(encoded.loss_weights == 0, IGNORED, np.where(encoded.loss_weights == 1, SPOKEN, IDLE))
-    codes = codes.astype(np.uint8)
-    codes[encoded.decisions] |= DECISION
+    encoded = template.encode(pairs)
     for i in silent:
-        codes[encoded.decisions[i] : encoded.starts[i + 1]] = IGNORED
-    return Encoding(encoded.ids, codes, encoded.starts, row.category or UNCATEGORISED)
+        encoded.codes[encoded.decisions[i] : encoded.starts[i + 1]] = Code.IGNORED
+    return Encoding(encoded.ids, encoded.codes, encoded.starts, row.category or UNCATEGORISED)
 
 
 def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
@@ -103,13 +96,13 @@ def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tupl
             raise UserError(f"template {template.name!r} does not write a chat's turns one behind the other")
         closing = template.turn_closing()
         answer = template.tokenizer.encode(text)
-        codes += [IGNORED] * (len(prompt) - len(ids)) + [SPOKEN] * len(answer)
-        codes += [SPOKEN if i == template.end_id else IGNORED for i in closing]
+        codes += [Code.IGNORED] * (len(prompt) - len(ids)) + [Code.SPOKEN] * len(answer)
+        codes += [Code.SPOKEN if i == template.end_id else Code.IGNORED for i in closing]
         ids = [*prompt, *answer, *closing]
     if not ids:
         raise UserError("a chat without an assistant message teaches nothing; leave it out")
     if template.end_id not in template.turn_closing():  # a family that ends only the last answer
-        ids, codes = [*ids, template.end_id], [*codes, SPOKEN]
+        ids, codes = [*ids, template.end_id], [*codes, Code.SPOKEN]
     return ids, codes
 
 

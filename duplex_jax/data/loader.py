@@ -16,6 +16,7 @@ from absl import flags
 from duplex_jax.data import rows
 from duplex_jax.data.dataset import RowSource
 from duplex_jax.errors import UserError
+from duplex_jax.template import WEIGHED, Code
 
 
 @dataclasses.dataclass
@@ -67,15 +68,16 @@ class _Batches(grain.MapDataset):
 
 def to_arrays(batch: Sequence[rows.Row], idle_weight: float, evaluation: bool = False) -> dict[str, np.ndarray]:
     """Rows stacked to `[n, T]`, what each token counts for turned into its weight."""
-    table = np.array([0.0, 1.0, idle_weight, 0.0], np.float32)
+    weights = np.zeros(WEIGHED + 1, np.float32)
+    weights[[Code.SPOKEN, Code.IDLE]] = 1.0, idle_weight
     arrays = {
         "tokens": np.stack([row.tokens for row in batch]),
         "segment_ids": np.stack([row.segment_ids for row in batch]),
         "positions": np.stack([row.positions for row in batch]),
-        "loss_weights": table[np.stack([row.codes for row in batch]) & rows.WEIGHT_BITS],
+        "loss_weights": weights[np.stack([row.codes for row in batch]) & WEIGHED],
     }
     if evaluation:
-        arrays["decisions"] = np.stack([row.codes for row in batch]) & rows.DECISION != 0
+        arrays["decisions"] = np.stack([row.codes for row in batch]) & Code.DECISION != 0
         arrays["categories"] = np.stack([row.categories for row in batch])
     return arrays
 

@@ -8,11 +8,6 @@ import numpy as np
 
 from duplex_jax.errors import UserError
 
-# What a token counts for, two bits a token; a run's loss section gives idle its weight. Bit 2 marks a decision:
-# the assistant's first token of a pair, where it speaks or stays idle.
-IGNORED, SPOKEN, IDLE = 0, 1, 2
-WEIGHT_BITS, DECISION = 3, 4
-
 MAX_LENGTH = 65535
 _SEGMENT = struct.Struct("<HBI")
 
@@ -23,7 +18,7 @@ class Document:
 
     Attributes:
         ids: int32 `[n]`.
-        codes: uint8 `[n]`, what each token counts for: `IGNORED`, `SPOKEN` or `IDLE`, plus `DECISION`.
+        codes: uint8 `[n]`, the `template.Code` of each token.
         category: an index into the category names of its dataset.
         source: which conversation of the input it is, counted from 0.
     """

@@ -20,6 +20,7 @@ import numpy as np
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
+from duplex_jax.template import WEIGHED
 from duplex_jax.timeline import read_timelines
 
 _WAYS = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16"),
@@ -96,7 +97,7 @@ def _measure(
                 place = at + i + 1  # what these logits predict
                 if place in decisions:
                     silent.append(float(np.exp(log_p[i, list(model.template.stop_ids)]).sum()))
-                if place < len(ids) and one.loss_weights[place] and place not in quiet:
+                if place < len(ids) and one.codes[place] & WEIGHED and place not in quiet:
                     losses.append(-float(log_p[i, ids[place]]))
             at += len(logits)
         engine.close(row)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duplex_jax.data.packing import best_fit, pack
-from duplex_jax.data.rows import DECISION, Document, from_bytes, to_bytes, token_bytes
+from duplex_jax.data.rows import Document, from_bytes, to_bytes, token_bytes
 from duplex_jax.errors import UserError
+from duplex_jax.template import Code
 
 
 def document(n: int, source: int = 0, category: int = 0, vocab: int = 60000) -> Document:
@@ -61,7 +62,7 @@ def test_a_row_comes_back(vocab: int):
     np.testing.assert_array_equal(row.positions[:12], [*range(5), 0, *range(6)])
     np.testing.assert_array_equal(row.categories, [2] * 5 + [0] + [1] * 6 + [-1] * 4)
     assert row.sources == (1, 2, 3)
-    assert not (row.codes[12:] & DECISION).any()
+    assert not (row.codes[12:] & Code.DECISION).any()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, -1])

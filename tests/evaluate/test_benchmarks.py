@@ -135,7 +135,7 @@ def test_scored_tokens_are_the_words_of_the_choice(template_name: str, item: Ite
                 encoded = template.encode(duplex_pairs(template, item.query, choice, "seed"))
                 assert found.ids == encoded.ids[: len(found.ids)].tolist()
                 # What is scored is what training gives weight to, but for silence and ends of slices.
-                weighted = [i for i in np.flatnonzero(encoded.loss_weights) if encoded.ids[i] not in template.stop_ids]
+                weighted = [i for i in np.flatnonzero(encoded.codes) if encoded.ids[i] not in template.stop_ids]
                 assert found.scored == weighted
             else:
                 bare = template.start() + template.tokenizer.encode(item.query)
