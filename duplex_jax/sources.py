@@ -12,6 +12,7 @@ import numpy as np
 
 from duplex_jax.errors import UserError
 from duplex_jax.files import local_path
+from duplex_jax.schema import Schema, checked, read_json
 
 
 class Packaged(NamedTuple):
@@ -28,7 +29,7 @@ REGISTRY = {
     "smollm2-135m-duplex": Packaged("duplex_jax", "assets/smollm2-135m-duplex", "duplex-jax"),
 }
 
-_TOKENIZER_FILES = ("*.json", "tokenizer.model")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -56,6 +57,30 @@ def locate(name_or_path: str | Path, weights: bool = True) -> Path:
     if (path / "export").is_dir() and (path / "checkpoints").is_dir():  # a trainer's working folder
         return path / "export"
     return path
+
+
+class _Based(Schema):
+    base: str
+
+
+class _PeftBased(Schema):
+    base_model_name_or_path: str
+
+
+def base_of(path: Path) -> str | None:
+    """The model that a folder's LoRA updates were trained on, as `--model` takes it; None for no such folder.
+
+    Raises:
+        UserError: its `adapter.json` (ours) or `adapter_config.json` (PEFT's) cannot be read or names no base.
+    """
+    ours, peft = path / "adapter.json", path / "adapter_config.json"
+    if ours.is_file():
+        return checked(_Based, read_json(ours), str(ours)).base
+    if peft.is_file() and not (path / "config.json").is_file():
+        name = checked(_PeftBased, read_json(peft), str(peft)).base_model_name_or_path
+        is_repository = name.count("/") == 1 and not Path(name).expanduser().exists() and name not in REGISTRY
+        return f"hf:{name}" if is_repository and not name.startswith((".", "/", "~", "hf:")) else name
+    return None
 
 
 def _packaged(name: str) -> Path:

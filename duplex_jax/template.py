@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from duplex_jax.chat import ChatTemplate, Message, Turns, join_turns
 from duplex_jax.errors import UserError
 from duplex_jax.timeline import SlicePair, Timeline
-from duplex_jax.tokenizer import Tokenizer, decode, decode_bytes
+from duplex_jax.tokenizer import Tokenizer, decode, decode_bytes, token_names
 
 
 class Code(enum.IntFlag):
@@ -65,6 +66,9 @@ class Template(abc.ABC):
         idle_bias: the model's own, found after its training: added to the logit of idle wherever a slice begins, beside
             what a session asks for.
         in_slices: whether the model was trained on slices: it answers a turn slice by slice until it is silent.
+        chat: the model's own chat template, in which turn-based conversations are written; None where it brings none,
+            which takes the family's way.
+        turn_ends: the tokens that end a turn-based answer: the model's own, and `end_id`.
     """
 
     name: str
@@ -74,9 +78,14 @@ class Template(abc.ABC):
     end_id: int
     idle_bias: float = 0.0
     in_slices: bool = False
+    chat: ChatTemplate | None = None
+    turn_ends: frozenset[int] = frozenset()
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        source = tokenizer.config.get("chat_template")
+        if isinstance(source, str):
+            self.chat = ChatTemplate(source, tokenizer)
 
     def _id(self, token: str) -> int:
         names = self.tokens[token]
@@ -112,21 +121,49 @@ class Template(abc.ABC):
             UserError: the ids are no pair of this template.
         """
 
-    def turn_start(self, system: str | None = None) -> list[int]:
-        """Ids in front of a turn-based conversation; None asks for the family's own system prompt."""
-        return self.start(system)
+    def turns(self, messages: Sequence[Message], open_answer: bool = True) -> Turns:
+        """A turn-based conversation as ids: in the model's own chat template, else in the family's way.
+
+        Args:
+            messages: a role (`system`, `user`, `assistant`) and its text, or the ids of an assistant's words.
+            open_answer: the assistant's next message is begun at the end.
+
+        Raises:
+            UserError: an order of roles that cannot be written.
+        """
+        if self.chat is not None:
+            return self.chat.encode(messages, open_answer)
+        return self._family_turns(messages, open_answer)
+
+    def turn_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a turn-based conversation up to the assistant's next word; see `turns`."""
+        return self.turns(messages).ids
 
     @abc.abstractmethod
-    def turn_closing(self) -> list[int]:
+    def _turn_closing(self) -> list[int]:
         """Ids behind a turn-based answer's words."""
 
-    def turn_prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a turn-based conversation up to the assistant's next word; messages are (role, text)."""
-        system = messages[0][1] if messages and messages[0][0] == "system" else None
-        ids = self.turn_start(system)
-        for role, text in messages[system is not None :]:
-            ids += [*self.tokenizer.encode(text), *self.turn_closing()] if role == "assistant" else self.user_part(text)
-        return ids
+    def _words(self, text: str | Sequence[int]) -> list[int]:
+        return self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+
+    def _family_turns(self, messages: Sequence[Message], open_answer: bool) -> Turns:
+        """User and assistant in turn, behind one system prompt: what a format without roles of its own can say."""
+        messages = join_turns(messages, self.tokenizer)
+        system: str | None = None
+        if messages and messages[0][0] == "system":
+            system, messages = str(messages[0][1]), messages[1:]
+        ids, answers = self.start(system), []
+        for i, (role, text) in enumerate(messages):
+            if role != ("assistant" if i % 2 else "user"):
+                what = "a system message comes first" if role == "system" else "the user speaks first"
+                raise UserError(f"template {self.name!r} has no place for message {i} of role {role}: {what}")
+            if role == "user":
+                ids += self.user_part(str(text))
+            else:
+                words = self._words(text)
+                answers.append((len(ids), len(ids) + len(words)))
+                ids += [*words, *self._turn_closing()]
+        return Turns(ids, answers)
 
     def assistant_ids(self, message: Sequence[str]) -> list[list[int]]:
         """Ids of an assistant message given as its slices, a list a slice, without stop tokens.
@@ -236,6 +273,8 @@ class MiniCPMTemplate(Template):
         super().__init__(tokenizer)
         self.bos_id, self.end_id, self.idle_id = (self._id(token) for token in ("start", "end", "idle"))
         self._user, self._assistant = "<用户>", "<AI>"
+        if self._user in str(tokenizer.config.get("chat_template")):
+            self.chat = None  # this family's own: the same markers, with `<s>` in front as the released code has it
         self._assistant_ids = tokenizer.encode(self._assistant)
 
         broken = self._encode_text("", self._user + self._assistant, "")
@@ -291,7 +330,7 @@ class MiniCPMTemplate(Template):
                 break
         raise self._bad_pair(ids)
 
-    def turn_closing(self) -> list[int]:
+    def _turn_closing(self) -> list[int]:
         return []  # as in the released chat template
 
 
@@ -303,15 +342,12 @@ class ChatMLTemplate(Template):
 
     name = "chatml"
     tokens: ClassVar = {"open": ("<|im_start|>",), "end": ("<|im_end|>",), "idle": ("<idle>", "<file_sep>")}
-    default_system: str | None = None
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
         self._open, self.end_id, self.idle_id = (self._id(token) for token in ("open", "end", "idle"))
         self._newline = tokenizer.encode("\n")
         self._prompt = [self._open, *tokenizer.encode("assistant\n")]
-        if "<repo_name>" in tokenizer.special:  # SmolLM2 writes this system prompt where none is given
-            self.default_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def _message(self, role: str, text: str) -> list[int]:
         return [self._open, *self.tokenizer.encode(f"{role}\n{text}"), self.end_id, *self._newline]
@@ -350,11 +386,22 @@ class ChatMLTemplate(Template):
             raise self._bad_pair(ids)
         return text[len("user\n") :], tail
 
-    def turn_start(self, system: str | None = None) -> list[int]:
-        return self.start(system or self.default_system)
-
-    def turn_closing(self) -> list[int]:
+    def _turn_closing(self) -> list[int]:
         return [self.end_id, *self._newline]
+
+    def _family_turns(self, messages: Sequence[Message], open_answer: bool) -> Turns:
+        """Every message stands for itself, in whatever order."""
+        ids: list[int] = []
+        answers = []
+        for role, text in messages:
+            if role != "assistant":
+                ids += self._message(role, str(text))
+                continue
+            words = self._words(text)
+            ids += self._prompt
+            answers.append((len(ids), len(ids) + len(words)))
+            ids += [*words, *self._turn_closing()]
+        return Turns(ids + (self._prompt if open_answer else []), answers)
 
 
 class CompactTemplate(Template):
@@ -369,14 +416,15 @@ class CompactTemplate(Template):
         "user": ("<|user|>", "<s0>", "<repo_name>"),
         "assistant": ("<|assistant|>", "<s1>", "<reponame>"),
         "idle": ("<idle>", "<file_sep>"),
-        "end": ("<|im_end|>", "</s>", "<|endoftext|>"),
+        "end": ("<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>"),
     }
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
         self._user, self._assistant = self._id("user"), self._id("assistant")
         self.idle_id, self.end_id = self._id("idle"), self._id("end")
-        self._bos = [tokenizer.special["<s>"]] if "<s>" in tokenizer.special else []
+        starts = [tokenizer.special[name] for name in ("<s>", "<|begin_of_text|>") if name in tokenizer.special]
+        self._bos = starts[:1]
 
     def start(self, system: str | None = None) -> list[int]:
         return self._bos + ([*self.tokenizer.encode(system), self.end_id] if system else [])
@@ -405,21 +453,33 @@ class CompactTemplate(Template):
             tail = tail[:-1]
         return (None if head[0] == self.idle_id else decode(self.tokenizer, head[1:])), tail
 
-    def turn_closing(self) -> list[int]:
+    def _turn_closing(self) -> list[int]:
         return [self.end_id]
 
 
 TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, ChatMLTemplate, CompactTemplate)}
 
 
-def make_template(name: str, tokenizer: Tokenizer, idle_bias: float = 0.0, in_slices: bool = False) -> Template:
-    """The template of that name over a tokenizer, for a model with that bias on idle, trained on slices or not.
+def make_template(
+    name: str, tokenizer: Tokenizer, idle_bias: float = 0.0, in_slices: bool = False, ends: Sequence[int] = ()
+) -> Template:
+    """The template of that name over a tokenizer.
+
+    Args:
+        name: of `TEMPLATES`.
+        tokenizer: of the model, with every token that the template needs.
+        idle_bias: the model's own bias on idle.
+        in_slices: whether the model was trained on slices.
+        ends: the ids that end an answer, by the model's own settings; its tokenizer's end of text is one anyway.
 
     Raises:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
     """
     template = _template(name)(tokenizer)
     template.idle_bias, template.in_slices = idle_bias, in_slices
+    eos = tokenizer.special.get(token_names(tokenizer).get("eos_token", ""))
+    known = {template.end_id, *ends} | ({eos} if eos is not None else set())
+    template.turn_ends = frozenset(known - {template.idle_id})
     return template
 
 
@@ -451,5 +511,8 @@ def _template(name: str) -> type[Template]:
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """The name of the template that a vocabulary was made for."""
-    return "chatml" if "<|im_start|>" in tokenizer.special else "minicpm"
+    """The name of the template that a vocabulary was made for; the compact one stands upon any."""
+    if "<|im_start|>" in tokenizer.special:
+        return "chatml"
+    is_minicpm = "<s>" in tokenizer.special and len(tokenizer.encode("用户")) == 1
+    return "minicpm" if is_minicpm else "compact"

@@ -5,13 +5,56 @@ ordinary characters. Control tokens are reached by name only, through `special`.
 """
 
 import functools
+import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+import pydantic
 
 from duplex_jax.errors import UserError
+from duplex_jax.schema import Schema, checked, read_json, read_json_beside
+
+_log = logging.getLogger(__name__)
+_MARKER = re.compile(r"<<?\S+>>?|\[\S+\]")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_Id = Annotated[int, pydantic.Field(ge=0, lt=2**24)]
+
+
+class _AddedToken(Schema):
+    content: Annotated[str, pydantic.Field(min_length=1)]
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class _ListedToken(_AddedToken):
+    id: _Id
+
+
+class _Spec(Schema):
+    added_tokens: list[_ListedToken] = pydantic.Field(default_factory=list)
+
+
+class _NamedTemplate(Schema):
+    name: str
+    template: str
+
+
+class _Config(Schema):
+    """The fields of `tokenizer_config.json` that are read here."""
+
+    added_tokens_decoder: dict[str, _AddedToken] | None = None
+    chat_template: str | list[_NamedTemplate] | None = None
+    bos_token: str | _AddedToken | None = None
+    eos_token: str | _AddedToken | None = None
+    unk_token: str | _AddedToken | None = None
+    pad_token: str | _AddedToken | None = None
+    add_bos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
 
 
 class Tokenizer(Protocol):
@@ -23,8 +66,23 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
 
+    config: dict[str, Any]
+    """`tokenizer_config.json`, the chat template included."""
+
+    strips: dict[str, tuple[bool, bool]]
+    """Control tokens that take the whitespace on their left and right with them, where a chat template writes them."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no control token, nothing put in front or behind."""
+        ...
+
+    def encode_run(self, text: str, first: bool) -> list[int]:
+        """Ids of a run of plain text between control tokens, with the space that the vocabulary puts in front of it.
+
+        Args:
+            text: no control token is found in it.
+            first: whether nothing stands in front of it.
+        """
         ...
 
     def token_bytes(self, token: int) -> bytes:
@@ -80,29 +138,38 @@ class SentencePieceTokenizer:
     ):
         import sentencepiece
 
-        self._model = model
-        self._added = dict(added or {})
-        self._config = dict(config or {})
+        self.model = model
+        self.added = dict(added or {})
+        self.config = dict(config or {})
+        self.strips = _strips(self.config.get("added_tokens_decoder") or {})
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(model)
+            self._sp.LoadFromSerializedProto(_without_typed_markers(model, str(self.config.get("chat_template"))))
         except Exception as e:
             raise UserError(f"{where}: is no SentencePiece model; give the released tokenizer.model") from e
         n = self._sp.get_piece_size()
-        self.special = {self._sp.id_to_piece(i): i for i in range(n) if self._sp.is_control(i)} | self._added
-        self.vocab_size = max([n - 1, *self._added.values()]) + 1
-        self._dummy_prefix = self._sp.encode("a", out_type=str)[0].startswith("▁")
+        self.special = {self._sp.id_to_piece(i): i for i in range(n) if self._sp.is_control(i)} | self.added
+        self.vocab_size = max([n - 1, *self.added.values()]) + 1
+        self.dummy_prefix = "".join(self._sp.encode("a", out_type=str)).startswith("▁")
         self._names = {i: name.encode() for name, i in self.special.items()}
         self._space_bytes = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
 
     def encode(self, text: str) -> list[int]:
+        return self._encode(text, self._without_prefix if self.dummy_prefix else self._sp.encode)
+
+    def encode_run(self, text: str, first: bool) -> list[int]:
+        # As transformers' LlamaTokenizer: `legacy` puts the space in front of every run, else the text's first gets it.
+        wanted = self.config.get("add_prefix_space") is not False and (first or bool(self.config.get("legacy", False)))
+        return self._encode(text, self._sp.encode) if self.dummy_prefix and wanted else self.encode(text)
+
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         # U+2581 stands for a space inside SentencePiece; a literal one goes in as its three bytes, and comes back.
         ids: list[int] = []
         for i, part in enumerate(text.split("▁")):
             if i:
                 ids += self._space_bytes
             if part:
-                ids += self._without_prefix(part) if self._dummy_prefix else self._sp.encode(part)
+                ids += encode(part) if not i else self._without_prefix(part) if self.dummy_prefix else encode(part)
         return ids
 
     def _without_prefix(self, part: str) -> list[int]:
@@ -124,27 +191,34 @@ class SentencePieceTokenizer:
 
     def with_tokens(self, tokens: Sequence[str]) -> "SentencePieceTokenizer":
         added = {t: self.vocab_size + i for i, t in enumerate(tokens)}
-        return SentencePieceTokenizer(self._model, self._added | added, config=_with_added(self._config, added))
+        return SentencePieceTokenizer(self.model, self.added | added, config=_with_added(self.config, added))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        (folder / "tokenizer.model").write_bytes(self._model)
-        if self._added:
-            (folder / "added_tokens.json").write_text(json.dumps(self._added, indent=1, ensure_ascii=False))
-        if self._config:
-            (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=1, ensure_ascii=False))
+        (folder / "tokenizer.model").write_bytes(self.model)
+        if self.added:
+            (folder / "added_tokens.json").write_text(json.dumps(self.added, indent=1, ensure_ascii=False))
+        if self.config:
+            (folder / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1, ensure_ascii=False))
 
-    def gguf_fields(self, vocab_size: int) -> dict[str, Any]:
-        """See `gguf_fields` of this module."""
-        from sentencepiece import sentencepiece_model_pb2 as pb
 
-        proto = pb.ModelProto.FromString(self._model)  # type: ignore[attr-defined]
-        pieces = {i: (p.piece, int(p.type)) for i, p in enumerate(proto.pieces)}
-        config = {"bos_token": "<s>", "eos_token": "</s>", **self._config}
-        fields = _gguf_vocabulary(self, "llama", pieces, vocab_size, config)
-        scores = [float(p.score) for p in proto.pieces]
-        fields["tokenizer.ggml.scores"] = scores + [0.0] * (len(fields["tokenizer.ggml.tokens"]) - len(scores))
-        return fields | {"tokenizer.ggml.add_space_prefix": self._dummy_prefix}
+def _without_typed_markers(model: bytes, chat_template: str) -> bytes:
+    """A SentencePiece model whose chat markers are control pieces.
+
+    Converters give added tokens the type "user-defined", which SentencePiece finds in any text: a `<|im_start|>` that
+    somebody types would be the real one. Other user-defined pieces (HTML tags, digits) stay words.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    proto = pb.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    kinds = pb.ModelProto.SentencePiece  # type: ignore[attr-defined]
+    changed = False
+    for entry in proto.pieces:
+        if entry.type == kinds.USER_DEFINED:
+            marker = _MARKER.fullmatch(entry.piece)
+            if marker and (entry.piece.startswith("<|") or entry.piece in chat_template):
+                entry.type, changed = kinds.CONTROL, True
+    return proto.SerializeToString() if changed else model
 
 
 class HFTokenizer:
@@ -154,30 +228,46 @@ class HFTokenizer:
         spec: the parsed `tokenizer.json`.
         where: the file, for messages.
         config: `tokenizer_config.json`, kept for `save`.
+
+    Raises:
+        UserError: the tokenizers package cannot read it.
     """
 
     def __init__(self, spec: Mapping[str, Any], where: str = "tokenizer.json", config: Mapping[str, Any] | None = None):
-        import tokenizers
-
-        self._spec = dict(spec)
-        self._config = dict(config or {})
+        self.spec = dict(spec)
+        self.config = dict(config or {})
+        added = checked(_Spec, self.spec, where).added_tokens
+        self.special = {t.content: t.id for t in added}
+        self.strips = {t.content: (t.lstrip, t.rstrip) for t in added if t.lstrip or t.rstrip}
         # Without its added tokens and post-processor the tokenizer sees plain text and adds nothing to it.
-        plain = self._spec | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
-        try:
-            self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
-        except Exception as e:
-            raise UserError(f"{where}: is no tokenizer that the tokenizers package reads ({e})") from e
+        plain = self.spec | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
+        bare, scheme = _without_prefix_space(plain)
+        self._tokenizer = _backend(bare, where)
+        self._prefixing = self._tokenizer if scheme == "never" else _backend(plain, where)
+        self._prefix_scheme = scheme
         self._by_id = {i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()}
-        self._byte_level = "ByteLevel" in json.dumps(spec.get("decoder") or {})
+        self.byte_level = "ByteLevel" in json.dumps(self.spec.get("decoder") or {})
+        self._metaspace = not self.byte_level and "▁" in json.dumps(plain | {"model": None}, ensure_ascii=False)
         self._names = {i: name.encode() for name, i in self.special.items()}
-        self.vocab_size = max([*self._by_id, *self._names]) + 1
-        self._unspelled = _unspelled(set(self._by_id.values())) if self._byte_level else None
+        self.vocab_size = max([-1, *self._by_id, *self._names]) + 1
+        self._unspelled = _unspelled(set(self._by_id.values())) if self.byte_level else None
 
     def encode(self, text: str) -> list[int]:
+        return self._encode(text, self._tokenizer)
+
+    def encode_run(self, text: str, first: bool) -> list[int]:
+        prefixed = self._prefix_scheme == "always" or (self._prefix_scheme == "first" and first)
+        return self._encode(text, self._prefixing if prefixed else self._tokenizer)
+
+    def _encode(self, text: str, backend: Any) -> list[int]:
+        if self._metaspace and "▁" in text:  # stands for a space there; a literal one goes in as its bytes
+            spelled = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
+            if None not in spelled:
+                parts = [self._encode(p, self._tokenizer if i else backend) for i, p in enumerate(text.split("▁"))]
+                return [*parts[0], *(i for part in parts[1:] for i in (*spelled, *part))]
         if self._unspelled is not None:
             text = self._unspelled.sub("\ufffd", text)
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids if text else []
         if any(i in self._names for i in ids):  # a vocabulary that lists a control token among its words
             return [i for c in text for i in self._tokenizer.encode(c, add_special_tokens=False).ids]
         return ids
@@ -187,38 +277,114 @@ class HFTokenizer:
         if token in self._names:
             return self._names[token]
         piece = self._by_id.get(token, "")
-        if self._byte_level:
-            return bytes(_UNICODE_TO_BYTE[c] for c in piece)
-        if len(piece) == 6 and piece.startswith("<0x"):
+        if self.byte_level:
+            return b"".join(bytes([_UNICODE_TO_BYTE[c]]) if c in _UNICODE_TO_BYTE else c.encode() for c in piece)
+        if _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
+    def pieces(self) -> Mapping[int, str]:
+        """The vocabulary's tokens by id, control tokens that were added apart."""
+        return self._by_id
+
     def with_tokens(self, tokens: Sequence[str]) -> "HFTokenizer":
         added = {t: self.vocab_size + i for i, t in enumerate(tokens)}
-        entries = [_added_token(i, t) for t, i in added.items()]
-        spec = self._spec | {"added_tokens": [*self._spec.get("added_tokens", []), *entries]}
-        return HFTokenizer(spec, config=_with_added(self._config, added))
+        entries = [added_token(i, t) for t, i in added.items()]
+        spec = self.spec | {"added_tokens": [*self.spec.get("added_tokens", []), *entries]}
+        return HFTokenizer(spec, config=_with_added(self.config, added))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        (folder / "tokenizer.json").write_text(json.dumps(self._spec, ensure_ascii=False))
-        (folder / "tokenizer_config.json").write_text(json.dumps(self._config, indent=1, ensure_ascii=False))
-
-    def gguf_fields(self, vocab_size: int) -> dict[str, Any]:
-        """See `gguf_fields` of this module."""
-        model, splitter = self._spec["model"], self._spec.get("pre_tokenizer")
-        pre = next((name for name, known in _PRE_TOKENIZERS.items() if known == splitter), None)
-        is_bpe = model.get("type") == "BPE" and bool(model.get("merges")) and self._byte_level
-        if not is_bpe or pre is None or self._spec.get("normalizer"):
-            raise UserError("this tokenizer.json splits text in a way that has no name in GGUF; byte-level BPE as of "
-                            f"{', '.join(_PRE_TOKENIZERS)} can be written; --format=hf")  # fmt: skip
-        pieces = {i: (token, _NORMAL) for i, token in self._by_id.items()}
-        fields = _gguf_vocabulary(self, "gpt2", pieces, vocab_size, self._config)
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        return fields | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
+        (folder / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False))
+        (folder / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1, ensure_ascii=False))
 
 
-def _added_token(token: int, content: str) -> dict[str, Any]:
+def _backend(spec: Mapping[str, Any], where: str) -> Any:
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the package is no Exception
+        raise UserError(f"{where}: is no tokenizer that the tokenizers package reads ({str(e)[:200]})") from e
+
+
+def _without_prefix_space(spec: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A `tokenizer.json` that puts no space in front of a text.
+
+    SentencePiece models get that space from `Metaspace` or a `Prepend` normalizer, GPT-2's relatives from `ByteLevel`.
+    A slice begins where its text begins, so plain text goes without it.
+
+    Returns:
+        The changed file, and where the given one puts a space: `never`, in front of the `first` run of text, or
+        `always`, in front of every run between control tokens.
+    """
+    schemes: list[str] = []
+
+    def bare(step: Any) -> Any:
+        if not isinstance(step, dict):
+            return step
+        kind = step.get("type")
+        for name in ("pretokenizers", "normalizers"):
+            if kind == "Sequence" and isinstance(step.get(name), list):
+                return step | {name: [s for s in map(bare, step[name]) if s is not None]}
+        if kind == "Prepend":
+            schemes.append("always")
+            return None
+        if kind == "ByteLevel" and step.get("add_prefix_space"):
+            schemes.append("always")
+            return step | {"add_prefix_space": False}
+        if kind == "Metaspace":
+            schemes.append(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))
+            return {k: v for k, v in step.items() if k != "add_prefix_space"} | {"prepend_scheme": "never"}
+        return step
+
+    changed = {**spec, "normalizer": bare(spec.get("normalizer")), "pre_tokenizer": bare(spec.get("pre_tokenizer"))}
+    return changed, next((s for s in ("always", "first") if s in schemes), "never")
+
+
+def encode_markup(tokenizer: Tokenizer, text: str, fence: str, first: bool = True) -> list[int]:
+    """Ids of text in which control tokens are spelled out, as transformers encodes a rendered chat template.
+
+    Args:
+        tokenizer: whose names of control tokens count.
+        text: a rendered template, or a part of it.
+        fence: a character that is taken out again after control tokens were found; tokens do not reach over it.
+        first: whether the text is the first of the context, which some vocabularies put a space in front of.
+    """
+    names = sorted((n for n in tokenizer.special if len(n) > 1), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    ids: list[int] = []
+    for place, part in enumerate(parts):
+        if place % 2:
+            ids.append(tokenizer.special[part])
+            continue
+        if place and tokenizer.strips.get(parts[place - 1], (False, False))[1]:
+            part = part.lstrip()
+        if place + 1 < len(parts) and tokenizer.strips.get(parts[place + 1], (False, False))[0]:
+            part = part.rstrip()
+        for i, run in enumerate(part.split(fence)):
+            if run:
+                ids += tokenizer.encode(run) if i else tokenizer.encode_run(run, first and not place)
+    return ids
+
+
+def token_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokens that a model names by their use, as far as known: `bos_token`, `eos_token` and the like."""
+    named = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = tokenizer.config.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token is None and isinstance(tokenizer, SentencePieceTokenizer):
+            usual = {"bos_token": "<s>", "eos_token": "</s>"}.get(name)
+            token = usual if usual in tokenizer.special else None
+        if isinstance(token, str):
+            named[name] = token
+    return named
+
+
+def added_token(token: int, content: str) -> dict[str, Any]:
     """A control token's entry in `tokenizer.json`."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token, "content": content, **flags, "special": True}
@@ -229,7 +395,7 @@ def _with_added(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[str
     known = config.get("added_tokens_decoder")
     if known is None:
         return dict(config)
-    entries = {str(i): {k: v for k, v in _added_token(i, t).items() if k != "id"} for t, i in added.items()}
+    entries = {str(i): {k: v for k, v in added_token(i, t).items() if k != "id"} for t, i in added.items()}
     return {**config, "added_tokens_decoder": {**known, **entries}}
 
 
@@ -264,181 +430,72 @@ def _unspelled(vocabulary: set[str]) -> re.Pattern[str] | None:
     return re.compile("[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges) + "]")
 
 
-def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
-    """The tokenizer inside a GGUF file.
-
-    Args:
-        fields: the file's `tokenizer.*` metadata, as plain Python values.
-        where: the file, for messages.
-
-    Raises:
-        UserError: a kind of vocabulary that is not supported.
-    """
-    kind = fields.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise UserError(f"{where}: vocabulary of kind {kind!r} is not supported; 'gpt2' and 'llama' are")
-    try:
-        return _from_gguf_fields(kind, fields, where)
-    except (KeyError, ValueError, TypeError, IndexError) as e:
-        raise UserError(f"{where}: its vocabulary is incomplete ({e}); fetch it again") from e
-
-
-def _from_gguf_fields(kind: str, fields: Mapping[str, Any], where: str) -> Tokenizer:
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    types: list[int] = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    control = {t: i for i, (t, k) in enumerate(zip(tokens, types, strict=True)) if k in (3, 4)}
-    names = {
-        k: tokens[i]
-        for k in ("bos", "eos", "unknown", "padding")
-        if (i := fields.get(f"tokenizer.ggml.{k}_token_id")) is not None
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": fields.get("tokenizer.chat_template"),
-        "bos_token": names.get("bos"), "eos_token": names.get("eos"),
-        "unk_token": names.get("unknown"), "pad_token": names.get("padding"),
-    }  # fmt: skip
-    config = {k: v for k, v in config.items() if v is not None}
-    if kind == "gpt2":
-        return HFTokenizer(_byte_level_spec(fields, tokens, control, where), where, config)
-    config |= {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
-        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", True)),
-    }
-    return SentencePieceTokenizer(_sentencepiece_model(fields, tokens, types), where=where, config=config)
-
-
-# How each `tokenizer.ggml.pre` splits text before BPE. llama.cpp keeps the same list by name.
-_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-_LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _regex_split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        ],
-    }
-
-
-_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "gpt-2": _GPT2,
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _GPT2]},
-    "llama-bpe": _regex_split(_LLAMA3_REGEX),
-    "qwen2": _regex_split(_LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")),
-}
-
-
-def _byte_level_spec(
-    fields: Mapping[str, Any], tokens: Sequence[str], control: Mapping[str, int], where: str
-) -> dict[str, Any]:
-    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
-    if pre not in _PRE_TOKENIZERS:
-        raise UserError(f"{where}: pre-tokenizer {pre!r} is not supported; {', '.join(_PRE_TOKENIZERS)} are")
-    return {
-        "version": "1.0",
-        "added_tokens": [_added_token(i, t) for t, i in control.items()],
-        "normalizer": None,
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": pre == "llama-bpe",
-            "vocab": {t: i for i, t in enumerate(tokens)},
-            "merges": list(fields["tokenizer.ggml.merges"]),
-        },
-    }  # fmt: skip
-
-
-def _sentencepiece_model(fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    proto = pb.ModelProto()  # type: ignore[attr-defined]
-    scores = fields.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    for piece, score, kind in zip(tokens, scores, types, strict=True):
-        proto.pieces.add(piece=piece, score=float(score), type=int(kind))
-    proto.trainer_spec.model_type = 2  # BPE
-    proto.trainer_spec.vocab_size = len(tokens)
-    proto.trainer_spec.byte_fallback = True
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    proto.normalizer_spec.escape_whitespaces = True
-    return proto.SerializeToString()
-
-
-def gguf_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file; `from_gguf_fields` is the inverse.
-
-    Args:
-        tokenizer: byte-level BPE, or SentencePiece.
-        vocab_size: rows of the embedding; ids that the tokenizer lacks become unused tokens.
-
-    Raises:
-        UserError: a kind of vocabulary, or a way to split text, that has no name in GGUF.
-    """
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return tokenizer.gguf_fields(vocab_size)
-    if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.gguf_fields(vocab_size)
-    raise UserError(f"a {type(tokenizer).__name__} cannot be written as GGUF; --format=hf")
-
-
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
-
-
-def _gguf_vocabulary(
-    tokenizer: Tokenizer, kind: str, pieces: Mapping[int, tuple[str, int]], vocab_size: int, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What both kinds of vocabulary have; `pieces` maps ids to a token and its type."""
-    control = {i: (t, _CONTROL) for t, i in tokenizer.special.items()}
-    known = {**pieces, **control}
-    listed = [known.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(max(vocab_size, tokenizer.vocab_size))]
-    fields: dict[str, Any] = {
-        "tokenizer.ggml.model": kind,
-        "tokenizer.ggml.tokens": [t for t, _ in listed],
-        "tokenizer.ggml.token_type": [k for _, k in listed],
-        # Templates write every control token themselves.
-        "tokenizer.ggml.add_bos_token": bool(config.get("add_bos_token", False)),
-    }
-    for name, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if token in tokenizer.special:
-            fields[f"tokenizer.ggml.{theirs}_token_id"] = tokenizer.special[token]
-    if isinstance(config.get("chat_template"), str):
-        fields["tokenizer.chat_template"] = config["chat_template"]
-    return fields
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of the vocabulary: two tokenizers with the same one give every id the same meaning."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.special.items())).encode())
+    for i in range(tokenizer.vocab_size):
+        digest.update(tokenizer.token_bytes(i) + b"\xff")
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder: `tokenizer.model` (with `added_tokens.json`) or `tokenizer.json`.
 
+    A `tokenizer.model` is preferred, because its pieces are exact bytes; one that is no SentencePiece model (Llama 3's,
+    a pointer of git-lfs) gives way to the `tokenizer.json` beside it.
+
     Raises:
         UserError: neither file is there, or one cannot be read.
     """
     folder = Path(folder)
-    config = _read_json(folder / "tokenizer_config.json") or {}
-    model = folder / "tokenizer.model"
-    # A tokenizer.model is preferred: its pieces are exact bytes, and a converted tokenizer.json may not be.
+    config = _read_config(folder)
+    model, spec = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file():
-        added = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
-        added |= _read_json(folder / "added_tokens.json") or {}
-        return SentencePieceTokenizer(model.read_bytes(), added, str(model), config)
-    spec = _read_json(folder / "tokenizer.json")
-    if spec is None:
+        decoder = config.get("added_tokens_decoder") or {}
+        where = str(folder / "tokenizer_config.json")
+        ids = {i: checked(_Id, _number(i), f"{where}: added_tokens_decoder.{i}") for i in decoder}
+        added = {token["content"]: ids[i] for i, token in decoder.items()}
+        file = folder / "added_tokens.json"
+        added |= checked(dict[str, _Id], read_json_beside(file), str(file))
+        try:
+            return SentencePieceTokenizer(model.read_bytes(), added, str(model), config)
+        except UserError as e:
+            if not spec.is_file():
+                raise
+            _log.warning("%s; %s is read instead", str(e).partition(";")[0], spec.name)
+    if not spec.is_file():
         raise UserError(f"{folder}: no tokenizer there; a tokenizer.model or tokenizer.json belongs to a model")
-    return HFTokenizer(spec, str(folder / "tokenizer.json"), config)
+    return HFTokenizer(read_json(spec), str(spec), config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` with what other files say beside it: names of tokens, and the chat template."""
+    path = folder / "tokenizer_config.json"
+    config = read_json_beside(path)
+    names = read_json_beside(folder / "special_tokens_map.json")
+    config = {k: v for k, v in names.items() if k in ("bos_token", "eos_token", "unk_token", "pad_token")} | config
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        try:
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{template}: cannot read ({e}); fetch it again") from e
+    elif config.get("chat_template") is None and (folder / "chat_template.json").is_file():
+        config["chat_template"] = read_json(folder / "chat_template.json").get("chat_template")
+    read = checked(_Config, config, str(path))
+    if isinstance(read.chat_template, list):
+        named = {t.name: t.template for t in read.chat_template}
+        config["chat_template"] = named.get("default")
+    return {k: v for k, v in config.items() if k != "chat_template" or v is not None}
+
+
+def _number(text: str) -> Any:
+    return int(text) if text.isdecimal() and text.isascii() else text
+
+
+def _strips(decoder: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
+    found = {t["content"]: (bool(t.get("lstrip")), bool(t.get("rstrip"))) for t in decoder.values()}
+    return {name: sides for name, sides in found.items() if any(sides)}
 
 
 def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -447,26 +504,19 @@ def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         UserError: nothing of that name, or no tokenizer in it.
     """
-    from duplex_jax.sources import locate, read_gguf_header
+    from duplex_jax.gguf_vocabulary import from_gguf_fields
+    from duplex_jax.sources import base_of, locate, read_gguf_header
 
     path = locate(name_or_path, weights=False)
-    adapter = _read_json(path / "adapter.json")
-    if adapter is not None:  # a LoRA adapter has its base's
-        return resolve_tokenizer(adapter["base"])
+    for _ in range(8):  # an adapter has its base's
+        base = base_of(path)
+        if base is None:
+            break
+        path = locate(base, weights=False)
+    else:
+        raise UserError(f"{name_or_path}: is an adapter of an adapter, eight times over; name the base model itself")
     if path.is_dir() or path.suffix == ".safetensors":
         return load_tokenizer(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":
         return from_gguf_fields(read_gguf_header(path).fields, str(path))
     raise UserError(f"{path}: holds no tokenizer; give the model's folder or a .gguf file")
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"{path}: is no JSON ({e}); fetch it again") from e
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(row).__name__}; fetch it again")
-    return row

@@ -11,8 +11,15 @@ PACKAGES = ("duplex_jax", "data_gen", "configs", "launch")
 
 # Lower floors first; a file may import its own floor and those below it.
 FLOORS = (
-    {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.sources"},
-    {"duplex_jax.tokenizer", "duplex_jax.timeline", "duplex_jax.template", "duplex_jax.slicing"},
+    {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.schema", "duplex_jax.sources"},
+    {
+        "duplex_jax.tokenizer",
+        "duplex_jax.gguf_vocabulary",
+        "duplex_jax.chat",
+        "duplex_jax.timeline",
+        "duplex_jax.template",
+        "duplex_jax.slicing",
+    },
     {"duplex_jax.native"},
     {"duplex_jax.model"},
     {"duplex_jax.parallel", "duplex_jax.checkpoint"},

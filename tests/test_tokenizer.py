@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duplex_jax.errors import UserError
+from duplex_jax.gguf_vocabulary import from_gguf_fields
 from duplex_jax.slicing import MAX_SLICE_TOKENS, slice_ids, slice_tokens
 from duplex_jax.tokenizer import (
     Tokenizer,
     complete_utf8,
     decode,
     decode_bytes,
-    from_gguf_fields,
     load_tokenizer,
     resolve_tokenizer,
 )

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from duplex_jax.gguf_vocabulary import from_gguf_fields
 from duplex_jax.sources import locate, read_gguf_header
 from duplex_jax.template import TEMPLATES, Template, make_template, missing_tokens
-from duplex_jax.tokenizer import Tokenizer, from_gguf_fields, load_tokenizer
+from duplex_jax.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import byte_tokenizer
 
 # What somebody might type to break out of their slice.

@@ -4,16 +4,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from duplex_jax.checkpoint.names import as_dtype
+from duplex_jax.checkpoint import safetensors
+from duplex_jax.checkpoint.names import as_dtype, finite
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
 from duplex_jax.model import lora
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
+from duplex_jax.schema import Schema, checked, read_json
 
 CONFIG_FILE = "adapter.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -77,28 +80,51 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+class _Row(Schema):
+    """The fields of `adapter.json`."""
+
+    base: str
+    template: str
+    rank: Annotated[int, Field(ge=1, lt=2**16)]
+    alpha: float
+    row_ids: list[Annotated[int, Field(ge=0, lt=2**24)]]
+    idle_bias: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_config(folder: Path) -> Adapter:
+    """What an adapter's folder says beside its weights.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    path = folder / CONFIG_FILE
+    row = checked(_Row, read_json(path, "fetch or export it again"), str(path), "fetch or export it again")
+    return Adapter(**{**row.model_dump(), "row_ids": tuple(row.row_ids)})
+
+
 def read(folder: Path) -> tuple[Adapter, Params]:
     """What `save` wrote; weights in float32.
 
     Raises:
         UserError: a file is missing or broken.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        row = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        adapter = Adapter(**row | {"row_ids": tuple(row["row_ids"])})
-        flat = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise UserError(f"{folder}: is no adapter that can be read ({e}); fetch or export it again") from e
+    adapter = read_config(folder)
+    path = folder / WEIGHTS_FILE
     tree: Params = {"layers": {}}
-    for name, x in flat.items():
-        group, *rest = name.split(".")
-        node = tree.setdefault(group, {})
-        for part in rest[:-1]:
-            node = node.setdefault(part, {})
-        node[rest[-1]] = x.astype(np.float32)
+    for name, tensor in safetensors.open_file(path).items():
+        match name.split("."):
+            case ["layers", weight, ("a" | "b") as part] if len(tensor.shape) == 3:
+                tree["layers"].setdefault(weight, {})[part] = finite(tensor, name).astype(np.float32)
+            case ["rows", table] if len(tensor.shape) == 2:
+                tree.setdefault("rows", {})[table] = finite(tensor, name).astype(np.float32)
+            case _:
+                raise UserError(f"{path}: tensor {name} {list(tensor.shape)} is none of an adapter; export it again")
+    for name, w in tree["layers"].items():
+        if len(w) != 2 or w["a"].shape[2] != adapter.rank or w["b"].shape[1] != adapter.rank:
+            raise UserError(f"{path}: the update of {name} is not of rank {adapter.rank}; export it again")
+    if any(len(rows) != len(adapter.row_ids) for rows in tree.get("rows", {}).values()):
+        raise UserError(f"{path}: holds other rows than the {len(adapter.row_ids)} of row_ids; export it again")
     return adapter, tree
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from duplex_jax.checkpoint.names import DTYPES, Tensor, assemble, disassemble, parts, read_array
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_path, check_new_file, check_space
+from duplex_jax.gguf_vocabulary import gguf_fields
 from duplex_jax.model.config import ModelConfig, RopeScaling
 from duplex_jax.model.minicpm import Params
 from duplex_jax.sources import GGUFHeader, GGUFTensor, read_gguf_header
-from duplex_jax.tokenizer import Tokenizer, gguf_fields
+from duplex_jax.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "minicpm")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")

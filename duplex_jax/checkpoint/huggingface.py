@@ -10,37 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts, read_array
+from duplex_jax.checkpoint import safetensors
+from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
 from duplex_jax.errors import UserError
 from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
 from duplex_jax.model.minicpm import Params
+from duplex_jax.schema import read_json
 
 SHARD_BYTES = 2 * 2**30
 TYPES = ("auto", "minicpm")
-
-_SAFETENSORS_DTYPES = {
-    "F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"], "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: missing, unreadable, or no JSON object.
-    """
-    try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot read ({e.strerror}); a model folder has one") from e
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise UserError(f"{path}: is no JSON ({e}); fetch it again") from e
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(row).__name__}")
-    return row
 
 
 def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
@@ -70,8 +49,8 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         UserError: no weights there, or a file cannot be read.
     """
     if path.is_file():
-        return _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
-    for stem, reader in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch_file)):
+        return safetensors.open_file(path) if path.suffix == ".safetensors" else _torch_file(path)
+    for stem, reader in (("model.safetensors", safetensors.open_file), ("pytorch_model.bin", _torch_file)):
         index, single = path / f"{stem}.index.json", path / stem
         if index.is_file():
             return _sharded(index, reader)
@@ -93,46 +72,6 @@ def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
     lost = [n for n in where if n not in tensors]
     if lost:
         raise UserError(f"{index.parent / where[lost[0]]}: tensor {lost[0]} missing; {index.name} puts it there")
-    return tensors
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    # Read by hand: the library says that a file is cut off, not in which tensor. Format: safetensors' README.
-    try:
-        length = path.stat().st_size
-        with open(path, "rb") as f:
-            start = 8 + int.from_bytes(f.read(8), "little")
-            if length < 8 or start > length:
-                raise UserError(f"{path}: cut off in its header ({length} bytes); fetch it again")
-            text = f.read(start - 8)
-    except OSError as e:
-        raise UserError(f"{path}: cannot read ({e.strerror}); fetch it again") from e
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {
-            name: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(int(n) for n in e["shape"]), *map(int, e["data_offsets"]))
-            for name, e in header.items()
-        }
-    except KeyError as e:
-        raise UserError(f"{path}: tensors of dtype {e.args[0]!r} are not supported; float32 and bfloat16 are") from e
-    except (UnicodeDecodeError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: its header is no safetensors header ({e}); fetch it again") from e
-    tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-            raise UserError(
-                f"{path}: tensor {name} {list(shape)} {dtype.name} takes {math.prod(shape) * dtype.itemsize} bytes, "
-                f"and its entry says {end - begin}; fetch it again"
-            )
-        if start + end > length:
-            raise UserError(
-                f"{path}: cut off in tensor {name} {list(shape)} {dtype.name} (up to byte {start + end}; the file has "
-                f"{length}); fetch it again"
-            )
-        tensors[name] = Tensor(
-            shape, dtype, str(path), functools.partial(read_array, path, start + begin, end - begin, dtype, shape)
-        )
     return tensors
 
 

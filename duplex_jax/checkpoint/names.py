@@ -88,6 +88,27 @@ def read_array(path: Path, offset: int, size: int, dtype: np.dtype, shape: tuple
     return np.fromfile(path, np.uint8, size, offset=offset).view(dtype).reshape(shape)
 
 
+def finite(tensor: Tensor, name: str) -> np.ndarray:
+    """A tensor's values as float32 or as the file has them, every one of them a finite number.
+
+    Raises:
+        UserError: names the tensor and says how many values are not.
+    """
+    return check_finite(tensor.read(), name, tensor.where)
+
+
+def check_finite(value: np.ndarray, name: str, where: str) -> np.ndarray:
+    """See `finite`, for weights that are there already."""
+    if value.dtype.itemsize == 2:  # numpy has no fast test for bfloat16: an exponent of all ones is no number
+        exponent = 0x7F80 if value.dtype == DTYPES["bfloat16"] else 0x7C00
+        bad = int(np.count_nonzero((value.view(np.uint16) & exponent) == exponent))
+    else:
+        bad = value.size - int(np.count_nonzero(np.isfinite(value)))
+    if bad:
+        raise UserError(f"{where}: {bad} of {value.size} weights of tensor {name} are NaN or infinite; fetch it again")
+    return value
+
+
 class Part(NamedTuple):
     """One tensor elsewhere and its place here: the path in our tree, the layer (None: not stacked), its own shape."""
 
@@ -160,7 +181,7 @@ def assemble(
         node[path[-1]] = (np.zeros if padded else np.empty)(weight.shape, kind)
 
     def fill(part: Part) -> None:
-        value = tensors[part.name].read()
+        value = finite(tensors[part.name], part.name)
         leaf = get(tree, part.path)
         target = leaf[: value.shape[0]] if part.layer is None else leaf[part.layer]
         value = value.T if part.transposed else value

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from duplex_jax.checkpoint.names import pad_vocabulary
+from duplex_jax.checkpoint.names import check_finite, pad_vocabulary
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, RopeScaling
 from duplex_jax.model.minicpm import Params, abstract_params
@@ -207,4 +207,6 @@ def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -
         lambda want, found: np.broadcast_to(np.zeros((), dtype or found.dtype), want.shape), template, stored
     )
     params = restore(folder, abstract)
+    for where, value in jax.tree.leaves_with_path(params):
+        check_finite(value, jax.tree_util.keystr(where, simple=True, separator="."), str(folder))
     return pad_vocabulary(config, params, vocab_multiple)

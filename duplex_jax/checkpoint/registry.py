@@ -1,8 +1,6 @@
 """`--model` to a model in memory: whatever the source, one frozen result."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import numpy as np
 
 from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax
 from duplex_jax.checkpoint.names import as_dtype
+from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, check_space
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import Params
-from duplex_jax.sources import locate, read_gguf_header
-from duplex_jax.template import TEMPLATES, Template, default_template, make_template, missing_tokens
-from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
+from duplex_jax.template import Template
+from duplex_jax.tokenizer import Tokenizer
 
 FORMATS = ("hf", "orbax", "gguf")
 
@@ -60,83 +58,22 @@ def load_model(
     Raises:
         UserError: whatever is missing, cut off, or does not fit together.
     """
-    path = locate(name_or_path)
-    if adapter.is_adapter(path):
-        return _load_adapted(str(name_or_path), path, dtype, template, vocab_multiple)
-    kind = as_dtype(dtype)
-    row: dict[str, Any] = {}
-    generation: dict[str, Any] = {}
-    if path.suffix == ".gguf" and path.is_file():
-        config, params = gguf.load(path, kind, vocab_multiple)
-        fields = read_gguf_header(path).fields
-        duplex = (gguf.TEMPLATE_FIELD, gguf.IDLE_BIAS_FIELD, gguf.IN_SLICES_FIELD)
-        row = {"duplex": {name.removeprefix("duplex."): fields.get(name) for name in duplex}}
-    elif orbax.is_store(path):
-        config, params = orbax.load(path, kind, vocab_multiple)
-        row, generation = _side_files(path)
-    elif path.is_dir() or path.suffix in (".safetensors", ".bin"):
-        folder = path if path.is_dir() else path.parent
-        row, generation = _side_files(folder)
-        config, params = huggingface.load(path, kind, vocab_multiple)
-    else:
-        raise UserError(f"{path}: is no model; give a folder, or a .gguf or .safetensors file")
-    tokenizer = resolve_tokenizer(path)
-    name = template or _template_of(row, path) or default_template(tokenizer)
-    in_slices = _in_slices(row, name, tokenizer)
-    if missing := missing_tokens(name, tokenizer):
-        config, params, tokenizer = add_tokens(config, params, tokenizer, missing)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows; "
-                        "they do not belong together")  # fmt: skip
-    made = make_template(name, tokenizer, _idle_bias_of(row, path), in_slices)
-    return LoadedModel(str(name_or_path), config, params, tokenizer, made, generation)
-
-
-def _load_adapted(name: str, path: Path, dtype: Any, template: str | None, vocab_multiple: int) -> LoadedModel:
-    """An adapter's base with the updates merged."""
-    what, trained = adapter.read(path)
-    try:
-        base = load_model(what.base, dtype=dtype, template=template or what.template, vocab_multiple=vocab_multiple)
-    except UserError as e:
-        raise UserError(f"model {name!r} needs its base: {e}") from e
-    params = adapter.merge(path, what, base.config, base.params, trained)
-    made = make_template(base.template.name, base.tokenizer, what.idle_bias, in_slices=True)
-    return dataclasses.replace(base, name=name, params=params, template=made)
-
-
-def _side_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A folder's `config.json` and the sampling defaults of its `generation_config.json`."""
-    config = huggingface.read_json(folder / "config.json")
-    path = folder / "generation_config.json"
-    generation = huggingface.read_json(path) if path.is_file() else {}
-    return config, {k: generation[k] for k in ("temperature", "top_p", "top_k") if generation.get(k) is not None}
-
-
-def _template_of(row: dict[str, Any], path: Path) -> str | None:
-    duplex = row.get("duplex") or {}
-    name = duplex.get("template") if isinstance(duplex, dict) else None
-    if name is not None and name not in TEMPLATES:
-        where = "its metadata" if path.suffix == ".gguf" else "config.json"
-        raise UserError(f"{path}: {where} names the template {name!r}; one of {', '.join(TEMPLATES)}, or --template")
-    return name
-
-
-def _idle_bias_of(row: dict[str, Any], path: Path) -> float:
-    duplex = row.get("duplex") or {}
-    bias = (duplex.get("idle_bias") if isinstance(duplex, dict) else None) or 0.0
-    if not isinstance(bias, (int, float)) or not math.isfinite(bias):
-        raise UserError(f"{path}: duplex.idle_bias is {bias!r}; must be a number")
-    return float(bias)
-
-
-def _in_slices(row: dict[str, Any], template: str, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on slices. Files that do not say so are told by a template, or a token, that no
-    other model has."""
-    duplex = row.get("duplex")
-    if not isinstance(duplex, dict):
-        return "<idle>" in tokenizer.special
-    said = duplex.get("in_slices")
-    return said if isinstance(said, bool) else duplex.get("template") == template == "compact"
+    found = resolve(name_or_path, template)
+    path, kind, made = found.path, as_dtype(dtype), found.template
+    readers = {"gguf": gguf.load, "orbax": orbax.load, "hf": huggingface.load}
+    config, params = readers[found.kind](path, kind, vocab_multiple)
+    stored = made.tokenizer.vocab_size - len(found.added)
+    if stored > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {stored} ids and the model {config.vocab_size} rows; they do not belong "
+            "together"
+        )
+    if found.added:
+        config, params = add_rows(config, params, stored, made.tokenizer.vocab_size)
+    for folder in found.adapters:
+        what, trained = adapter.read(folder)
+        params = adapter.merge(folder, what, config, params, trained)
+    return LoadedModel(str(name_or_path), config, params, made.tokenizer, made, found.generation)
 
 
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
@@ -196,26 +133,22 @@ def save_model(
             huggingface.save_weights(aside, model.config, model.params, kind)
 
 
-def add_tokens(
-    config: ModelConfig, params: Params, tokenizer: Tokenizer, tokens: Sequence[str]
-) -> tuple[ModelConfig, Params, Tokenizer]:
-    """Adds control tokens to a vocabulary: rows that no token had so far, else new ones.
+def add_rows(config: ModelConfig, params: Params, first: int, count: int) -> tuple[ModelConfig, Params]:
+    """Makes room for tokens `first` to `count` of a vocabulary: rows that no token had so far, else new ones.
 
     A new row of the embedding, and of the head where it is untied, is the mean of the old ones: it makes the new
     token about as likely as an average one (Hewitt 2021, "Initializing new word embeddings").
 
     Returns:
-        The changed config, tree and tokenizer; the given ones stay as they are.
+        The changed config and tree; the given ones stay as they are.
     """
-    first = tokenizer.vocab_size
-    tokenizer = tokenizer.with_tokens(tokens)
-    grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, count))
     params = dict(params)
     for name in ("embed", "head"):
         if name in params:
             old = np.asarray(params[name])
             table = np.zeros((grown.padded_vocab_size, old.shape[1]), old.dtype)
             table[: config.vocab_size] = old[: config.vocab_size]
-            table[first : tokenizer.vocab_size] = old[: min(first, config.vocab_size)].mean(axis=0, dtype=np.float32)
+            table[first:count] = old[:first].mean(axis=0, dtype=np.float32)
             params[name] = table
-    return grown, params, tokenizer
+    return grown, params

@@ -12,11 +12,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.data import encode, rows
 from duplex_jax.data.packing import pack
 from duplex_jax.data.rows import Document, Row
 from duplex_jax.errors import UserError
 from duplex_jax.template import Code, Template
+from duplex_jax.tokenizer import fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -132,7 +134,7 @@ _worker_template: Template | None = None
 def _start_worker(model: str, template: str) -> None:
     global _worker_template
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_template = encode.load_template(model, template)
+    _worker_template = load_template(model, template)
 
 
 def _encode_chunk(lines: list[tuple[str, bytes]], length: int, late: float) -> list[tuple[list[encode.Part], int, str]]:
@@ -235,7 +237,7 @@ def write_packed(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a folder that does not, or remove it")
     files = encode.input_files(path)
-    made = encode.load_template(model, template)
+    made = load_template(model, template)
     tokenizer = made.tokenizer
     tally = Tally()
     categories: dict[str, int] = {}
@@ -271,7 +273,7 @@ def write_packed(
         manifest = Manifest(
             format=FORMAT, length=length, rows=tally.rows, tokens=tally.tokens, documents=tally.documents,
             conversations=tally.conversations, split=tally.split, left_out=tally.left_out, decisions=tally.decisions,
-            template=made.name, tokenizer=encode.fingerprint(tokenizer), vocab_size=tokenizer.vocab_size, model=model,
+            template=made.name, tokenizer=fingerprint(tokenizer), vocab_size=tokenizer.vocab_size, model=model,
             categories=list(categories), category_tokens=[tally.category_tokens.get(i, 0) for i in categories.values()],
             hash=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()[:16], shards=shards,
             late=late,
@@ -387,7 +389,7 @@ class MemoryRows:
             )
         check_length(length)
         self.name, self.length, self.template = str(path), length, template.name
-        self.tokenizer = encode.fingerprint(template.tokenizer)
+        self.tokenizer = fingerprint(template.tokenizer)
         self.tally = Tally()
         names: dict[str, int] = {}
         self._width = rows.token_bytes(template.tokenizer.vocab_size)
@@ -418,7 +420,7 @@ def open_rows(path: str | Path, template: Template, length: int) -> RowSource:
         return MemoryRows(path, template, length)
     source = PackedRows(path)
     manifest = source.manifest
-    if manifest.tokenizer != encode.fingerprint(template.tokenizer):
+    if manifest.tokenizer != fingerprint(template.tokenizer):
         raise UserError(
             f"{path}: was packed with the tokenizer of {manifest.model!r}, which is not the model's; "
             "pack again with the model that is trained"

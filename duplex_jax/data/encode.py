@@ -1,7 +1,6 @@
 """Conversations to documents: timelines through the template, turn-based chats as the mixed-in SFT data."""
 
 import dataclasses
-import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from duplex_jax import timeline
+from duplex_jax.chat import Message
 from duplex_jax.errors import UserError
 from duplex_jax.files import open_lines
-from duplex_jax.sources import locate
-from duplex_jax.template import Code, Template, default_template, make_template, missing_tokens
-from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
+from duplex_jax.template import Code, Template
 
 TURN_BASED, UNCATEGORISED = "turn_based", "uncategorised"
 CATEGORIES = (*timeline.CATEGORIES, TURN_BASED, UNCATEGORISED)
@@ -84,24 +82,19 @@ def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tupl
         ids and codes.
 
     Raises:
-        UserError: no assistant message in it.
+        UserError: no assistant message in it, or an order of roles that the chat template cannot write.
     """
-    ids: list[int] = []
-    codes: list[int] = []
-    for i, (role, text) in enumerate(messages):
-        if role != "assistant":
-            continue
-        prompt = template.turn_prompt(messages[:i])
-        if prompt[: len(ids)] != ids:
-            raise UserError(f"template {template.name!r} does not write a chat's turns one behind the other")
-        closing = template.turn_closing()
-        answer = template.tokenizer.encode(text)
-        codes += [Code.IGNORED] * (len(prompt) - len(ids)) + [Code.SPOKEN] * len(answer)
-        codes += [Code.SPOKEN if i == template.end_id else Code.IGNORED for i in closing]
-        ids = [*prompt, *answer, *closing]
-    if not ids:
+    asked = next((n for n in range(len(messages), 0, -1) if messages[n - 1][0] == "assistant"), 0)
+    if not asked:
         raise UserError("a chat without an assistant message teaches nothing; leave it out")
-    if template.end_id not in template.turn_closing():  # a family that ends only the last answer
+    encode = template.tokenizer.encode
+    given: list[Message] = [(role, encode(text) if role == "assistant" else text) for role, text in messages[:asked]]
+    ids, answers = template.turns(given, open_answer=False)
+    codes: list[int] = [Code.IGNORED] * len(ids)
+    for begin, end in answers:
+        ended = end < len(ids) and ids[end] in template.turn_ends
+        codes[begin : end + ended] = [Code.SPOKEN] * (end + ended - begin)
+    if answers and answers[-1][1] == len(ids):  # a family that ends only the last answer
         ids, codes = [*ids, template.end_id], [*codes, Code.SPOKEN]
     return ids, codes
 
@@ -118,13 +111,14 @@ def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: 
     ids, codes = encode_chat(template, messages)
     if len(ids) <= length:
         return [(np.asarray(ids, np.int32), np.asarray(codes, np.uint8))], 0
-    system = [m for m in messages if m[0] == "system"]
+    first = next((i for i, m in enumerate(messages) if m[0] != "system"), len(messages))
+    system = list(messages[:first])
     turns: list[list[tuple[str, str]]] = [[]]
-    for m in messages:
-        if m[0] != "system":
-            turns[-1].append(m)
-            if m[0] == "assistant":
-                turns.append([])
+    for m in messages[first:]:
+        # A part begins with words of the user, and with the instructions in front of them.
+        if turns[-1] and turns[-1][-1][0] == "assistant" and m[0] != "assistant":
+            turns.append([])
+        turns[-1].append(m)
     parts: list[Part] = []
     lost = 0
     group: list[tuple[str, str]] = []
@@ -263,30 +257,3 @@ def input_lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                         yield f"{file}:{n}", line
             except (OSError, EOFError) as e:
                 raise UserError(f"{file}: cannot be read to its end ({e}); fetch or write it again") from e
-
-
-def load_template(model: str | Path, name: str = "") -> Template:
-    """A model's template with its tokenizer, without its weights; tokens that the vocabulary lacks are added.
-
-    Args:
-        model: what `--model` takes.
-        name: of the template; by default the one that the model names, else the one its vocabulary was made for.
-    """
-    tokenizer = resolve_tokenizer(model)
-    folder = locate(model, weights=False)
-    if not name and (folder / "adapter.json").is_file():
-        name = json.loads((folder / "adapter.json").read_text())["template"]
-    if not name and (folder / "config.json").is_file():
-        duplex = json.loads((folder / "config.json").read_text()).get("duplex")
-        name = duplex.get("template", "") if isinstance(duplex, dict) else ""
-    name = name or default_template(tokenizer)
-    missing = missing_tokens(name, tokenizer)
-    return make_template(name, tokenizer.with_tokens(missing) if missing else tokenizer)
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of the vocabulary: two tokenizers with the same one give every id the same meaning."""
-    digest = hashlib.sha256(json.dumps(sorted(tokenizer.special.items())).encode())
-    for i in range(tokenizer.vocab_size):
-        digest.update(tokenizer.token_bytes(i) + b"\xff")
-    return digest.hexdigest()[:16]

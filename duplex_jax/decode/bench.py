@@ -456,7 +456,7 @@ def check_stores(precision: str, entries: str) -> None:
 def without_end(template: Template) -> Template:
     """The template with idle as its only stop: where idle is not allowed either, every slice is as long as may be."""
     template = copy.copy(template)
-    template.end_id = template.idle_id
+    template.end_id, template.turn_ends = template.idle_id, frozenset()
     return template
 
 

@@ -96,12 +96,12 @@ class Request:
     allow_idle: bool = True
 
 
-def never_sampled(config: ModelConfig, template: Template) -> np.ndarray:
-    """bool `[V]`: padding and control tokens, but for the two that end a slice."""
+def never_sampled(config: ModelConfig, template: Template, ends: Collection[int] | None = None) -> np.ndarray:
+    """bool `[V]`: padding and control tokens, but for those that `ends` a slice (by default) or a turn."""
     suppress = np.ones(config.padded_vocab_size, bool)
     suppress[: config.vocab_size] = False
     suppress[[i for i in template.tokenizer.special.values() if i < config.vocab_size]] = True
-    suppress[[i for i in template.stop_ids if i < config.vocab_size]] = False
+    suppress[[i for i in ends or template.stop_ids if i < config.vocab_size]] = False
     return suppress
 
 
@@ -198,7 +198,9 @@ class Engine:
         self._free_shadows = list(range(self._n_shadows))[::-1]
         self.rows: set[Row] = set()
         self.compilations: collections.Counter[str] = collections.Counter()
-        self._suppress = jnp.asarray(never_sampled(config, template))
+        ends = (template.stop_ids, template.turn_ends)
+        self._suppress = jnp.asarray(np.stack([never_sampled(config, template, kind) for kind in ends]))
+        self._ends = jnp.asarray([np.isin(np.arange(config.padded_vocab_size), list(kind)) for kind in ends])
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def _stored(self, params: Params, weights: str, kernels: bool) -> Params:
@@ -320,12 +322,12 @@ class Engine:
             self.encode(row, pending - self._max_feed, request.ids)
         feeds = {row: [*row.ids, *request.ids][row.cached :] for row, request in requests.items()}
         lengths = {row: row.cached + len(feed) for row, feed in feeds.items()}
-        rows, places = self._rows_input(feeds, {})
+        in_turns = {row for row, request in requests.items() if not request.allow_idle}
+        rows, places = self._rows_input(feeds, {}, in_turns)
         R, fed = len(rows.lengths), sum(map(len, feeds.values()))
         shape = next(s for s in self._feed_shapes(R) if len(s) == 2 or s[0] >= fed)
         inputs = programs.StepInput(
-            rows, np.zeros(shape, np.int32), np.zeros_like(rows.lengths), np.zeros_like(rows.active),
-            np.zeros_like(rows.temperature),
+            rows, np.zeros(shape, np.int32), np.zeros_like(rows.lengths), np.zeros_like(rows.temperature),
         )  # fmt: skip
         if len(shape) == 1:
             inputs.tokens[:fed] = [i for row in sorted(feeds, key=places.__getitem__) for i in feeds[row]]
@@ -334,7 +336,6 @@ class Engine:
             if len(shape) == 2:
                 inputs.tokens[i, : len(feed)] = feed
             inputs.counts[i] = len(feed)
-            inputs.allow_idle[i] = requests[row].allow_idle
             inputs.idle_bias[i] = row.sampling.idle_bias + self.template.idle_bias
         if self._few_rows:
             slots = self._read(max(row.cached for row in feeds))
@@ -342,9 +343,10 @@ class Engine:
             self.cache, token = program(self.params, self.cache, inputs)
             token = np.asarray(token)
             result = {row: [int(token[places[row]])] for row in feeds}
-            going = {row: first for row, (first,) in result.items() if first not in self.template.stop_ids}
+            ends = self.template.stop_ids, self.template.turn_ends
+            going = {row: first for row, (first,) in result.items() if first not in ends[row in in_turns]}
             if going and self.max_slice_tokens > 1:
-                result |= self._say(going, lengths)
+                result |= self._say(going, lengths, in_turns)
         else:
             slots = self._read(max(lengths.values()))
             program = self._program("step", slots, self.cache, R, int(np.prod(shape)))
@@ -357,9 +359,11 @@ class Engine:
             row.steps += 1
         return result
 
-    def _say(self, first: Mapping[Row, int], lengths: Mapping[Row, int]) -> dict[Row, list[int]]:
+    def _say(
+        self, first: Mapping[Row, int], lengths: Mapping[Row, int], in_turns: Collection[Row]
+    ) -> dict[Row, list[int]]:
         """The slices that begin with these tokens, in rows that have grown to these lengths."""
-        rows, places = self._rows_input(first, lengths)
+        rows, places = self._rows_input(first, lengths, in_turns)
         token = np.zeros_like(rows.lengths)
         for row, place in places.items():
             token[place] = first[row]
@@ -369,13 +373,14 @@ class Engine:
         return {row: sampled[place, : number[place]].tolist() for row, place in places.items()}
 
     def _rows_input(
-        self, active: Collection[Row], lengths: Mapping[Row, int]
+        self, active: Collection[Row], lengths: Mapping[Row, int], in_turns: Collection[Row]
     ) -> tuple[programs.RowsInput, dict[Row, int]]:
         """Rows that take part, filled up to a number that programs are compiled for, and each one's place there.
 
         Args:
             active: the rows.
             lengths: of rows that have more in the cache by now than they say.
+            in_turns: the rows that answer a turn.
         """
         B = self.cache.rows
         if self._few_rows:
@@ -386,15 +391,16 @@ class Engine:
             R, index = B, None
         place = {int(row): i for i, row in enumerate(range(B) if index is None else index)}
         rows = programs.RowsInput(
-            index, np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.uint32), np.zeros(R, np.uint32),
-            np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32), self._suppress,
+            index, np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.int32), np.zeros(R, np.uint32),
+            np.zeros(R, np.uint32), np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32),
+            self._suppress, self._ends,
         )  # fmt: skip
         for row in self.rows:
             if row.index in place:  # at rest, it gets a block of padding behind its length
                 rows.lengths[place[row.index]] = lengths.get(row, row.cached)
         places = {row: place[row.index] for row in active}
         for row, i in places.items():
-            rows.active[i] = True
+            rows.active[i], rows.in_turns[i] = True, row in in_turns
             rows.seeds[i], rows.steps[i] = row.seed, row.steps
             s = row.sampling
             rows.temperature[i], rows.top_p[i], rows.top_k[i] = s.temperature, s.top_p, s.top_k
@@ -572,7 +578,7 @@ class Engine:
         sizes: dict[str, Any] = {"slots": slots, "capacity": self.capacity}
         # By keyword, closed over: what is static in each program.
         idle: dict[str, Any] = {"idle_id": self.template.idle_id}
-        stops: dict[str, Any] = {**idle, "end_id": self.template.end_id, "max_slice_tokens": self.max_slice_tokens}
+        stops: dict[str, Any] = {**idle, "max_slice_tokens": self.max_slice_tokens}
         bodies: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
             "feed": (
                 functools.partial(programs.feed, self.config, **sizes, **idle, max_feed_tokens=self._max_feed), (1,)
@@ -617,13 +623,13 @@ class Engine:
         for slots, R in itertools.product(read, self._row_buckets):
             index = np.arange(R, dtype=np.int32)
             rows = programs.RowsInput(
-                index if self._few_rows else None, self._lengths()[:R], np.zeros(R, bool), np.zeros(R, np.uint32),
-                np.zeros(R, np.uint32), np.zeros(R, np.float32), np.ones(R, np.float32), np.zeros(R, np.int32),
-                self._suppress,
+                index if self._few_rows else None, self._lengths()[:R], np.zeros(R, bool), np.zeros(R, np.int32),
+                np.zeros(R, np.uint32), np.zeros(R, np.uint32), np.zeros(R, np.float32), np.ones(R, np.float32),
+                np.zeros(R, np.int32), self._suppress, self._ends,
             )  # fmt: skip
             for shape in self._feed_shapes(R):
                 inputs = programs.StepInput(
-                    rows, np.zeros(shape, np.int32), np.zeros(R, np.int32), np.zeros(R, bool), np.zeros(R, np.float32)
+                    rows, np.zeros(shape, np.int32), np.zeros(R, np.int32), np.zeros(R, np.float32)
                 )
                 kind = "feed" if self._few_rows else "step"
                 program = self._program(kind, slots, self.cache, R, int(np.prod(shape)))

@@ -30,7 +30,7 @@ from duplex_jax.model.minicpm import Params
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "index", "lengths", "active", "seeds", "steps", "temperature", "top_p", "top_k", "suppress",
+        "index", "lengths", "active", "in_turns", "seeds", "steps", "temperature", "top_p", "top_k", "suppress", "ends",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -42,27 +42,31 @@ class RowsInput:
         index: int32 `[R]`, which rows, each once; None for all rows of the cache in order.
         lengths: int32 `[R]`, how much of the cache is the row's.
         active: bool `[R]`, rows that take part. The others get a block of padding behind their length.
+        in_turns: int32 `[R]`, 1 for rows that answer a turn instead of a slice; their answer is never idle.
         seeds: uint32 `[R]`, each session's seed.
         steps: uint32 `[R]`, how many steps each session has taken; with the seed it makes the random key.
         temperature, top_p: float32 `[R]`, see `Sampling`.
         top_k: int32 `[R]`.
-        suppress: bool `[V]`, tokens that are never sampled: control tokens other than idle and end.
+        suppress: bool `[2, V]`, tokens that are never sampled, in slices and in turns: control tokens that end neither.
+        ends: bool `[2, V]`, tokens that end a slice, and those that end a turn.
     """
 
     index: Any
     lengths: Any
     active: Any
+    in_turns: Any
     seeds: Any
     steps: Any
     temperature: Any
     top_p: Any
     top_k: Any
     suppress: Any
+    ends: Any
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "tokens", "counts", "allow_idle", "idle_bias"],
+    data_fields=["rows", "tokens", "counts", "idle_bias"],
     meta_fields=[],
 )
 @dataclasses.dataclass
@@ -74,14 +78,12 @@ class StepInput:
         tokens: int32 `[R, T]`, ids to append, right-padded; or `[P]`, those of one row behind those of the other, the
             padding last: what a layer does to each token by itself is then done to P of them.
         counts: int32 `[R]`, how many of them are real; 0 for a row at rest.
-        allow_idle: bool `[R]`, whether the slice may be idle; a turn-based answer may not.
         idle_bias: float32 `[R]`, see `Sampling`.
     """
 
     rows: RowsInput
     tokens: Any
     counts: Any
-    allow_idle: Any
     idle_bias: Any
 
 
@@ -219,8 +221,9 @@ def feed(
 def _first_token(config: ModelConfig, params: Params, hidden: jax.Array, inputs: StepInput, idle_id: int) -> jax.Array:
     """Samples each row's first token, which may be idle, from its last hidden state `[R, D]`."""
     logits = minicpm.logits(config, params, minicpm.head_input(config, params, hidden))
-    idle = jnp.where(inputs.allow_idle, logits[:, idle_id] + inputs.idle_bias, -1e30)
-    logits = jnp.where(inputs.rows.suppress, -1e30, logits).at[:, idle_id].set(idle)
+    rows = inputs.rows
+    idle = jnp.where(rows.in_turns == 1, -1e30, logits[:, idle_id] + inputs.idle_bias)
+    logits = jnp.where(rows.suppress[rows.in_turns], -1e30, logits).at[:, idle_id].set(idle)
     return _sample(logits, 0, inputs.rows)
 
 
@@ -230,7 +233,7 @@ def _index(rows: RowsInput) -> jax.Array:
 
 def say(
     config: ModelConfig, params: Params, cache: KVCache, token: jax.Array, rows: RowsInput, *,
-    slots: int, max_slice_tokens: int, capacity: int, idle_id: int, end_id: int,
+    slots: int, max_slice_tokens: int, capacity: int, idle_id: int,
 ) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
     """Samples the rest of R rows' slices behind their first tokens. To be jitted with `cache` donated.
 
@@ -239,7 +242,7 @@ def say(
         token: int32 `[R]`, each slice's first token.
         rows: the rows, their fed tokens part of their lengths.
         max_slice_tokens: M, most tokens of a slice.
-        idle_id, end_id: the tokens that end a slice. Idle can only be a slice's first token.
+        idle_id: the token of a silent slice, of which it can only be the first.
 
     Returns:
         The cache with all sampled tokens but the last written behind each row's length. The sampled tokens, int32
@@ -252,10 +255,10 @@ def say(
         past = kv.take_rows(cache, rows.index, slots)
         buffer = _buffer(config, params, R, max(M - 1, 1), cache)
     index = jnp.arange(max(M - 1, 1))
-    suppress = rows.suppress | (jnp.arange(rows.suppress.shape[0]) == idle_id)
+    suppress = (rows.suppress | (jnp.arange(rows.suppress.shape[1]) == idle_id))[rows.in_turns]
 
     def over(token: jax.Array) -> jax.Array:
-        return (token == idle_id) | (token == end_id)
+        return rows.ends[rows.in_turns, token]
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
         i, going, *_ = state
@@ -290,7 +293,7 @@ def say(
 
 def tdm_step(
     config: ModelConfig, params: Params, cache: KVCache, inputs: StepInput, *,
-    slots: int, max_slice_tokens: int, capacity: int, idle_id: int, end_id: int,
+    slots: int, max_slice_tokens: int, capacity: int, idle_id: int,
 ) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
     """Appends each row's user slice and samples its assistant slice: `feed` and `say` in one program.
 
@@ -304,7 +307,7 @@ def tdm_step(
     rows = dataclasses.replace(inputs.rows, lengths=inputs.rows.lengths + inputs.counts)
     return say(
         config, params, cache, token, rows, slots=slots, max_slice_tokens=max_slice_tokens, capacity=capacity,
-        idle_id=idle_id, end_id=end_id,
+        idle_id=idle_id,
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def write(engine: Engine, writers: Iterable[tuple[int, Writer[T]]], rows: int) -
                 assert desk.row is not None
                 said = answers.get(desk.row, [])
                 desk.feed = []
-                ended = bool(said) and said[-1] in engine.template.stop_ids
+                ended = bool(said) and said[-1] in engine.template.turn_ends
                 desk.ids += said[:-1] if ended else said
                 room = desk.room(engine)
                 if not ended and len(desk.ids) < room:

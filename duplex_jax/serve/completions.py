@@ -120,9 +120,10 @@ class _Answer:
         engine, row = self._engine, self._row
         while self._left > 0:
             said = engine.advance({row: Request(self._feed, allow_idle=False)})[row]
-            words = [i for i in said if i != engine.template.end_id][: self._left]
+            ends = engine.template.turn_ends
+            words = [i for i in said if i not in ends][: self._left]
             self._left -= len(words)
-            ended = said[-1] == engine.template.end_id and len(words) == len(said) - 1
+            ended = said[-1] in ends and len(words) == len(said) - 1
             self._feed = []
             yield words, "stop" if ended else None
             if ended:

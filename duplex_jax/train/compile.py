@@ -264,17 +264,17 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     cache = jax.tree.map(lambda x: placed(x.shape, x.dtype, ("batch", "kv_heads", None, None)), cache)
     kinds: dict[str, Any] = {
         "tokens": ((sessions, T), jnp.int32), "counts": ((sessions,), jnp.int32), "lengths": ((sessions,), jnp.int32),
-        "active": ((sessions,), jnp.bool_), "allow_idle": ((sessions,), jnp.bool_), "seeds": ((sessions,), jnp.uint32),
+        "active": ((sessions,), jnp.bool_), "in_turns": ((sessions,), jnp.int32), "seeds": ((sessions,), jnp.uint32),
         "steps": ((sessions,), jnp.uint32), "temperature": ((sessions,), jnp.float32),
         "top_p": ((sessions,), jnp.float32), "top_k": ((sessions,), jnp.int32),
         "idle_bias": ((sessions,), jnp.float32),
     }  # fmt: skip
     inputs = {k: placed(shape, kind, ("batch",) + (None,) * (len(shape) - 1)) for k, (shape, kind) in kinds.items()}
-    apart = ("tokens", "counts", "allow_idle", "idle_bias")
-    suppress = placed((model.padded_vocab_size,), jnp.bool_, (None,))
-    rows = RowsInput(None, **{k: v for k, v in inputs.items() if k not in apart}, suppress=suppress)
+    apart = ("tokens", "counts", "idle_bias")
+    suppress = placed((2, model.padded_vocab_size), jnp.bool_, (None, None))
+    rows = RowsInput(None, **{k: v for k, v in inputs.items() if k not in apart}, suppress=suppress, ends=suppress)
     step_input = StepInput(rows, **{k: inputs[k] for k in apart})
-    step = functools.partial(tdm_step, model, slots=slots, max_slice_tokens=M, capacity=capacity, idle_id=3, end_id=2)
+    step = functools.partial(tdm_step, model, slots=slots, max_slice_tokens=M, capacity=capacity, idle_id=3)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=1).lower(params, cache, step_input)
         tokens = sessions * (T + M)

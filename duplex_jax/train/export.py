@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from duplex_jax.checkpoint import adapter
 from duplex_jax.checkpoint.orbax import quiet
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
-from duplex_jax.data import encode
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.errors import UserError
 from duplex_jax.model import lora
 from duplex_jax.model.minicpm import Params
@@ -138,7 +138,7 @@ def _from_checkpoint(where: str) -> tuple[adapter.Adapter, Params]:
             trained = ocp.load(folder, abstract)["params"]
     except Exception as e:  # missing and cut-off files surface in every way there is
         raise UserError(f"{folder}: cannot be read ({str(e)[:200]}); give another checkpoint") from e
-    template = encode.load_template(config.model.tokenizer or config.model.source, config.model.template)
+    template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     rows = control_ids(template, config)
     if rows and len(rows) != len(trained["rows"]["embed"]):
         raise UserError(f"{folder}: holds {len(trained['rows']['embed'])} rows of control tokens and the template "

@@ -16,11 +16,13 @@ from jax.experimental import multihost_utils
 
 from duplex_jax import parallel
 from duplex_jax.checkpoint.registry import load_model
-from duplex_jax.data import dataset, encode, loader
+from duplex_jax.checkpoint.resolve import load_template
+from duplex_jax.data import dataset, loader
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_space
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.template import Template
+from duplex_jax.tokenizer import fingerprint
 from duplex_jax.train import checkpoints, flops
 from duplex_jax.train import step as steps
 from duplex_jax.train.checkpoints import Record, Store
@@ -66,7 +68,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     say("\n".join(to_lines(config)))
 
     # What is cheap to look at comes first: tokenizer and data, then shapes, and the weights last.
-    template = encode.load_template(config.model.tokenizer or config.model.source, config.model.template)
+    template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     sources = [dataset.open_rows(path, template, config.data.length) for path in config.data.train]
     held_out = [dataset.open_rows(path, template, config.data.length) for path in config.data.eval]
     params, model = load_start(config, template)
@@ -98,7 +100,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
         start=position, idle_weight=config.data.idle_weight, workers=config.data.workers,
     )  # fmt: skip
     facts = {
-        "mesh": spec.name, "template": template.name, "tokenizer": encode.fingerprint(template.tokenizer),
+        "mesh": spec.name, "template": template.name, "tokenizer": fingerprint(template.tokenizer),
         "data": [{"name": s.name, "rows": len(s), "hash": getattr(getattr(s, "manifest", None), "hash", "")}
                  for s in sources],
         "jax": jax.__version__,
@@ -214,7 +216,7 @@ def load_start(config: Config, template: Template) -> tuple[Any, ModelConfig]:
         loaded = load_model(
             chosen.source, dtype="float32", template=template.name, vocab_multiple=chosen.vocab_multiple
         )
-        if chosen.tokenizer and encode.fingerprint(loaded.tokenizer) != encode.fingerprint(template.tokenizer):
+        if chosen.tokenizer and fingerprint(loaded.tokenizer) != fingerprint(template.tokenizer):
             raise UserError(f"config.model.tokenizer={chosen.tokenizer}: is not the tokenizer of {chosen.source}, "
                             "whose weights know its own; leave model.tokenizer empty")  # fmt: skip
         return loaded.params, loaded.config

@@ -202,7 +202,7 @@ def test_written_model_comes_back(tmp_path: Path, scaled: bool, dtype: str, erro
     text = "hey the <idle> é"
     assert again.tokenizer.encode(text) == tokenizer.encode(text)
     assert 262 in tokenizer.encode(text)
-    assert again.tokenizer._config["chat_template"] == "{{ messages }}"
+    assert again.tokenizer.config["chat_template"] == "{{ messages }}"
     assert read_gguf_header(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"][263:] == ["[PAD263]", "[PAD264]"]
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 

@@ -15,7 +15,7 @@ import pytest
 from duplex_jax import files, sources
 from duplex_jax.checkpoint import orbax
 from duplex_jax.checkpoint.names import as_dtype
-from duplex_jax.checkpoint.registry import LoadedModel, add_tokens, load_model, save_model
+from duplex_jax.checkpoint.registry import LoadedModel, add_rows, load_model, save_model
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig, RopeScaling, to_hf
@@ -61,7 +61,8 @@ def tiny(template: str = "chatml", config: ModelConfig = CONFIG, seed: int = 0) 
     """A small random model whose vocabulary lacks `<idle>`, with the tokens of the template added."""
     params = random_params(config, seed)
     tokenizer: Any = byte_tokenizer("<|im_start|>", "<|im_end|>")
-    config, params, tokenizer = add_tokens(config, params, tokenizer, missing_tokens(template, tokenizer))
+    first, tokenizer = tokenizer.vocab_size, tokenizer.with_tokens(missing_tokens(template, tokenizer))
+    config, params = add_rows(config, params, first, tokenizer.vocab_size)
     return LoadedModel("tiny", config, params, tokenizer, make_template(template, tokenizer), {"temperature": 0.8})
 
 
@@ -251,7 +252,7 @@ def test_download_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(huggingface_hub, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("hf:owner/name").config.vocab_size == 259
-    assert asked[0] == ["*.json", "tokenizer.model", "*.safetensors"]
+    assert asked[0] == ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
     assert resolve_tokenizer("hf:owner/name").vocab_size == 259
     assert asked[-1] == ["*.json", "tokenizer.model"]
 

@@ -13,7 +13,7 @@ import pytest
 from duplex_jax import sources
 from duplex_jax.checkpoint import adapter
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
-from duplex_jax.data.encode import load_template
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession

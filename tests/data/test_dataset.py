@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.data import dataset, encode
 from duplex_jax.errors import UserError
 from tests import made_timelines
@@ -30,7 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 def test_packed_once_or_on_the_spot_is_the_same(packed: tuple[Path, Path, Path]):
     data, model, out = packed
-    template = encode.load_template(str(model), "compact")
+    template = load_template(str(model), "compact")
     source = dataset.open_rows(out, template, 256)
     rows_equal(source, dataset.open_rows(data, template, 256))
     manifest = dataset.read_manifest(out)
@@ -85,7 +86,7 @@ def test_a_damaged_shard_is_named(packed: tuple[Path, Path, Path], tmp_path: Pat
 
 def test_what_does_not_fit_is_refused(packed: tuple[Path, Path, Path]):
     _, model, out = packed
-    compact, chatml = (encode.load_template(str(model), name) for name in ("compact", "chatml"))
+    compact, chatml = (load_template(str(model), name) for name in ("compact", "chatml"))
     with pytest.raises(UserError, match="rows of 256 tokens and the config 128"):
         dataset.open_rows(out, compact, 128)
     with pytest.raises(UserError, match="packed with template 'compact' and the model has 'chatml'"):

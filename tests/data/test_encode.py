@@ -11,6 +11,7 @@ from duplex_jax.data import encode
 from duplex_jax.errors import UserError
 from duplex_jax.template import WEIGHED, Code
 from duplex_jax.timeline import to_row
+from duplex_jax.tokenizer import fingerprint
 from tests import made_timelines
 
 
@@ -136,5 +137,5 @@ def test_a_bad_line_is_named(line: str, message: str):
 def test_fingerprints_tell_vocabularies_apart():
     template = made_timelines.template()
     grown = template.tokenizer.with_tokens(["<new>"])
-    assert encode.fingerprint(template.tokenizer) == encode.fingerprint(made_timelines.template("chatml").tokenizer)
-    assert encode.fingerprint(template.tokenizer) != encode.fingerprint(grown)
+    assert fingerprint(template.tokenizer) == fingerprint(made_timelines.template("chatml").tokenizer)
+    assert fingerprint(template.tokenizer) != fingerprint(grown)

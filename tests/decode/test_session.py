@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from duplex_jax.chat import Message
 from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.registry import LoadedModel
 from duplex_jax.decode.engine import Engine, EngineFull, Request, Row
@@ -567,13 +568,15 @@ def test_turns_and_their_refusals(engine: Engine):
     """A turn-based answer is never idle, keeps to its limit, and the next query follows it."""
     engine.template = tiny_model("chatml").template
     session = TurnSession(engine, seed=2, sampling=Sampling(temperature=1, top_p=1, idle_bias=100))
-    ids = engine.template.turn_start()
+    told: list[Message] = []
     for query, limit in (("a?", 13), ("b?", 4), ("c?", 30)):
         parts = list(session.reply(query, limit))
         answer = [i for part in parts for i in part]
         assert len(answer) <= limit
         assert not {engine.template.idle_id, END} & set(answer)
-        ids += [*engine.template.user_part(query), *answer, *engine.template.turn_closing()]
+        told.append(("user", query))
+        ids = [*engine.template.turn_prompt(told), *answer]
+        told.append(("assistant", answer))
         assert session._row.ids == ids
         np.testing.assert_allclose(
             engine.logits(session._row)[:262], fresh_forward()(ids)[:262], atol=2e-4, rtol=2e-4
@@ -588,8 +591,7 @@ def test_turns_go_on_without_end(engine: Engine):
     """Whole old rounds go before the context is full, no more of them than the answer needs."""
     engine.template = tiny_model("chatml").template
     session = TurnSession(engine, sampling=Sampling(temperature=1, top_p=1))
-    start, part = engine.template.turn_start(), engine.template.user_part
-    rounds: list[list[int]] = []
+    rounds: list[list[Message]] = []
     for number in range(12):
         query = f"{number} " + "q" * 10 * (number % 4)
         before, room = session.dropped, session.room(query)
@@ -598,12 +600,11 @@ def test_turns_go_on_without_end(engine: Engine):
         assert (session.dropped > before) == (room < 40)
         answer = [i for ids in session.reply(query, limit) for i in ids]
         assert len(answer) <= 40
-        rounds.append([*part(query), *answer, *engine.template.turn_closing()])
-        kept = list(itertools.chain.from_iterable(rounds[session.dropped :]))
-        assert session._row.ids == [*start, *kept]
+        kept = itertools.chain.from_iterable(rounds[session.dropped :])
+        assert session._row.ids == [*engine.template.turn_prompt([*kept, ("user", query)]), *answer]
+        rounds.append([("user", query), ("assistant", answer)])
         np.testing.assert_allclose(
             engine.logits(session._row)[:262], fresh_forward()(session._row.ids)[:262], atol=2e-4, rtol=2e-4
         )  # fmt: skip
     assert session.dropped > 3
     assert session.make_room("q", 1000) >= engine.capacity // 4  # a long answer takes no more room than that
-    assert session._row.ids != start

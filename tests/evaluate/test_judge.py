@@ -15,7 +15,7 @@ from data_gen.client import Client
 from duplex_jax.checkpoint.registry import save_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, TurnSession
+from duplex_jax.decode.session import DuplexSession, TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
@@ -355,18 +355,21 @@ def test_what_was_said_elsewhere_stands_in_the_context(model: Engine):
     turns = TurnSession(model)
     turns.say("a?", "b")
     turns.say("c?", "d")
-    messages = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
-    assert turns._row.ids == template.turn_prompt(messages)
+    messages = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d"), ("user", "e?")]
     room = turns.room("e?")
     turns.ask("e?", room)
+    said = step_turns([turns])[turns]
+    assert turns._row.ids == [*template.turn_prompt(messages), *said]
     assert turns.forget()
-    assert turns._row.ids == template.turn_prompt(messages[2:])
-    assert turns.room("e?") > room
+    assert turns.room("e?") > room - len(said) - len(template.turn_prompt([("user", "e?")]))
     assert turns.room("x" * 600) < 1
-    assert turns.forget()
-    assert turns.forget()
+    turns.ask("f?", 1)
+    said_then = step_turns([turns])[turns]
+    whole = [*messages[2:], ("assistant", said), ("user", "f?")]
+    assert turns._row.ids == [*template.turn_prompt(whole), *said_then]
+    for _ in range(3):
+        assert turns.forget()
     assert not turns.forget()
-    assert turns._row.ids == template.turn_start()
     turns.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from duplex_jax.checkpoint import adapter
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
-from duplex_jax.data import encode
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.errors import UserError
 from duplex_jax.model import minicpm
 from duplex_jax.train import loop
@@ -51,7 +51,7 @@ def test_lora_exported(base: Path, tmp_path: Path, merge: bool):
     np.testing.assert_allclose(logits(again.config, again.params), wanted, rtol=1e-4, atol=1e-4)
     assert np.abs(logits(loaded.config, loaded.params) - wanted).max() > 1e-2
     assert again.template.name == loaded.template.name
-    assert encode.load_template(tmp_path / "run").name == loaded.template.name
+    assert load_template(tmp_path / "run").name == loaded.template.name
     assert adapter.is_adapter(tmp_path / "run" / "export") != merge
 
 

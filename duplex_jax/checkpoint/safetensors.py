@@ -1,0 +1,91 @@
+"""Reads a `.safetensors` file's header and opens its tensors.
+
+By hand, because the library says that a file is cut off and not in which tensor. Format: safetensors' README.
+"""
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from duplex_jax.checkpoint.names import DTYPES, Tensor, read_array
+from duplex_jax.errors import UserError
+from duplex_jax.schema import Schema, checked
+
+_KINDS = {
+    "F32": DTYPES["float32"],
+    "BF16": DTYPES["bfloat16"],
+    "F16": DTYPES["float16"],
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_LONGEST_HEADER = 16 * 2**20
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(Schema):
+    dtype: str
+    shape: Annotated[list[_Size], Field(max_length=8)]
+    data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name; the header is read, the data is not.
+
+    Raises:
+        UserError: no safetensors file, cut off, or entries that do not describe the data.
+    """
+    try:
+        length = path.stat().st_size
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if length < 8 or start > length:
+                raise UserError(f"{path}: cut off in its header ({length} bytes); fetch it again")
+            if start > _LONGEST_HEADER:
+                raise UserError(f"{path}: its header takes {start} bytes, more than {_LONGEST_HEADER}; fetch it again")
+            text = f.read(start - 8)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read ({e.strerror}); fetch it again") from e
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError(f"a {type(header).__name__}")
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: its header is no safetensors header ({str(e)[:80]}); fetch it again") from e
+    header.pop("__metadata__", None)
+    entries = checked(dict[str, _Entry], header, f"{path}: its header is no safetensors header")
+    tensors = {name: _open(path, name, entry, start, length) for name, entry in entries.items()}
+    spans = sorted((*e.data_offsets, name) for name, e in entries.items() if e.data_offsets[1] > e.data_offsets[0])
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise UserError(f"{path}: tensors {first} and {second} overlap; fetch it again")
+    return tensors
+
+
+def _open(path: Path, name: str, entry: _Entry, start: int, length: int) -> Tensor:
+    if entry.dtype not in _KINDS:
+        raise UserError(f"{path}: tensors of dtype {entry.dtype[:20]!r} are not supported; float32 and bfloat16 are")
+    dtype, shape, (begin, end) = _KINDS[entry.dtype], tuple(entry.shape), entry.data_offsets
+    size = math.prod(shape) * dtype.itemsize
+    if end - begin != size:
+        raise UserError(
+            f"{path}: tensor {name} {list(shape)} {dtype.name} takes {size} bytes, and its entry says {end - begin}; "
+            "fetch it again"
+        )
+    if start + end > length:
+        raise UserError(
+            f"{path}: cut off in tensor {name} {list(shape)} {dtype.name} (up to byte {start + end}; the file has "
+            f"{length}); fetch it again"
+        )
+    read = functools.partial(read_array, path, start + begin, size, dtype, shape)
+    return Tensor(shape, dtype, str(path), read)
