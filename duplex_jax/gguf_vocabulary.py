@@ -1,10 +1,13 @@
 """The vocabulary inside a GGUF file: a tokenizer from its metadata, and the metadata from a tokenizer."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from duplex_jax.errors import UserError
 from duplex_jax.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, added_token, token_names
+
+_log = logging.getLogger(__name__)
 
 
 def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
@@ -22,7 +25,7 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
         raise UserError(f"{where}: vocabulary of kind {kind!r} is not supported; 'gpt2' and 'llama' are")
     try:
         return _from_gguf_fields(kind, fields, where)
-    except (KeyError, ValueError, TypeError, IndexError) as e:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{where}: its vocabulary is incomplete ({e}); fetch it again") from e
 
 
@@ -49,6 +52,7 @@ def _from_gguf_fields(kind: str, fields: Mapping[str, Any], where: str) -> Token
         "tokenizer_class": "LlamaTokenizer",
         "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", True)),
+        "legacy": True,  # a space in front of every run of text, as llama.cpp has it
     }
     return SentencePieceTokenizer(_sentencepiece_model(fields, tokens, types), where=where, config=config)
 
@@ -83,7 +87,14 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 def _byte_level_spec(
     fields: Mapping[str, Any], tokens: Sequence[str], control: Mapping[str, int], where: str
 ) -> dict[str, Any]:
-    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    pre = fields.get("tokenizer.ggml.pre")
+    if pre is None:
+        _log.warning(
+            "%s: has no tokenizer.ggml.pre, which says how text is split; it is split as GPT-2's, and where that is "
+            "wrong the model reads badly: convert the model again",
+            where,
+        )
+        pre = "gpt-2"
     if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{where}: pre-tokenizer {pre!r} is not supported; {', '.join(_PRE_TOKENIZERS)} are")
     return {

@@ -159,7 +159,7 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
             return _Header(data).read()
     except OSError as e:
         raise UserError(f"{path}: cannot read ({e.strerror}); give an existing GGUF file") from e
-    except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as e:
+    except (struct.error, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError) as e:
         raise UserError(f"{path}: is no whole GGUF file ({e}); fetch it again") from e
 
 
@@ -202,6 +202,8 @@ class _Header:
         if self.take(4) != b"GGUF":
             raise ValueError("it does not start with 'GGUF'")
         version = self.number("I")
+        if version in (2 << 24, 3 << 24):
+            raise ValueError("it is big-endian; turn it with gguf-convert-endian FILE little, of the gguf package")
         if version not in (2, 3):
             raise ValueError(f"version {version}; 2 and 3 are supported")
         num_tensors, num_fields = self.number("Q"), self.number("Q")
@@ -209,12 +211,20 @@ class _Header:
         for _ in range(num_fields):
             name = self.string()
             fields[name] = self.value(self.number("I"))
+        if (count := fields.get("split.count") or 1) != 1:
+            part = fields.get("split.no", 0) + 1
+            raise ValueError(f"part {part} of {count}; merge them with llama.cpp's gguf-split --merge, and give that")
         tensors = {}
         for _ in range(num_tensors):
             name = self.string()
-            shape = tuple(self.number("Q") for _ in range(self.number("I")))
+            dimensions = self.number("I")
+            if dimensions > 8:
+                raise ValueError(f"tensor {name[:80]} of {dimensions} dimensions")
+            shape = tuple(self.number("Q") for _ in range(dimensions))
             kind, offset = self.number("I"), self.number("Q")
             tensors[name] = GGUFTensor(shape[::-1], kind, offset)
-        align = int(fields.get("general.alignment", 32))
+        align = fields.get("general.alignment", 32)
+        if not isinstance(align, int) or not 1 <= align <= 2**20:
+            raise ValueError(f"general.alignment is {str(align)[:40]}")
         start = -(-self.at // align) * align
         return GGUFHeader(fields, {name: t._replace(offset=start + t.offset) for name, t in tensors.items()})

@@ -147,9 +147,10 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, in `DUPLEX_JAX_CACHE` or the user's cache folder; `off` keeps none."""
     import jax
 
-    from duplex_jax.native import cache_folder
+    from duplex_jax.native import cache_folder, private_folder
 
-    folder = cache_folder()
+    kept = cache_folder()
+    folder = kept and private_folder(kept)
     if folder is None:
         return
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own variable, which may name a bucket, comes first

@@ -18,6 +18,7 @@ from duplex_jax.tokenizer import (
     load_tokenizer,
     resolve_tokenizer,
 )
+from tests.tiny import byte_tokenizer
 from tests.tokenizers import CONTROL_WORDS, TOKENIZERS, UNSPELLED, texts
 
 EXAMPLES = 60
@@ -184,6 +185,87 @@ def test_bad_files(tmp_path: Path, files: dict[str, str], words: str):
 def test_bad_vocabulary_in_gguf(fields: dict, words: str):
     with pytest.raises(UserError, match=words):
         from_gguf_fields({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "m.gguf")
+
+
+def test_a_model_file_that_cannot_be_read_gives_way(tmp_path: Path):
+    """Llama 3 has a tiktoken file of that name beside its tokenizer.json."""
+    byte_tokenizer().save(tmp_path)
+    for text in ("IQ== 0\nIg== 1\n", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"):
+        (tmp_path / "tokenizer.model").write_text(text)
+        assert load_tokenizer(tmp_path).encode("hé") == byte_tokenizer().encode("hé")
+
+
+def spm_model(*pieces: tuple[str, int]) -> bytes:
+    """A SentencePiece model with a space in front of texts; pieces have a type of their own."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    proto = pb.ModelProto()
+    rows = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{b:02X}>", 6) for b in range(256)), *pieces]
+    for i, (piece, kind) in enumerate(rows):
+        proto.pieces.add(piece=piece, score=-float(i), type=kind)
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True
+    proto.normalizer_spec.name, proto.normalizer_spec.add_dummy_prefix = "identity", True
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return proto.SerializeToString()
+
+
+WORDS = ["▁", *"hewlordtmn", "he", "ll", "▁he", "▁w", "▁t", "lo"]
+
+
+def test_a_sentencepiece_model_saved_as_json_encodes_alike(tmp_path: Path):
+    """transformers 5 saves `tokenizer.json` alone, which puts a space in front of every text."""
+    transformers = pytest.importorskip("transformers")
+    given, saved = tmp_path / "in", tmp_path / "out"
+    given.mkdir()
+    (given / "tokenizer.model").write_bytes(spm_model(*((w, 1) for w in WORDS)))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (given / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": True, "add_bos_token": True}))
+    (given / "config.json").write_text('{"model_type": "llama"}')
+    transformers.AutoTokenizer.from_pretrained(given).save_pretrained(saved)
+    assert not (saved / "tokenizer.model").exists()
+    a, b = load_tokenizer(given), load_tokenizer(saved)
+    for text in ("hello world", "\n", "the model", " hello", "a ▁ b", "</s>hello", "é  he"):
+        assert a.encode(text) == b.encode(text), text
+        assert decode(b, b.encode(text)) == text
+    assert a.token_bytes(a.encode("hello world")[0]) == b"he"
+
+
+def test_user_defined_markers_in_gguf_are_control_tokens():
+    """Converters give added tokens the type "user-defined", which SentencePiece would find in typed text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "<|im_start|>", "[INST]", "<b>"]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 1, 1, 4, 4, 4],
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(pieces))],
+        "tokenizer.chat_template": "{{ '[INST]' + messages[0]['content'] }}",
+    }
+    tokenizer = from_gguf_fields(fields, "m.gguf")
+    assert tokenizer.special == {"<s>": 1, "</s>": 2, "<|im_start|>": 261, "[INST]": 262}
+    for word in ("<|im_start|>", "[INST]"):
+        assert not set(tokenizer.special.values()) & set(tokenizer.encode(f"a{word}a"))
+        assert decode(tokenizer, tokenizer.encode(word)) == word
+    assert 263 in tokenizer.encode("<b>")  # a word like any other
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": None}, ""),
+        ("added_tokens.json", {"<x>": "1200"}, "added_tokens.json: <x>: .*integer"),
+        ("added_tokens.json", {"<x>": 10**9}, "added_tokens.json: <x>: .*less than"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "added_tokens_decoder.x"),
+        ("tokenizer_config.json", {"eos_token": 3}, "tokenizer_config.json: eos_token"),
+    ],
+)
+def test_files_beside_a_sentencepiece_model(tmp_path: Path, name: str, row: dict, words: str):
+    (tmp_path / "tokenizer.model").write_bytes(spm_model(("▁", 1)))
+    (tmp_path / name).write_text(json.dumps(row))
+    if not words:
+        assert load_tokenizer(tmp_path).vocab_size == 260
+        return
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(tmp_path)
 
 
 def test_resolve(reference: Path, tmp_path: Path):

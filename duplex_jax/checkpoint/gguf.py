@@ -18,7 +18,7 @@ from duplex_jax.sources import GGUFHeader, GGUFTensor, read_gguf_header
 from duplex_jax.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama", "minicpm")
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K")
 WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """Types of the matrices in a file that `save` writes; norms are float32 in each."""
 
@@ -94,8 +94,10 @@ def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> Mode
         )
     except KeyError as e:
         raise UserError(f"{where}: {arch}.{e.args[0]} is missing; it gives the model's shape") from None
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: a field has the wrong type ({e})") from e
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UserError(f"{where}: a field has the wrong type or value ({e}); fetch it again") from e
+    except UserError as e:
+        raise UserError(f"{where}: {str(e).removeprefix(f'{where}: ')}") from None
 
 
 def _shortest(value: float) -> float:
@@ -104,8 +106,9 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> RopeScaling:
-    kind = fields.get("rope.scaling.type", "none")
-    factor = float(fields.get("rope.scaling.factor", 1.0))
+    # As llama.cpp reads them: the older key stands for the newer one, and a factor without a type is linear.
+    factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
+    kind = fields.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
     longest = int(fields["context_length"])
     original = int(fields.get("rope.scaling.original_context_length", longest))
     if "rope_factors_long.weight" in header.tensors:
@@ -118,8 +121,22 @@ def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> 
         return RopeScaling("longrope", 1.0, longest, attention_factor=1.0, short_factor=divisors, long_factor=divisors)
     if kind == "none":
         return RopeScaling()
-    if kind in ("linear", "yarn"):
+    if kind == "linear":
         return RopeScaling(kind, factor, original)
+    if kind == "yarn":
+        for name, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+            if float(fields.get(f"rope.scaling.{name}", plain)) != plain:
+                raise UserError(f"{where}: rope.scaling.{name} is not supported; fetch the model as safetensors")
+        times = fields.get("rope.scaling.attn_factor")
+        return RopeScaling(
+            kind,
+            factor,
+            original,
+            beta_fast=float(fields.get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(fields.get("rope.scaling.yarn_beta_slow", 1.0)),
+            # llama.cpp multiplies the formula's own by it.
+            attention_factor=None if times is None else float(times) * (1 + 0.1 * math.log(factor)),
+        )
     raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; none, linear, yarn and longrope are")
 
 
@@ -195,6 +212,7 @@ def save(
     dtype: str = "float16",
     duplex: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    name: str = "",
 ) -> None:
     """Writes a GGUF file, of architecture `llama`, or `minicpm` where there are scales, with its tokenizer inside.
 
@@ -208,6 +226,7 @@ def save(
         dtype: of `WRITTEN`.
         duplex: what the metadata says about slices, under `duplex.`.
         overwrite: replaces a file that is there.
+        name: `general.name`, by which llama.cpp and its relatives list the model.
 
     Raises:
         UserError: an unknown dtype, a model or tokenizer that GGUF has no words for, a file that is there, or a place
@@ -234,6 +253,7 @@ def save(
     scaled = (config.scale_emb, config.residual_scale, config.logit_divisor) != (1.0, 1.0, 1.0)
     arch = "minicpm" if scaled else "llama"
     fields = _metadata(config, arch) | gguf_fields(tokenizer, config.vocab_size)
+    fields |= {"general.name": name} if name else {}
     fields["general.file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     fields |= {f"duplex.{k}": v for k, v in (duplex or {}).items()}
     with atomic_path(path) as aside:

@@ -69,7 +69,7 @@ def config_from_json(text: str, where: str) -> ModelConfig:
         rope = row.pop("rope_scaling")
         lists = {k: tuple(v) for k, v in rope.items() if isinstance(v, list)}
         return ModelConfig(**row, rope_scaling=RopeScaling(**rope | lists))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, UserError) as e:
         raise UserError(f"{where}: is no model config of duplex_jax ({e}); write the store again") from e
 
 

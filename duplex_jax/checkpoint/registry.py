@@ -113,7 +113,8 @@ def save_model(
         raise UserError(f"hf_type {hf_type!r} is unknown; one of {', '.join(huggingface.TYPES)}")
     if format == "gguf":
         duplex = duplex_metadata(model)
-        gguf.save(model.config, model.params, model.tokenizer, folder, dtype or "float16", duplex, overwrite)
+        name = Path(model.name.removeprefix("hf:")).stem
+        gguf.save(model.config, model.params, model.tokenizer, folder, dtype or "float16", duplex, overwrite, name)
         return
     kind = as_dtype(dtype)
     with atomic_folder(folder, overwrite) as aside:

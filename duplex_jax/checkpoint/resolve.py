@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from duplex_jax.checkpoint import adapter, orbax
+from duplex_jax.checkpoint import adapter, gguf, orbax
 from duplex_jax.errors import UserError
 from duplex_jax.gguf_vocabulary import from_gguf_fields
 from duplex_jax.schema import Schema, checked, read_json, read_json_beside
@@ -85,7 +85,7 @@ def _resolve(name_or_path: str | Path, template: str | None, weights: bool, dept
     path = locate(name_or_path, weights)
     base = base_of(path)
     if base is None:
-        return _plain(path, template)
+        return _plain(path, template, weights)
     if not depth:
         raise UserError(f"{path}: is an adapter upon itself; name the model that it was trained on")
     what = adapter.read_config(path)
@@ -102,10 +102,13 @@ def _resolve(name_or_path: str | Path, template: str | None, weights: bool, dept
     return dataclasses.replace(found, template=made, adapters=(*found.adapters, path))
 
 
-def _plain(path: Path, template: str | None) -> Resolved:
+def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
     if path.suffix == ".gguf" and path.is_file():
         kind, where = "gguf", f"{path}: its metadata"
-        fields = read_gguf_header(path).fields
+        header = read_gguf_header(path)
+        if weights:  # a kind of model that is not supported is told before its vocabulary is
+            gguf.read_config(header, str(path))
+        fields = header.fields
         tokenizer = from_gguf_fields(fields, str(path))
         said = {k.removeprefix("duplex."): v for k, v in fields.items() if k.startswith("duplex.")}
         ids = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))

@@ -38,6 +38,38 @@ class RopeScaling:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def check(self, head_dim: int) -> None:
+        """Whether frequencies of this width can be scaled so.
+
+        Raises:
+            UserError: names the field that cannot be.
+        """
+        numbers = {"factor": self.factor, "attention_factor": self.attention_factor}
+        numbers |= {n: getattr(self, n) for n in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")}
+        for name, value in numbers.items():
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1e9):
+                raise UserError(f"RoPE scaling with {name}={value!r:.40}; must be a finite number above 0")
+        if self.type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                row = getattr(self, name)
+                whole = all(isinstance(x, (int, float)) and 0 < x < 1e9 for x in row)
+                if len(row) != head_dim // 2 or not whole:
+                    raise UserError(f"RoPE scaling with {name}: must hold {head_dim // 2} finite numbers above 0")
+
+
+_SIZES = (
+    ("vocab_size", 1, 2**24),
+    ("hidden_size", 1, 2**20),
+    ("intermediate_size", 1, 2**22),
+    ("num_layers", 1, 2**12),
+    ("num_heads", 1, 2**12),
+    ("num_kv_heads", 1, 2**12),
+    ("head_dim", 1, 2**14),
+    ("max_position_embeddings", 1, 2**31),
+    ("vocab_multiple", 1, 2**20),
+)
+"""What the sizes of a model can be: a damaged file asks for no more memory than there is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -85,11 +117,23 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self):
+        for name, least, most in _SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or not least <= size < most:
+                raise UserError(f"{name} is {size!r:.40}; must be a whole number from {least} to {most - 1}")
+        for name in ("rms_norm_eps", "rope_theta", "scale_emb", "scale_depth", "dim_model_base", "initializer_range"):
+            value = getattr(self, name)
+            optional = value is None and name in ("scale_depth", "dim_model_base")
+            if not optional and not (isinstance(value, (int, float)) and 0 <= value < 1e12):
+                raise UserError(f"{name} is {value!r:.40}; must be a finite number that is not negative")
+        if not self.rope_theta or self.dim_model_base == 0:
+            raise UserError("rope_theta and dim_model_base must be above 0")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_attention_heads {self.num_heads} is no multiple of "
                             f"num_key_value_heads {self.num_kv_heads}")  # fmt: skip
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+        self.rope_scaling.check(self.head_dim)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -136,13 +180,13 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     for name in _UNSUPPORTED_IF_SET:
         if config.get(name):
             raise UserError(f"{where}: {name}={config[name]!r} is not supported; plain MiniCPM and Llama blocks are")
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
-    if window and window < longest:
-        raise UserError(f"{where}: sliding_window={window} is not supported; only full attention is")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act={activation!r} is not supported; 'silu' is")
     try:
+        window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 4096)
+        if window and window < longest:
+            raise UserError(f"{where}: sliding_window={window} is not supported; only full attention is")
+        activation = config.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise UserError(f"{where}: hidden_act={activation!r} is not supported; 'silu' is")
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         if not config.get("head_dim") and hidden % heads:
             raise UserError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
@@ -171,13 +215,20 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
             **scales,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", kind == "minicpm")),
             initializer_range=float(config.get("initializer_range", 0.02)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=config.get("eos_token_id"),
+            bos_token_id=_first(config.get("bos_token_id")),
+            eos_token_id=_first(config.get("eos_token_id")),
         )
     except KeyError as e:
         raise UserError(f"{where}: {e.args[0]} is missing; it gives the model's shape") from None
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: a field has the wrong type ({e})") from e
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UserError(f"{where}: a field has the wrong type or value ({e})") from e
+    except UserError as e:
+        raise UserError(f"{where}: {str(e).removeprefix(f'{where}: ')}") from None
+
+
+def _first(token: Any) -> int | None:
+    """A token id; of a list of them, such as Llama 3.1's ends of text, the first."""
+    return int(token[0] if isinstance(token, list) else token) if token not in (None, []) else None
 
 
 def _granite_scales(config: Mapping[str, Any], hidden: int, head_dim: int, where: str) -> dict[str, Any]:

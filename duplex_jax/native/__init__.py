@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -49,14 +50,54 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+def private_folder(folder: Path) -> Path | None:
+    """The folder, made where it lacks, if what lies in it can be trusted to be this user's own and can be written.
+
+    What is loaded from a cache runs with this user's rights: nobody else may be able to put it there. A folder of this
+    user's that others can write to is closed to them first.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if state.st_uid != os.getuid():
+            _log.warning("%s: belongs to another user; nothing is kept there (DUPLEX_JAX_CACHE names another)", folder)
+            return None
+        if state.st_mode & 0o022:
+            folder.chmod(0o700)
+            for entry in folder.iterdir():  # what others may have left while they could
+                if entry.lstat().st_uid != os.getuid():
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    except OSError:
+        return None
+
+
 def _compile(compiler: str, library: Path) -> None:
-    """Compiles the kernels; the library appears complete or not at all."""
+    """Compiles the kernels; library and digest reach the disk, and the library appears complete or not at all."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
         command = [*shlex.split(compiler), *_FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(made, library)
+        made.chmod(0o600)
+        digest = made.with_suffix(".sha256")
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        for file in (digest, made):
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(file, library.with_suffix(file.suffix))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is this user's own file, written by nobody else, with the bytes that were compiled."""
+    try:
+        state = library.lstat()
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+            return False
+        digest = library.with_suffix(".sha256").read_text()
+        return hashlib.sha256(library.read_bytes()).hexdigest() == digest
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def spent() -> dict[str, float]:
@@ -103,10 +144,11 @@ def _register() -> None:
         raise OSError("no C++ compiler (g++ or clang++); install one")
     sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
     key = "\0".join([*sources, compiler, " ".join(_FLAGS), jax.__version__, _processor()])
+    kept = cache_folder()
     with tempfile.TemporaryDirectory() as temporary:
-        library = (cache_folder() or Path(temporary)) / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
+        folder = (kept and private_folder(kept)) or Path(temporary)
+        library = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not _is_whole(library):
             _compile(compiler, library)
         loaded = ctypes.CDLL(str(library))
     _registered.append(loaded)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -40,7 +41,7 @@ def write(
     params: minicpm.Params,
     kind: str = "F32",
     arch: str = "llama",
-    extra: dict[str, float] | None = None,
+    extra: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     skip: str = "",
 ) -> Path:
@@ -55,7 +56,8 @@ def write(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for name, value in (extra or {}).items():
-        writer.add_float32(f"{arch}.{name}", value)
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{arch}.{name}", value)
     qtype = gguf.GGMLQuantizationType[kind]
     for part in parts(config, "gguf"):
         if part.name == skip:
@@ -81,7 +83,16 @@ def params() -> minicpm.Params:
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [("F32", 0), ("F16", 1e-4), ("BF16", 5e-4), ("Q8_0", 1e-3), ("Q4_0", 2e-2), ("Q4_1", 2e-2)],
+    [
+        ("F32", 0),
+        ("F16", 1e-4),
+        ("BF16", 5e-4),
+        ("Q8_0", 1e-3),
+        ("Q4_0", 2e-2),
+        ("Q4_1", 2e-2),
+        ("Q5_0", 1e-2),
+        ("Q5_1", 1e-2),
+    ],
 )
 def test_types(params: minicpm.Params, tmp_path: Path, kind: str, error: float):
     path = write(tmp_path / "m.gguf", CONFIG, params, kind)
@@ -174,10 +185,10 @@ def test_minicpm_before_its_keys(params: minicpm.Params, tmp_path: Path):
 def merging_tokenizer() -> HFTokenizer:
     """A token a byte, one merge, and the control tokens of the compact template."""
     tokenizer = byte_tokenizer()
-    tokenizer._spec["model"]["vocab"] |= {"he": 262}
-    tokenizer._spec["model"]["merges"] = [["h", "e"]]
+    tokenizer.spec["model"]["vocab"] |= {"he": 262}
+    tokenizer.spec["model"]["merges"] = [["h", "e"]]
     config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
-    return HFTokenizer(tokenizer._spec, config=config)
+    return HFTokenizer(tokenizer.spec, config=config)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -282,6 +293,47 @@ def test_header_is_what_the_package_reads(smollm2: LoadedModel):
     assert smollm2.config.num_params == 134_515_008
 
 
+@pytest.mark.parametrize(
+    ("extra", "scaling"),
+    [
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0, 128)),
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0, 128)),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, RopeScaling()),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_beta_fast": 16.0,
+             "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.attn_factor": 0.5},
+            RopeScaling("yarn", 4.0, 128, beta_fast=16.0, beta_slow=2.0,
+                        attention_factor=0.5 * (1 + 0.1 * math.log(4.0))),
+        ),
+    ],
+)  # fmt: skip
+def test_rope_scaling_as_llama_cpp_reads_it(params: minicpm.Params, tmp_path: Path, extra: dict, scaling: RopeScaling):
+    """A factor without a type is linear, `rope.scale_linear` is its older key, yarn has its own constants."""
+    path = write(tmp_path / "m.gguf", CONFIG, params, extra=extra)
+    assert reader.load(path)[0].rope_scaling == scaling
+
+
+def test_yarn_that_is_computed_otherwise_is_refused(params: minicpm.Params, tmp_path: Path):
+    extra = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_log_multiplier": 0.1}
+    with pytest.raises(UserError, match="yarn_log_multiplier is not supported"):
+        reader.load(write(tmp_path / "m.gguf", CONFIG, params, extra=extra))
+
+
+def test_parts_and_the_other_byte_order_are_told(params: minicpm.Params, tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(UserError, match=r"part 2 of 3; merge them with llama.cpp's gguf-split --merge"):
+        read_gguf_header(tmp_path / "part.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(UserError, match="big-endian; turn it with gguf-convert-endian FILE little"):
+        read_gguf_header(tmp_path / "big.gguf")
+
+
 def test_other_architecture(params: minicpm.Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, arch="qwen2")
     with pytest.raises(UserError, match=r"m.gguf: architecture 'qwen2' is not supported; llama and minicpm are"):
@@ -289,8 +341,8 @@ def test_other_architecture(params: minicpm.Params, tmp_path: Path):
 
 
 def test_other_tensor_type(params: minicpm.Params, tmp_path: Path):
-    path = write(tmp_path / "m.gguf", CONFIG, params, "Q5_0")
-    with pytest.raises(UserError, match=r"tensor token_embd.weight \[64, 256\] is of type Q5_0; F32, "):
+    path = write(tmp_path / "m.gguf", CONFIG, params, "TQ2_0")
+    with pytest.raises(UserError, match=r"tensor token_embd.weight \[64, 256\] is of type TQ2_0; F32, "):
         reader.load(path)
 
 
