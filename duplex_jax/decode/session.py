@@ -1,9 +1,7 @@
 """Sessions: a live duplex conversation over one row of an engine, and its turn-based peer."""
 
 import dataclasses
-import io
 import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +11,10 @@ import numpy as np
 from duplex_jax.chat import Message
 from duplex_jax.decode.engine import Engine, Request, Row, Shadow
 from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.snapshot import Pair, Snapshot, text_of
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import slice_ids, user_slices
 from duplex_jax.timeline import SlicePair
-from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
 # A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
 _LEAST_ROOM = 256
@@ -39,60 +37,6 @@ class Slice:
     ids: list[int]
     seconds: float
     context: int
-
-
-@dataclasses.dataclass
-class _Pair:
-    """Where a slice pair of the context lies: `ids[start:decision]` is the user's part, then come the `said` ids.
-
-    `carry` is the beginning of a character that the slice before it left to it.
-    """
-
-    index: int
-    start: int
-    decision: int
-    user: str | None
-    said: list[int]
-    carry: bytes
-
-
-@dataclasses.dataclass
-class Snapshot:
-    """A session at rest on the host: `state` is plain JSON, `entries` the cached keys and values or None."""
-
-    state: dict[str, Any]
-    entries: tuple[np.ndarray, np.ndarray] | None
-
-    def to_bytes(self) -> bytes:
-        """One self-contained byte string (a NumPy archive; bfloat16 travels as its bits)."""
-        arrays = {"state": np.frombuffer(json.dumps(self.state, ensure_ascii=False).encode(), np.uint8)}
-        if self.entries is not None:
-            for name, array in zip(("k", "v"), self.entries, strict=True):
-                arrays[name] = array if array.dtype == np.float32 else array.view(np.uint16)
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        return file.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Snapshot":
-        """The inverse of `to_bytes`.
-
-        Raises:
-            UserError: the bytes are no snapshot.
-        """
-        import ml_dtypes
-
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                state = json.loads(arrays["state"].tobytes())
-                if "k" not in arrays:
-                    return cls(state, None)
-                k, v = arrays["k"], arrays["v"]
-        except Exception as e:
-            raise UserError(f"the bytes are no session snapshot ({e})") from e
-        if k.dtype == np.uint16:
-            k, v = k.view(ml_dtypes.bfloat16), v.view(ml_dtypes.bfloat16)
-        return cls(state, (k, v))
 
 
 class DuplexSession:
@@ -127,16 +71,23 @@ class DuplexSession:
         start = engine.template.start(system)
         self._row = engine.open(start, sampling, seed)
         self._prefix = len(start)
-        self._pairs: list[_Pair] = []
+        self._pairs: list[Pair] = []
         self._oldest = 0  # slices before this one were dropped from the context
         self._carry = b""  # the beginning of a character whose rest is still to come
+        self.first = 0
+        """Index of the first slice in `timeline`: not 0 where a snapshot came without its past."""
         self.timeline: list[SlicePair] = []
-        """Every slice pair so far, forgotten and dropped ones too."""
+        """Every slice pair since then, forgotten and dropped ones too."""
 
     @property
     def ids(self) -> list[int]:
         """The ids of the context: what a fresh forward pass would see."""
         return list(self._row.ids)
+
+    @property
+    def slices(self) -> int:
+        """How many slices the session has had."""
+        return self.first + len(self.timeline)
 
     @property
     def dropped(self) -> int:
@@ -233,8 +184,8 @@ class DuplexSession:
 
     def cancel(self, tokens: int = 0) -> None:
         """Cuts the newest assistant slice after its first `tokens` tokens; with 0 it becomes idle."""
-        if self.timeline:
-            self._cut(len(self.timeline) - 1, tokens)
+        if self.slices:
+            self._cut(self.slices - 1, tokens)
 
     def heard(self, index: int, characters: int) -> None:
         """Takes unheard words out: slice `index` was heard up to `characters`, later slices not at all.
@@ -264,7 +215,7 @@ class DuplexSession:
         while self._pairs and self._pairs[-1].index >= index:
             pair = self._pairs.pop()
             self.engine.truncate(self._row, pair.start)
-        del self.timeline[index:]
+        del self.timeline[index - self.first :]
         self._carry = self._left_over()
 
     def fork(self, seed: int | None = None) -> "DuplexSession":
@@ -273,12 +224,12 @@ class DuplexSession:
         Raises:
             EngineFull: no row is free.
         """
-        return self._with_row(self.engine, self.engine.fork(self._row, seed), self._state())
+        return self._with_row(self.engine, self.engine.fork(self._row, seed), self.snapshot(entries=False))
 
     def snapshot(self, entries: bool = True) -> Snapshot:
         """The session on the host; without `entries` it is small, and its context is encoded again on restoring."""
-        row = self._row
-        return Snapshot(self._state(), self.engine.read(row) if entries and row.cached else None)
+        row, past = self._row, self.timeline[: self._oldest - self.first]
+        return Snapshot(self._state(), self.engine.read(row) if entries and row.cached else None, past)
 
     @classmethod
     def restore(cls, engine: Engine, snapshot: Snapshot) -> "DuplexSession":
@@ -296,13 +247,14 @@ class DuplexSession:
             if state["model"] != _shape(engine):
                 raise UserError(f"the snapshot is of a model of shape {state['model']} (layers, heads of keys, their "
                                 f"width, vocabulary); this engine's is {_shape(engine)}")  # fmt: skip
+            snapshot.check(engine.config.vocab_size)
             # The row begins with what stays for good, so that the same limit holds for it.
             start, sampling = state["ids"][: state["prefix"]], Sampling(**state["sampling"])
             with engine.opening(start, sampling, state["seed"]) as row:
                 engine.write(row, state["ids"], snapshot.entries)
                 row.steps = state["steps"]
                 row.shadow = state["shadow"] and Shadow(None, *state["shadow"])
-                return cls._with_row(engine, row, state)
+                return cls._with_row(engine, row, snapshot)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
 
@@ -311,17 +263,13 @@ class DuplexSession:
         self.engine.close(self._row)
 
     @classmethod
-    def _with_row(cls, engine: Engine, row: Row, state: Mapping[str, Any]) -> "DuplexSession":
-        new = cls.__new__(cls)
+    def _with_row(cls, engine: Engine, row: Row, snapshot: Snapshot) -> "DuplexSession":
+        state, new = snapshot.state, cls.__new__(cls)
         new.engine, new.template, new._row = engine, engine.template, row
         new.keep_idle, new.dormant, new._prefix = state["keep_idle"], state["dormant"], state["prefix"]
-        new._pairs = [
-            _Pair(index, start, decision, user, list(said), bytes.fromhex(carry))
-            for index, start, decision, user, said, carry in state["pairs"]
-        ]
-        new._oldest = state["oldest"]
-        new._carry = bytes.fromhex(state["carry"])
-        new.timeline = [SlicePair(*pair) for pair in state["timeline"]]
+        new._pairs, new._oldest, new._carry = snapshot.pairs(), state["oldest"], bytes.fromhex(state["carry"])
+        new.timeline = snapshot.timeline(engine.template)
+        new.first = new._oldest - len(snapshot.past)
         return new
 
     def _state(self) -> dict[str, Any]:
@@ -330,10 +278,10 @@ class DuplexSession:
             "model": _shape(self.engine),
             "ids": list(self._row.ids),
             "prefix": self._prefix,
-            "pairs": [[p.index, p.start, p.decision, p.user, list(p.said), p.carry.hex()] for p in self._pairs],
+            "pairs": [[p.index, p.start, p.decision, p.user, len(p.said), p.carry.hex()] for p in self._pairs],
             "oldest": self._oldest,
+            "slices": self.slices,
             "carry": self._carry.hex(),
-            "timeline": [list(pair) for pair in self.timeline],
             "sampling": dataclasses.asdict(self._row.sampling),
             "seed": self._row.seed,
             "steps": self._row.steps,
@@ -343,8 +291,8 @@ class DuplexSession:
         }
 
     def _check(self, index: int) -> None:
-        if not 0 <= index < len(self.timeline):
-            raise UserError(f"slice {index} is not in 0..{len(self.timeline) - 1}")
+        if not 0 <= index < self.slices:
+            raise UserError(f"slice {index} is not in 0..{self.slices - 1}")
 
     def _words(self, said: Sequence[int]) -> list[int]:
         return [i for i in said if i not in self.template.stop_ids]
@@ -354,7 +302,7 @@ class DuplexSession:
     def _part(self, user: str | None) -> list[int]:
         """The ids of a user slice; makes room for them where that was not done ahead."""
         if user == "":
-            raise UserError(f"the user's slice {len(self.timeline)} is empty; silence is None (in a file, <idle>)")
+            raise UserError(f"the user's slice {self.slices} is empty; silence is None (in a file, <idle>)")
         part = self.check_fits(user)
         self._drop_now(len(part) + self._answer_room)
         return part
@@ -368,7 +316,7 @@ class DuplexSession:
         part = self.template.user_part(user)
         if len(part) > self._longest_part:
             raise UserError(
-                f"the user's slice {len(self.timeline)} takes {len(part)} tokens; a context of {self.engine.capacity} "
+                f"the user's slice {self.slices} takes {len(part)} tokens; a context of {self.engine.capacity} "
                 f"has room for {self._longest_part} at once; cut it into slices"
             )
         return part
@@ -389,29 +337,23 @@ class DuplexSession:
     def _take(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
         """Books what a step appended, `part` and then `said`; the assistant's words, or None."""
         start = len(self._row.ids) - len(said) - len(part)
-        pair = _Pair(len(self.timeline), start, start + len(part), user, said, self._carry)
+        pair = Pair(self.slices, start, start + len(part), user, said, self._carry)
         words, self._carry = self._text(pair.carry, self._words(said))
         self.timeline.append(SlicePair(user, words or None))
         self._book(pair)
         return words or None
 
     def _text(self, carry: bytes, words: Sequence[int]) -> tuple[str, bytes]:
-        """A slice's text behind what the slice before left over, and what it leaves over itself.
-
-        The bytes of a character may come in two slices; its first half waits, and silence gives it up.
-        """
-        data = carry + decode_bytes(self.template.tokenizer, words) if words else b""
-        whole = complete_utf8(data)
-        return data[:whole].decode("utf-8", errors="replace"), data[whole:]
+        return text_of(self.template, carry, words)
 
     def _left_over(self) -> bytes:
         """What the newest slice leaves of a character."""
         pair = self._pairs[-1] if self._pairs else None
-        if pair is None or pair.index + 1 != len(self.timeline):
+        if pair is None or pair.index + 1 != self.slices:
             return b""
         return self._text(pair.carry, self._words(pair.said))[1]
 
-    def _book(self, pair: _Pair) -> None:
+    def _book(self, pair: Pair) -> None:
         """Closes the pair at the end of the context, and forgets it if it is one silence too many."""
         self.engine.append(self._row, self.template.closing(pair.said))
         self._pairs.append(pair)
@@ -423,7 +365,7 @@ class DuplexSession:
     def _cut(self, index: int, tokens: int) -> None:
         """Cuts slice `index` after `tokens` tokens and silences the assistant in all later ones."""
 
-        def kept(pair: _Pair) -> list[int]:
+        def kept(pair: Pair) -> list[int]:
             return self._words(pair.said)[: tokens if pair.index == index else 0]
 
         later = [p for p in self._pairs if p.index >= index]
@@ -432,7 +374,7 @@ class DuplexSession:
             return
         for pair in changed:
             text = self._text(pair.carry, kept(pair))[0] or None
-            self.timeline[pair.index] = SlicePair(pair.user, text)
+            self.timeline[pair.index - self.first] = SlicePair(pair.user, text)
         first = self._pairs.index(changed[0])
         pair, *rest = self._pairs[first:]
         del self._pairs[first:]
@@ -444,7 +386,7 @@ class DuplexSession:
             part = self.template.user_part(pair.user)
             start = len(self._row.ids)
             self.engine.append(self._row, [*part, *said])
-            self._book(_Pair(pair.index, start, start + len(part), pair.user, said, b""))
+            self._book(Pair(pair.index, start, start + len(part), pair.user, said, b""))
         self._carry = self._left_over()
 
     # How a session goes on without end: whole old pairs are dropped before the cache is full.
@@ -495,7 +437,7 @@ class DuplexSession:
         for pair in self._pairs:
             pair.start -= shift
             pair.decision -= shift
-        self._oldest = self._pairs[0].index if self._pairs else len(self.timeline)
+        self._oldest = self._pairs[0].index if self._pairs else self.slices
 
 
 def _shape(engine: Engine) -> list[int]:
@@ -520,7 +462,7 @@ def step_sessions(slices: Mapping[DuplexSession, str | None]) -> dict[DuplexSess
         session.timeline.append(SlicePair(None, None))
         texts[session] = None, []
     seconds = time.perf_counter() - began
-    return {s: Slice(len(s.timeline) - 1, text, said, seconds, len(s._row.ids)) for s, (text, said) in texts.items()}
+    return {s: Slice(s.slices - 1, text, said, seconds, len(s._row.ids)) for s, (text, said) in texts.items()}
 
 
 class TurnSession:

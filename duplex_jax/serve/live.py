@@ -7,12 +7,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, Snapshot, TurnSession
+from duplex_jax.decode.session import DuplexSession, Slice, TurnSession
+from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.seat import Seat
@@ -20,6 +21,8 @@ from duplex_jax.serve.tasks import to_the_end
 from duplex_jax.slicing import USER_WORDS, words_of
 from duplex_jax.timeline import SlicePair, Timeline, whole_characters
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
+
+T = TypeVar("T")
 
 MOST_WORDS = USER_WORDS[1]
 """Words that one slice takes of what was typed; the rest waits for the next tick."""
@@ -295,9 +298,14 @@ class LiveSession:
         for speech in await self._voiced(self.voice.feed, pcm):
             self.emit(speech)
 
-    async def heard(self, index: int, characters: int) -> None:
-        """Takes unheard words out of the context; see `DuplexSession.heard`."""
-        await self._between(lambda s: s.heard(index, characters))
+    async def heard(self, index: int, characters: int) -> str | None:
+        """Takes unheard words out of the context; see `DuplexSession.heard`. Gives what stays of the slice."""
+
+        def work(session: DuplexSession) -> str | None:
+            session.heard(index, characters)
+            return session.timeline[index - session.first].assistant if index >= session.first else None
+
+        return await self._between(work)
 
     async def played(self, samples: int) -> tuple[int, int] | None:
         """As `heard`, told in samples of the sound that was played; gives the slice and its characters."""
@@ -334,20 +342,29 @@ class LiveSession:
                 raise UserError("only a duplex session has a snapshot")
             return await self.hub.call(self._seat.session.snapshot, False)
 
+    @property
+    def slices(self) -> int:
+        """How many slices it has had."""
+        if self.settings.mode == "turn_based":
+            return len(self._turns)
+        session = self._seat.aside or self._seat.session
+        return session.slices if session is not None else 0
+
     async def timeline(self) -> Timeline:
-        """Everything said so far."""
+        """Everything said so far; of a session from a snapshot, the newest of its `slices` slices, as far back as the
+        snapshot's context reached."""
         async with self._seat.lock:
             if self._seat.aside is not None:
-                pairs = [SlicePair(*p) for p in self._seat.aside.state["timeline"]]
+                pairs = self._seat.aside.timeline(self.hub.engine.template)
             elif isinstance(self._seat.session, DuplexSession):
                 pairs = await self.hub.call(list, self._seat.session.timeline)
             else:
                 pairs = list(self._turns)
         return Timeline(pairs)
 
-    async def _between(self, work: Callable[[DuplexSession], Any]) -> None:
+    async def _between(self, work: Callable[[DuplexSession], T]) -> T:
         async with self._seat.duplex() as session:
-            await to_the_end(self.hub.call(work, session))
+            return await to_the_end(self.hub.call(work, session))
 
     # The clock.
 
@@ -439,8 +456,8 @@ class LiveSession:
         """An interval of a session that rests."""
         aside = self._seat.aside
         assert aside is not None
-        aside.state["timeline"].append([None, None])
-        return Slice(len(aside.state["timeline"]) - 1, None, [], 0.0, len(aside.state["ids"]))
+        aside.state["slices"] += 1
+        return Slice(aside.slices - 1, None, [], 0.0, len(aside.state["ids"]))
 
     async def _answered(self, session: DuplexSession, user: str | None) -> tuple[Slice, bool]:
         """The step of a session, and whether what it said was cancelled at once."""

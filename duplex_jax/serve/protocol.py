@@ -144,9 +144,8 @@ class Duplex:
                 await session.listen(from_base64(field(message, "pcm", str)))
             case "heard":
                 index = field(message, "slice", int)
-                await session.heard(index, field(message, "characters", int))
-                pairs = (await session.timeline()).pairs
-                send({"type": "heard", "slice": index, "assistant": pairs[index].assistant})
+                left = await session.heard(index, field(message, "characters", int))
+                send({"type": "heard", "slice": index, "assistant": left})
             case "played":
                 place = await session.played(field(message, "samples", int))
                 send({"type": "heard", "slice": place and place[0], "characters": place and place[1]})
@@ -157,7 +156,8 @@ class Duplex:
                 send({"type": "snapshot", "snapshot": await self._sessions.seal(self._entry)})
             case "timeline":
                 timeline = await session.timeline()
-                send({"type": "timeline", "timeline": to_row(timeline) if timeline.pairs else None})
+                row = to_row(timeline) if timeline.pairs else None
+                send({"type": "timeline", "first": session.slices - len(timeline.pairs), "timeline": row})
             case "metrics":
                 hub = self._sessions.hub
                 send({"type": "metrics", **self._sessions.counts(), "rows": hub.engine.cache.rows,
@@ -209,5 +209,5 @@ class Duplex:
         self._connection.send(
             {"type": "started", "version": VERSION, "session": self._entry.id, "token": self._entry.token,
              "mode": settings.mode, "clock": settings.clock, "slice_seconds": settings.slice_seconds,
-             "slices": len((await self._entry.live.timeline()).pairs), **self._about}
+             "slices": self._entry.live.slices, **self._about}
         )  # fmt: skip

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from duplex_jax.decode.session import Snapshot
+from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write
 from duplex_jax.serve.connection import Caller
@@ -287,8 +287,8 @@ class Sessions:
     # Snapshots leave the server signed: what comes back holds token ids, and no client makes control tokens.
 
     async def seal(self, entry: Entry) -> str:
-        """A snapshot as text, signed."""
-        data = (await entry.live.snapshot()).to_bytes()
+        """A snapshot as text, signed, without the past: its length does not grow with the session."""
+        data = (await entry.live.snapshot()).to_bytes(past=False)
         return base64.b64encode(self._sign(data) + data).decode()
 
     def unseal(self, text: str) -> Snapshot:

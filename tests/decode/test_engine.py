@@ -11,7 +11,8 @@ import pytest
 
 from duplex_jax.decode.engine import Engine, EngineFull, Request
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Snapshot, step_sessions
+from duplex_jax.decode.session import DuplexSession, step_sessions
+from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
 from tests.tiny import CONTROL, END, FreshForward, tiny_model, with_config
 

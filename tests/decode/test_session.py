@@ -1,8 +1,14 @@
 """Sessions: the decode invariant over random lives, evictions, what was heard, snapshots, and refusals."""
 
+import dataclasses
 import functools
+import io
 import itertools
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
+from typing import Any
+from unittest.mock import ANY
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +22,8 @@ from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.registry import LoadedModel
 from duplex_jax.decode.engine import Engine, EngineFull, Request, Row
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, Snapshot, TurnSession, step_sessions
+from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions
+from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
 from duplex_jax.template import TEMPLATES, Template
 from tests.tiny import END, FreshForward, tiny_model, with_config
@@ -245,13 +252,13 @@ class Lives(RuleBasedStateMachine):
         session, expected = self.pick(data)
         self.lives.append((session.fork(seed), expected.copy()))
 
-    @rule(data=st.data(), entries=st.booleans(), travel=st.booleans())
-    def restore(self, data: st.DataObject, entries: bool, travel: bool) -> None:
-        """A session leaves the device and comes back, in the same row or another."""
+    @rule(data=st.data(), entries=st.booleans(), travel=st.booleans(), past=st.booleans())
+    def restore(self, data: st.DataObject, entries: bool, travel: bool, past: bool) -> None:
+        """A session leaves the device and comes back, in the same row or another, with its past or without."""
         session, expected = self.pick(data)
         snapshot = session.snapshot(entries)
         if travel:
-            snapshot = Snapshot.from_bytes(snapshot.to_bytes())
+            snapshot = Snapshot.from_bytes(snapshot.to_bytes(past))
         if not self.engine._free:
             session.close()
             self.lives.remove((session, expected))
@@ -274,10 +281,11 @@ class Lives(RuleBasedStateMachine):
         for session, expected in getattr(self, "lives", []):
             assert session.ids == expected.ids(expected.pairs)
             assert len(session.ids) <= self.engine.capacity
-            assert [pair.user for pair in session.timeline] == expected.users
+            assert session.slices == len(expected.users)
+            assert [pair.user for pair in session.timeline] == expected.users[session.first :]
             for index, _, said in expected.pairs:
                 if not expected.words(said):
-                    assert session.timeline[index].assistant is None
+                    assert session.timeline[index - session.first].assistant is None
             assert_invariant(session, fresh_forward())
 
 
@@ -500,7 +508,7 @@ def test_a_snapshot_of_something_else(engine: Engine):
         state = {k: v for k, v in snapshot.state.items() if k != key}
         with pytest.raises(UserError, match=f"lacks or misspells a field .*{key}"):
             DuplexSession.restore(engine, Snapshot(state, snapshot.entries))
-    for key, value in (("pairs", [[1]]), ("carry", "x"), ("sampling", {"heat": 1}), ("ids", None), ("timeline", 3)):
+    for key, value in (("pairs", [[1]]), ("carry", "x"), ("sampling", {"heat": 1}), ("ids", None), ("slices", 2**30)):
         with pytest.raises(UserError, match="lacks or misspells a field"):
             DuplexSession.restore(engine, Snapshot({**snapshot.state, key: value}, snapshot.entries))
     with pytest.raises(UserError, match="snapshot is of a model of shape"):
@@ -513,6 +521,78 @@ def test_a_snapshot_of_something_else(engine: Engine):
     with pytest.raises(UserError, match="does not fit a capacity of 256"):
         DuplexSession.restore(engine, Snapshot({**snapshot.state, "ids": [1] * 300}, None))
     assert DuplexSession.restore(engine, snapshot).step("on").index == 1
+
+
+def test_a_snapshot_that_says_more_than_it_holds(engine: Engine):
+    """A small archive must not take gigabytes, whatever it declares."""
+    session = DuplexSession(engine)
+    session.step("hello")
+    good = session.snapshot()
+    session.close()
+
+    def archive(compression: int, **arrays: Any) -> bytes:
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", compression) as zipped:
+            for name, (header, data) in arrays.items():
+                zipped.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data)
+        return file.getvalue()
+
+    def header(dtype: str, shape: tuple[int, ...]) -> bytes:
+        return repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
+
+    state = np.load(io.BytesIO(good.to_bytes()))["state"].tobytes()
+    whole = header("|u1", (len(state),)), state
+    zeros = header("<f4", (2**28,)), bytes(2**22)
+    bombs = {
+        "is compressed": archive(zipfile.ZIP_DEFLATED, state=whole, k=zeros, v=zeros),
+        "is said to be": archive(zipfile.ZIP_STORED, state=whole, k=zeros, v=zeros),
+        "is said to be uint8": archive(zipfile.ZIP_STORED, state=(header("|u1", (2**40,)), state)),
+        "is said to be object": archive(zipfile.ZIP_STORED, state=(header("|O", (1,)), state)),
+        "snapshot": archive(zipfile.ZIP_STORED, state=(header("|u1", (8 * 10**6,)), b"[" * 8 * 10**6)),
+    }
+    tracemalloc.start()
+    for words, data in bombs.items():
+        with pytest.raises(UserError, match=words):
+            Snapshot.from_bytes(data)
+    assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()
+    for key, value in (
+        ("slices", 10**12), ("oldest", -1), ("oldest", 10**12), ("prefix", 10**9), ("ids", [10**9]), ("ids", [-1, 2]),
+        ("ids", ["x"] * 100), ("pairs", [[0, 0, 10**9, None, 1, ""]]), ("pairs", [[7, 1, 1, None, 1, ""]]),
+        ("seed", "x"), ("steps", None), ("steps", 2**40), ("shadow", [1]), ("shadow", [9, 9, 9, 9]), ("keep_idle", "x"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"lacks or misspells a field|does not fit|may stay for good"):
+            DuplexSession.restore(engine, Snapshot({**good.state, key: value}, None))
+    assert not engine.rows
+
+
+def test_a_snapshot_does_not_grow_with_the_session(engine: Engine):
+    """Restored without its past a session goes on as the one that has it."""
+    session, sizes = DuplexSession(engine, seed=4), []
+    for i in range(300):
+        session.step(f"word {i % 7}" if i % 3 else None)
+        if i >= 60:
+            sizes.append(len(session.snapshot(entries=False).to_bytes(past=False)))
+    assert max(sizes[len(sizes) // 2 :]) < 1.2 * max(sizes[: len(sizes) // 2])
+    copy = DuplexSession.restore(
+        shared_engine(4, 256), Snapshot.from_bytes(session.snapshot(entries=False).to_bytes(past=False))
+    )
+    assert (copy.slices, copy.first) == (300, session.dropped)
+    assert copy.first > 200
+    assert copy.timeline == session.timeline[copy.first :]
+    for _ in range(40):
+        assert copy.step("and then?") == dataclasses.replace(session.step("and then?"), seconds=ANY)
+    for index in (copy.slices - 3, copy.first - 1, 3):  # the last ones are older than what it knows
+        copy.heard(index, 1)
+        session.heard(index, 1)
+        assert copy.ids == session.ids
+        assert copy.timeline == session.timeline[copy.first :]
+    with pytest.raises(UserError, match="dropped from the context"):
+        copy.rewind(3)
+    copy.rewind(copy.slices - 1)
+    session.rewind(session.slices - 1)
+    assert copy.timeline == session.timeline[copy.first :]
+    copy.close()
 
 
 @pytest.mark.parametrize("entries", [True, False])

@@ -15,6 +15,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession
 from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.sessions import Limits
+from duplex_jax.timeline import from_row
 from tests.serve.alone import alone, script
 from tests.serve.serving import Client, engine_of, run, serving
 from tests.tiny import CONFIG, FreshForward, tiny_model
@@ -133,3 +134,33 @@ def many_slices(slices: int) -> None:
     session.step("hello")
     assert sum(engine.compilations.values()) - compiled <= 2  # logits of a context of this length, and no more
     session.close()
+
+
+@pytest.mark.parametrize("hours", [0.2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_session_of_hours_is_taken_up_from_its_own_snapshot(hours: float):
+    """Its snapshot does not grow, and goes on in another server as the session itself does."""
+    slices, rng, key = int(hours * 1800), random.Random(1), b"k" * 32
+    tail = script(9, 10)
+
+    async def test() -> None:
+        async with serving(rows=1, key=key) as (server, place), Client.connect(place) as client:
+            await client.start(temperature=0.8)
+            (entry,) = server.sessions._entries.values()
+            session = entry.live._seat.session
+            for _ in range(slices):
+                session.step(rng.choice(script(1)))  # on a clock that does not wait
+            await client.send(type="snapshot")
+            snapshot = (await client.next("snapshot"))["snapshot"]
+            assert len(snapshot) < WireLimits().message_bytes / 4
+            expected = [(await client.slice(text))["assistant"] for text in tail]
+            whole = list(session.timeline)
+        async with serving(rows=1, key=key) as (_, place), Client.connect(place) as client:
+            started = await client.start(snapshot=snapshot)
+            assert (started["type"], started.get("slices")) == ("started", slices)
+            assert [(await client.slice(text))["assistant"] for text in tail] == expected
+            await client.send(type="timeline")
+            answer = await client.next("timeline")
+            assert answer["first"] > slices - 200
+            assert from_row(answer["timeline"]).pairs == whole[answer["first"] :]
+
+    run(test, 600)
