@@ -21,7 +21,7 @@ def page_file(request: web.Request, folder: str, name: str) -> web.Response:
     Raises:
         HTTPNotFound: there is none of this name.
     """
-    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
     file = resources.files("duplex_jax") / "assets" / folder / name
     kind = kinds.get(name.rpartition(".")[2])
     if kind is None or "/" in name or not file.is_file():

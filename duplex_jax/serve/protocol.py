@@ -9,7 +9,7 @@ from duplex_jax.serve import live
 from duplex_jax.serve.connection import Caller, Connection, as_object, field
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.live import Settings, Voice
-from duplex_jax.serve.sessions import Entry, NotFound, Sessions
+from duplex_jax.serve.sessions import Busy, Entry, NotFound, Sessions
 from duplex_jax.serve.sound import from_base64, from_bytes, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE
 from duplex_jax.timeline import to_row
@@ -98,7 +98,7 @@ class Duplex:
                     self._error("full", e)
                     break
                 except NotFound as e:
-                    self._error("not_found", e)
+                    self._error("busy" if isinstance(e, Busy) else "not_found", e)
                 except UserError as e:
                     self._error("bad_message", e)
                 if self._fatal:

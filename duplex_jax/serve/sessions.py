@@ -48,6 +48,10 @@ class NotFound(UserError):
     """No such session, or another's."""
 
 
+class Busy(NotFound):
+    """A session whose client has not gone, as far as the server knows."""
+
+
 @dataclasses.dataclass(eq=False)
 class Entry:
     """A session in the book.
@@ -182,6 +186,7 @@ class Sessions:
 
         Raises:
             NotFound: it has ended, or the token is another's.
+            Busy: it has a client.
         """
         entry = self._entries.get(id)
         if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode("utf-8", "replace")):
@@ -190,7 +195,7 @@ class Sessions:
             if id not in self._entries:
                 raise NotFound(f"session {id!r} has ended; start a new one")
             if entry.caller is not None:
-                raise NotFound(f"session {id!r} has a client already; end that connection first")
+                raise Busy(f"session {id!r} has a client already; end that connection first")
             entry.give_to(caller)
             entry.live.emit = emit
             entry.live.quiet_since = time.monotonic()

@@ -1,330 +1,321 @@
-// The page of the server: one websocket, a microphone, a loudspeaker, and a line for every slice.
+// The page of the server: wires the connection, the conversation, sound, lanes, transcript, dock and drawer together.
 
-import { finishedWords, openSocket } from "/page/talk.js";
+import { LOUD, Microphone, Player, STEP } from "./audio.js";
+import { Connection } from "./connection.js";
+import { Conversation, pairsOf } from "./conversation.js";
+import { Dock } from "./dock.js";
+import { Drawer, save } from "./drawer.js";
+import { Lanes } from "./lanes.js";
+import SAMPLE from "./sample.js";
+import { stateOf } from "./state.js";
+import { Transcript } from "./transcript.js";
 
 const $ = (id) => document.getElementById(id);
-const LISTENING_RATE = 16000;
+const seconds = () => performance.now() / 1000;
 
-let socket = null;
+let conversation = Object.assign(new Conversation(), SAMPLE);
+let began = null; // when the server began it, in `seconds()`
 let started = null; // what the server said of the session
-let pairs = []; // [user, assistant] of every slice
-let audio = null; // {context, gain, microphone, stream}
+let outcome = "ready"; // where no session is: ready, ended, failed, replaying
 let player = null;
-
-function say(text, bad = false) {
-  $("status").textContent = text;
-  $("status").classList.toggle("bad", bad);
-}
-
-function enable(on) {
-  for (const id of ["text", "send", "stop", "download"]) $(id).disabled = !on;
-  $("microphone").disabled = !(on && started?.audio);
-  $("connect").textContent = on ? "End" : "Start";
-  $("mode").disabled = on;
-}
-
-// The timeline.
-
-function cell(text, kind) {
-  const span = document.createElement("span");
-  span.className = text === null ? "idle" : kind;
-  span.textContent = text === null ? "·" : text;
-  if (text === null) span.setAttribute("aria-label", "silent");
-  return span;
-}
-
-function addSlice(slice) {
-  const [user, assistant] = [slice.user, slice.assistant];
-  const before = pairs.at(-1);
-  pairs[slice.slice ?? pairs.length] = [user, assistant];
-  if (user === null && assistant === null && before && before[0] === null && before[1] === null) {
-    // A long silence is one line that counts.
-    const last = $("timeline").lastElementChild;
-    if (last?.dataset.silences) {
-      last.dataset.silences = Number(last.dataset.silences) + 1;
-      last.children[2].textContent = `· silent for ${last.dataset.silences} slices`;
-      return;
-    }
-  }
-  const row = document.createElement("div");
-  row.className = "row";
-  if (user !== null && before?.[1]) row.classList.add("barge");
-  if (slice.late > (started?.slice_seconds ?? 2)) row.classList.add("late");
-  const number = document.createElement("span");
-  number.textContent = slice.slice ?? pairs.length - 1;
-  const seconds = document.createElement("span");
-  seconds.textContent = slice.late === undefined ? "" : slice.late.toFixed(2);
-  row.append(number, cell(user, "you"), cell(assistant, "it"), seconds);
-  if (user === null && assistant === null) row.dataset.silences = 1;
-  if (row.classList.contains("barge")) row.title = "you spoke while the assistant was speaking";
-  const box = $("timeline");
-  const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-  box.append(row);
-  if (atEnd) box.scrollTop = box.scrollHeight;
-}
-
-function clearTimeline() {
-  pairs = [];
-  for (const row of [...$("timeline").children].slice(1)) row.remove();
-}
-
-// Sound.
-
-class Player {
-  // Plays slices one behind the other and knows how many samples were heard.
-  constructor(context, gain) {
-    this.context = context;
-    this.gain = gain;
-    this.next = 0;
-    this.sources = [];
-    this.analyser = context.createAnalyser();
-    gain.connect(this.analyser);
-    this.reset();
-  }
-
-  reset() {
-    this.given = 0; // samples given out so far, at the server's rate
-    this.spans = []; // {start, first, length, rate} of what was given out
-  }
-
-  play(base64, rate) {
-    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-    const pcm = new Int16Array(bytes.buffer);
-    const buffer = this.context.createBuffer(1, pcm.length, rate);
-    buffer.copyToChannel(Float32Array.from(pcm, (s) => s / 32768), 0);
-    const source = this.context.createBufferSource();
-    source.buffer = buffer;
-    source.connect(this.gain);
-    const start = Math.max(this.context.currentTime + 0.02, this.next);
-    source.start(start);
-    this.next = start + buffer.duration;
-    this.sources.push(source);
-    source.onended = () => (this.sources = this.sources.filter((s) => s !== source));
-    this.spans.push({ start, first: this.given, length: pcm.length, rate });
-    this.given += pcm.length;
-  }
-
-  get playing() {
-    return this.next > this.context.currentTime;
-  }
-
-  // Samples that have been heard by now.
-  heard() {
-    const now = this.context.currentTime;
-    let heard = this.spans[0]?.first ?? this.given;
-    for (const { start, first, length, rate } of this.spans) {
-      if (now > start) heard = first + Math.min(length, Math.round((now - start) * rate));
-    }
-    return heard;
-  }
-
-  // Silence at once; what was not heard is not counted. Gives the samples that were.
-  stop() {
-    const heard = this.heard();
-    for (const source of this.sources) source.stop();
-    this.sources = [];
-    this.spans = [];
-    this.next = 0;
-    this.given = heard;
-    return heard;
-  }
-
-  level() {
-    const samples = new Float32Array(this.analyser.fftSize);
-    this.analyser.getFloatTimeDomainData(samples);
-    return Math.max(...samples.map(Math.abs));
-  }
-}
-
-async function speakers() {
-  if (player) return;
-  const context = new AudioContext();
-  const gain = context.createGain();
-  gain.gain.value = Number($("volume").value);
-  gain.connect(context.destination);
-  audio = { context, gain };
-  player = new Player(context, gain);
-  await context.resume();
-}
-
+let soundFrom = 0; // when the assistant last began to be heard
 let deaf = false; // sound that was under way when the user interrupted is not played
+let saved = null; // the server's timeline of the last conversation
+let saving = false;
+let unsent = []; // words that wait for the connection
+let plan = []; // what a prompt says once the assistant speaks
+const QUIET = { active: false, onset: 0, last: 0, loud: 0, pieces: 0, sum: 0 };
+let speech = { ...QUIET };
+let spokenTo = false; // whether the last conversation began with the microphone
+let replaying = null;
 
-// Whatever is being said stops at once, and the server is told what was heard of it.
-function interrupt() {
-  if (player?.playing) {
-    deaf = true;
-    send({ type: "played", samples: player.stop() });
-  } else {
-    send({ type: "cancel" });
-  }
+const now = () => (began === null ? 0 : seconds() - began);
+const lanes = new Lanes($("lanes"));
+const transcript = new Transcript();
+lanes.show(conversation, () => SAMPLE.now);
+
+// What the server can do, before anybody connects.
+const health = fetch("/healthz").then((r) => r.json()).catch(() => ({}));
+health.then(({ model, audio }) => {
+  $("model").textContent = model ?? "";
+  $("headphones").hidden = audio === false;
+  $("silent").hidden = audio !== false;
+  dock.speech(audio !== false);
+});
+
+const microphone = new Microphone({
+  heard: hearPiece,
+  lost: () => (problem("The microphone was disconnected or taken away.", "Retry", () => listen()), refresh()),
+});
+
+const connection = new Connection({ state: onState, message: (m) => handlers[m.type]?.(m), failed: onFailed });
+
+const drawer = new Drawer({
+  volume: (v) => player && (player.gain.gain.value = v),
+  microphone: () => microphone.on && listen(),
+  speaker: (id) => player?.context.setSinkId?.(id).catch(() => problem("This loudspeaker cannot be used.")),
+  replay,
+  problem: (text) => problem(text),
+  download,
+});
+
+const dock = new Dock({
+  talk: async () => {
+    if (connection.state === "off") start((await health).audio !== false);
+    else if (microphone.on) (microphone.close(), refresh());
+    else if ((await health).audio) listen();
+  },
+  words: (text) => {
+    if (connection.state === "off") start(false, text);
+    else sendWords(text);
+  },
+  interrupt: () => interrupt(now()),
+  end: () => (replaying ? stopReplay() : (microphone.close(), connection.end())),
+});
+
+// Beginning and ending.
+
+async function start(withMicrophone, words = "") {
+  if (connection.state !== "off" || start.busy) return;
+  start.busy = true;
+  stopReplay();
+  dock.solve();
+  player ??= new Player(drawer.volume);
+  player.reset();
+  player.context.resume();
+  if (drawer.get("speaker")) player.context.setSinkId?.(drawer.get("speaker")).catch(() => {});
+  const { audio = false } = await health;
+  start.busy = false;
+  began = null;
+  [started, deaf, saved, spokenTo] = [null, false, null, withMicrophone];
+  [unsent, plan] = [[], []];
+  fresh(new Conversation(Number(drawer.get("slice_seconds")) || 2, audio));
+  connection.start({ ...drawer.settings, audio }, drawer.key);
+  if (words) sendWords(words);
+  if (withMicrophone && audio) listen();
 }
 
-let loud = 0; // pieces in a row in which the microphone is loud
-
-function heardPiece(piece) {
-  let sum = 0;
-  for (const s of piece) sum += s * s;
-  const level = Math.sqrt(sum / piece.length);
-  $("level").value = Math.min(1, level * 8);
-  // Speech of the user while the assistant speaks: 96 ms of it stop the sound.
-  loud = level > 0.02 ? loud + 1 : 0;
-  if (loud === 3 && player?.playing && $("mode").value === "duplex") interrupt();
-  if (socket?.readyState !== WebSocket.OPEN) return;
-  const pcm = Int16Array.from(piece, (s) => Math.max(-1, Math.min(1, s)) * 32767);
-  socket.send(pcm.buffer);
+function fresh(next) {
+  conversation = next;
+  speech = { ...QUIET };
+  $("welcome").hidden = $("caption").hidden = true;
+  $("transcript").hidden = false;
+  transcript.clear();
+  lanes.show(conversation, now);
+  lanes.run(true);
 }
 
-async function microphone(on) {
-  if (!on) {
-    audio?.stream?.getTracks().forEach((t) => t.stop());
-    audio?.listening?.close();
-    if (audio) audio.stream = audio.listening = undefined;
-    $("microphone").setAttribute("aria-pressed", "false");
-    $("level").value = 0;
-    return;
-  }
-  if (!navigator.mediaDevices?.getUserMedia) {
-    say("No microphone: browsers allow it on https pages and on localhost only. You can type.", true);
-    return;
-  }
+async function listen() {
   try {
-    const stream = await navigator.mediaDevices.getUserMedia({
-      audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
-    });
-    const listening = new AudioContext({ sampleRate: LISTENING_RATE });
-    await listening.audioWorklet.addModule("/page/microphone.js");
-    const node = new AudioWorkletNode(listening, "microphone");
-    node.port.onmessage = (e) => heardPiece(e.data);
-    listening.createMediaStreamSource(stream).connect(node);
-    Object.assign(audio, { stream, listening });
-    $("microphone").setAttribute("aria-pressed", "true");
-    say("Listening. Speak at any moment.");
+    const opening = microphone.open(drawer.get("microphone"));
+    refresh();
+    await opening;
   } catch (error) {
-    const reasons = {
-      NotAllowedError: "The microphone is not allowed for this page; allow it in the browser, or type.",
-      NotFoundError: "There is no microphone. You can type.",
-      NotReadableError: "Another program has the microphone. You can type.",
-    };
-    say(reasons[error.name] ?? `The microphone cannot be used (${error.message}). You can type.`, true);
+    problem(error.message, error.name === "NotAllowedError" ? "Allow microphone" : "Retry", () => listen());
   }
+  refresh();
+}
+
+function onState(state) {
+  if (state === "off") {
+    microphone.close();
+    player?.reset();
+    lanes.run(false);
+    if (outcome !== "failed") outcome = "ended";
+    lanes.show(conversation, ((at) => () => at)(now()));
+  } else outcome = "live";
+  if (state === "reconnecting") player?.stop();
+  if (state === "silent") problem("The server is not answering.", "Reconnect", () => connection.redial());
+  else if (state !== "off" && dock.shows("silent")) dock.solve();
+  refresh();
+}
+
+function onFailed(reason, message) {
+  outcome = "failed";
+  const again = () => start(spokenTo, unsent.join(" "));
+  if (reason === "key") problem(message, "Enter key", () => drawer.open("key"));
+  else problem(reason === "not_found" ? "The server no longer has this conversation." : message, reason === "not_found" ? "Start anew" : "Retry", again);
+  refresh();
+}
+
+function problem(text, action, act) {
+  dock.problem(text, action, act, connection.state);
+}
+
+// The user.
+
+const audible = () => player?.playing ?? false;
+
+// Sound stops at once, and the server is told what was heard of it. `at`: when the user began to speak.
+function interrupt(at) {
+  if (audible()) {
+    deaf = true;
+    connection.send({ type: "played", samples: player.stop() });
+    conversation.stop(Math.min(now(), Math.max(at, soundFrom)), now());
+  } else if (conversation.speaking(now())) {
+    connection.send({ type: "cancel" });
+    conversation.stop(at, now());
+  }
+}
+
+function sendWords(words) {
+  if (audible()) interrupt(now());
+  conversation.type(words, now());
+  if (connection.open) connection.send({ type: "text", text: words });
+  else unsent.push(words);
+}
+
+function hearPiece(pcm, level) {
+  const at = now();
+  dock.level(level);
+  if (!connection.open) return;
+  speech.sum += level;
+  if (++speech.pieces % 2 === 0) {
+    conversation.hear(at - STEP, speech.sum / 2);
+    speech.sum = 0;
+  }
+  if (level > LOUD) {
+    if (speech.loud++ === 0) speech.onset = at - STEP / 2;
+    speech.last = at;
+  } else speech.loud = 0;
+  // Speech of the user while the assistant speaks: 96 ms of it stop the sound.
+  if (speech.loud >= 3 && started?.mode === "duplex" && audible()) interrupt(speech.onset);
+  connection.send(pcm);
 }
 
 // The server.
 
-function send(message) {
-  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
-}
-
 const handlers = {
-  started(m) {
-    started = m;
-    $("model").textContent = `${m.model}, ${m.mode === "duplex" ? "duplex" : "turn-based"}`;
-    say(m.audio ? "Connected. Type, or turn the microphone on." : "Connected. Type at any moment.");
-    enable(true);
-    $("text").focus();
+  started(message) {
+    const resumed = started?.session === message.session;
+    started = message;
+    drawer.started(message);
+    conversation.k = message.slice_seconds;
+    $("model").textContent = message.model + (message.mode === "duplex" ? "" : ", turn-based");
+    if (resumed) {
+      // What was under way when the connection was lost was not heard.
+      if (message.audio && player) connection.send({ type: "played", samples: player.heard() });
+      connection.send({ type: "timeline" });
+    } else began = seconds();
+    for (const words of unsent.splice(0)) connection.send({ type: "text", text: words });
   },
-  waiting: (m) => say(`All places are taken; you are number ${m.place} in the queue.`),
-  slice: addSlice,
-  audio: (m) => deaf || player?.play(m.pcm, m.rate),
-  heard: () => (deaf = false),
-  speech_started: () => player?.playing && started.mode === "duplex" && interrupt(),
-  error: (m) => say(m.message, true),
+  slice(message) {
+    const slice = conversation.add(message, now());
+    transcript.update(conversation);
+    const before = conversation.slices[slice.index - 1];
+    if (plan.length && slice.assistant && (before?.assistant || started.mode !== "duplex")) sendWords(plan.shift());
+  },
+  audio(message) {
+    // What came too late to be heard is not in the context any more; the server counts its samples all the same.
+    if (!player || deaf || conversation.slices[message.slice]?.heard != null) return deaf || player?.skip(message.pcm);
+    const goesOn = audible();
+    const { delay, levels } = player.play(message.pcm, message.rate);
+    if (!goesOn) soundFrom = now() + delay;
+    conversation.sound(message.slice, now() + delay, levels, STEP);
+  },
+  heard(message) {
+    deaf = false;
+    conversation.heard(message.slice, message.characters);
+    transcript.update(conversation);
+  },
+  cancelled() {
+    conversation.cancel();
+    transcript.update(conversation);
+  },
+  speech_started() {
+    speech.active = true;
+    if (audible() && started.mode === "duplex") interrupt(now() - speech.last < 0.5 ? speech.onset : now());
+  },
+  speech_stopped() {
+    speech.active = false;
+    conversation.lastWord = speech.last || now();
+  },
+  timeline({ timeline, first = 0 }) {
+    saved = timeline;
+    if (saving) save("timeline.jsonl", `${JSON.stringify(timeline)}\n`);
+    saving = false;
+    if (!timeline) return;
+    conversation.reconcile(pairsOf(timeline), first, now());
+    transcript.update(conversation);
+  },
+  error: (message) => message.fatal || problem(message.message),
 };
 
-async function connect() {
-  await speakers();
-  say("Connecting.");
-  socket = openSocket("/v1/duplex", $("key").value);
-  socket.binaryType = "arraybuffer";
-  let open = false;
-  socket.onopen = async () => {
-    open = true;
-    const health = await fetch("/healthz").then((r) => r.json()).catch(() => ({}));
-    send({ type: "start", version: 1, mode: $("mode").value, audio: Boolean(health.audio) });
-  };
-  socket.onmessage = (e) => {
-    const message = JSON.parse(e.data);
-    handlers[message.type]?.(message);
-  };
-  socket.onclose = (e) => {
-    const bad = $("status").classList.contains("bad");
-    if (!open) say("There is no server, or it asks for a key (below).", true);
-    else if (!bad) say(e.code === 1000 ? "The conversation has ended." : `The connection was lost (${e.code}).`, e.code !== 1000);
-    started = null;
-    enable(false);
-    microphone(false);
-    player?.stop();
-  };
+// Files.
+
+// The server's own timeline: what was heard, and no more.
+function download() {
+  if (connection.open) {
+    saving = true;
+    connection.send({ type: "timeline" });
+  } else if (saved) save("timeline.jsonl", `${JSON.stringify(saved)}\n`);
 }
 
-function end() {
-  send({ type: "end" });
-  socket?.close(1000);
-}
-
-// The controls.
-
-$("connect").onclick = () => (started ? end() : (clearTimeline(), player?.reset(), (deaf = false), connect()));
-$("microphone").onclick = () => microphone($("microphone").getAttribute("aria-pressed") !== "true");
-$("stop").onclick = interrupt;
-$("volume").oninput = () => audio && (audio.gain.gain.value = Number($("volume").value));
-
-// Finished words go out as they are typed; what is left goes out with Enter.
-function sendWords(all) {
-  if (!started) return;
-  const words = finishedWords($("text"), all);
-  if (!words) return;
-  if (player?.playing) interrupt();
-  send({ type: "text", text: words });
-}
-$("text").oninput = () => sendWords(false);
-$("say").onsubmit = (e) => {
-  e.preventDefault();
-  sendWords(true);
-};
-
-const spell = (text) => (text === null ? "<idle>" : text.replace(/<(\\*)idle>/g, "<\\$1idle>"));
-$("download").onclick = () => {
-  const output = pairs.flatMap(([user, assistant]) => [
-    { role: "user", content: spell(user) },
-    { role: "assistant", content: spell(assistant) },
-  ]);
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify({ output }) + "\n"], { type: "application/jsonl" }));
-  link.download = "timeline.jsonl";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-};
-
-// A replay shows both sides of a file on the clock, without a server.
-let replaying = null;
-$("replay").onchange = async () => {
-  const file = $("replay").files[0];
-  if (!file) return;
-  clearInterval(replaying);
-  if (started) end();
-  try {
-    const { output } = JSON.parse((await file.text()).split("\n")[0]);
-    if (!Array.isArray(output) || output.length % 2) throw new Error("no slice pairs");
-    const read = (slice) => (slice.content === "<idle>" ? null : slice.content.replace(/<\\(\\*)idle>/g, "<$1idle>"));
-    clearTimeline();
+// Shows both sides of a file on the clock, without a server.
+function replay(name, slices) {
+  stopReplay();
+  microphone.close();
+  connection.end();
+  const k = Number(drawer.get("slice_seconds")) || 2;
+  setTimeout(() => {
+    began = seconds();
+    fresh(new Conversation(k));
+    outcome = "replaying";
+    dock.solve();
     let i = 0;
-    say(`Replaying ${file.name}.`);
     const step = () => {
-      if (2 * i >= output.length) {
-        clearInterval(replaying);
-        say(`${file.name}: ${output.length / 2} slices replayed.`);
-        return;
-      }
-      addSlice({ slice: i, user: read(output[2 * i]), assistant: read(output[2 * i + 1]) });
-      i += 1;
+      if (i >= slices.length) return stopReplay();
+      conversation.add({ slice: i, user: slices[i][0], assistant: slices[i++][1] }, now());
+      transcript.update(conversation);
+      refresh();
     };
-    step();
-    replaying = setInterval(step, 2000);
-  } catch (error) {
-    say(`${file.name} is no timeline (${error.message}); a line of JSON with "output".`, true);
-  }
-};
+    replaying = setInterval(step, k * 1000);
+    refresh();
+  }, connection.state === "off" ? 0 : 500);
+}
 
-// For tests that drive the page: what was heard, and how loud the loudspeaker is.
-window.duplex = { pairs: () => pairs, level: () => player?.level() ?? 0, playing: () => player?.playing ?? false };
+function stopReplay() {
+  if (!replaying) return;
+  clearInterval(replaying);
+  replaying = null;
+  outcome = "ended";
+  lanes.run(false);
+  lanes.show(conversation, ((at) => () => at)(now()));
+  refresh();
+}
+
+// What is shown of all this; nothing here moves the layout.
+
+function refresh() {
+  const at = now();
+  const live = connection.open;
+  const speaking = live && (audible() || (!conversation.audio && conversation.speaking(at)));
+  const state = stateOf({ connection, outcome, conversation, speaking, hearing: speech.active || speech.loud > 2 || at - (dock.typed - (began ?? 0)) < 1, now: at });
+  if (state.text !== $("state").textContent) $("state").textContent = state.text;
+  $("state").dataset.state = state.name;
+  const { latency } = conversation;
+  $("latency").lastElementChild.textContent = latency === null || outcome === "ready" ? "–" : `${latency.toFixed(1)} s`;
+  $("latency").classList.toggle("slow", latency > conversation.k);
+  $("download").disabled = !(live || saved);
+  $("later").hidden = connection.state === "off";
+  dock.show({ state: connection.state, live, speaking, microphone: microphone.on, replaying: Boolean(replaying) });
+}
+setInterval(refresh, 100);
+
+for (const button of $("prompts").children) {
+  button.onclick = async () => {
+    await start(false, button.dataset.say);
+    if (button.dataset.then) plan.push(button.dataset.then);
+  };
+}
+addEventListener("pagehide", () => microphone.close());
+
+// For tests that drive the page.
+window.duplex = {
+  pairs: () => conversation.slices.map((s) => [s.user, s.assistant]),
+  level: () => player?.level() ?? 0,
+  playing: audible,
+  conversation: () => conversation,
+  now,
+  connection,
+};

@@ -1,0 +1,1 @@
+export default { slices: [], levels: { you: [], it: [] }, now: 10 };
