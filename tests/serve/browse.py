@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-QUESTION = "What is the capital of France? Please tell me all about it."
+QUESTION = "Can you tell me about the city of Paris, and why it is famous around the world?"
 BARGE_IN = "Stop please. What is the capital of Italy?"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 REPOSITORY = Path(__file__).parents[2]

@@ -63,6 +63,12 @@ test("slices are joined into sentences, and none begins with a comma or a full s
   ]);
 });
 
+test("spoken words are shown from where the microphone grew loud", () => {
+  const conversation = new Conversation(2, true);
+  for (const [at, level] of [[0.5, 0.001], [1.2, 0.1], [1.3, 0.1]]) conversation.hear(at, level);
+  assert.equal(conversation.add({ slice: 0, user: "Hello", assistant: null }, 2).start, 1.2);
+});
+
 test("words wait until a slice takes them", () => {
   const conversation = new Conversation(2);
   conversation.type("one two three", 0.5);

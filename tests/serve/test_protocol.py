@@ -103,6 +103,9 @@ def test_a_client_that_comes_back_goes_on():
             async with Client.connect(place) as client:
                 started = await client.start()
                 answers = [(await client.slice(text))["assistant"] for text in user[:7]]
+                async with Client.connect(place) as other:
+                    await other.send(type="resume", session=started["session"], token=started["token"])
+                    assert (await other.next("error"))["code"] == "busy"
             async with Client.connect(place) as client:
                 await client.send(type="resume", session=started["session"], token="wrong")
                 assert (await client.next("error"))["code"] == "not_found"

@@ -2,7 +2,6 @@
 
 const RATE = 16000; // of what the server hears
 export const STEP = 0.064; // seconds of one level
-export const LOUD = 0.02; // root mean square from which the microphone counts as loud
 
 const rms = (samples) => Math.sqrt(samples.reduce((sum, s) => sum + s * s, 0) / samples.length);
 

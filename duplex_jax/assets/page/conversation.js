@@ -3,6 +3,7 @@
 const SENTENCE = /[.!?]+["'”’)\]]*(?=\s|$)/;
 const GOES_ON = /^\s*[,.;:!?…'’)\]\p{Ll}]/u;
 const LEVELS_KEPT = 120;
+export const LOUD = 0.02; // root mean square from which the microphone counts as loud
 
 export class Conversation {
   constructor(sliceSeconds = 2, audio = false) {
@@ -27,7 +28,8 @@ export class Conversation {
     this.tick = end;
     const typed = [];
     for (const word of user?.split(/\s+/) ?? []) if (this.waiting[0]?.word === word) typed.push(this.waiting.shift().at);
-    const began = Math.min(Math.max(start, typed[0] ?? start), end);
+    const loud = this.levels.you.find((l) => l.at >= start && l.level > LOUD)?.at;
+    const began = Math.min(Math.max(start, typed[0] ?? loud ?? start), end);
     const slice = { index, start: began, end, user, assistant, from: now, until: now + this.k, heard: null, cancelled, late };
     this.slices[index] = slice;
     const last = this.bargeIns.at(-1);

@@ -1,8 +1,8 @@
 // The page of the server: wires the connection, the conversation, sound, lanes, transcript, dock and drawer together.
 
-import { LOUD, Microphone, Player, STEP } from "./audio.js";
+import { Microphone, Player, STEP } from "./audio.js";
 import { Connection } from "./connection.js";
-import { Conversation, pairsOf } from "./conversation.js";
+import { Conversation, LOUD, pairsOf } from "./conversation.js";
 import { Dock } from "./dock.js";
 import { Drawer, save } from "./drawer.js";
 import { Lanes } from "./lanes.js";
