@@ -24,34 +24,26 @@ from typing import Any
 
 import numpy as np
 
-QUESTION = "Can you tell me about the city of Paris, and why it is famous around the world?"
+QUESTION = "Please tell me about the city of Paris."
 BARGE_IN = "Stop please. What is the capital of Italy?"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def speech(path: Path) -> float:
-    """Writes what the microphone will hear; gives the second at which the barge-in begins."""
+def speech(path: Path, text: str) -> None:
+    """Writes what the microphone hears each time that it is turned on."""
     from duplex_jax.serve.voice.audio import resample, to_int16
     from duplex_jax.serve.voice.tts import load_synthesizer
 
     voice = load_synthesizer("auto")
     rate = 48_000
-
-    def say(text: str) -> np.ndarray:
-        return resample(voice.synthesize(text).pcm, voice.sample_rate, rate)
-
-    def silence(seconds: float) -> np.ndarray:
-        return np.zeros(int(seconds * rate), np.float32)
-
-    parts = [silence(1.5), say(QUESTION), silence(9), say(BARGE_IN), silence(30)]
-    sound = np.concatenate(parts)
+    said = resample(voice.synthesize(text).pcm, voice.sample_rate, rate)
+    sound = np.concatenate([np.zeros(rate // 2, np.float32), said, np.zeros(60 * rate, np.float32)])
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes(to_int16(sound).astype("<i2").tobytes())
-    return sum(len(p) for p in parts[:3]) / rate
 
 
 class Server:
@@ -294,24 +286,26 @@ def quiet_states(server: Server, visit: Visit) -> None:
     other.close()
 
 
-def spoken_states(visit: Visit) -> float:
+def spoken_states(visit: Visit, sound: Path) -> float:
     """A conversation by microphone, up to the answer to a barge-in; gives the loudest sound."""
+    speech(sound, QUESTION)
     visit.page.click("#talk")
-    seen: set[str] = set()
-    loudest, end = 0.0, time.monotonic() + 60
-    while time.monotonic() < end:
-        loudest = max(loudest, visit.page.evaluate("window.duplex.level()"))
-        state = visit.state
-        # The pictures take a second; only what lasts that long is checked for violations.
-        if state in ("listening", "hearing", "thinking", "speaking") and state not in seen:
-            seen.add(state)
-            visit.shots(state, check=False)
-        stopped = visit.page.evaluate("window.duplex.conversation().bargeIns.at(-1)?.at ?? Infinity")
-        users = [u for u, _ in visit.pairs if u]
-        if any("italy" in u.lower() for u in users) and stopped < float("inf") and visit.pairs[-1][1]:
-            break
-        time.sleep(0.05)
-    visit.page.wait_for_timeout(2500)
+    visit.reaches("listening")
+    visit.shots("listening", check=False)
+    visit.reaches("hearing")
+    visit.shots("hearing", check=False)
+    visit.until("window.duplex.pairs().some((p) => p[0]?.includes('Paris'))")
+    visit.page.click("#talk")  # off, and on again while the assistant speaks: the microphone begins anew
+    speech(sound, BARGE_IN)
+    visit.until("window.duplex.level() > 0.01")
+    visit.shots("speaking", check=False)
+    visit.until("window.duplex.level() > 0.01")
+    loudest = visit.page.evaluate("window.duplex.level()")
+    visit.page.click("#talk")
+    visit.until("window.duplex.conversation().bargeIns.length > 0")
+    visit.until("window.duplex.pairs().some((p) => p[1]?.match(/Ital|Rome/))")
+    visit.until("!window.duplex.playing() || window.duplex.conversation().bargeIns.length > 1")
+    visit.page.wait_for_timeout(1500)
     visit.shots("barge_in")
     visit.page.click("#as-slices")
     visit.shots("slices")
@@ -385,7 +379,7 @@ def browse(server: Server, sound: Path, out: Path | None = None) -> Seen:
     with chromium_browser(sound) as browser:
         visit = Visit(browser, relay.port, out, (axe(), GREEDY))
         quiet_states(server, visit)
-        level = spoken_states(visit)
+        level = spoken_states(visit, sound)
         pairs, stopped = visit.pairs, interrupted(visit)
         troubled_states(server, relay, visit)
         seen = Seen(pairs, level, stopped, visit.shifts + visit.moved, visit.problems, visit.violations)
@@ -408,13 +402,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "speech.wav"
-        barge = speech(sound)
+        speech(sound, QUESTION)
         server = Server("--voice", "--sessions=1", job=("launch.serve",))
         try:
             seen = browse(server, sound, out)
         finally:
             server.close()
-    print(f"the barge-in begins {barge:.1f} s into the sound")
     for user, assistant in seen.pairs:
         print(f"{user or '·':40}{assistant or '·'}")
     print(f"loudest {seen.level:.3f}; silent {seen.stopped:.3f} s after the button")

@@ -105,7 +105,7 @@ def test_every_state_of_a_spoken_conversation(server: browse.Server, tmp_path: P
     """A spoken question is answered and a barge-in stops the answer; nothing moves, and axe-core finds nothing."""
     pytest.importorskip("axe_playwright_python", reason="needs pip install axe-playwright-python")
     sound = tmp_path / "speech.wav"
-    browse.speech(sound)
+    browse.speech(sound, browse.QUESTION)
     seen = browse.browse(server, sound)
     heard = " ".join(u for u, _ in seen.pairs if u).lower()
     assert "paris" in heard

@@ -175,7 +175,7 @@ export function sentences(slices) {
 
 // Words with their times, spread over [from, until] by their letters: {word, at, start} with `start` in characters.
 export function timed(text, from, until) {
-  const words = [...text.matchAll(/\S+/g)];
+  const words = [...text.matchAll(/\S*[\p{L}\p{N}]\S*/gu)]; // marks alone are no word
   return words.map((m) => ({ word: m[0], start: m.index, at: from + ((until - from) * m.index) / Math.max(1, text.length) }));
 }
 

@@ -18,10 +18,10 @@ export function stateOf({ connection, outcome, conversation, speaking, hearing, 
     case "ending":
       return { name: "ended", text: "Ending" };
   }
-  const last = conversation.slices.at(-1);
-  if (last && last.late > conversation.k / 2) return { name: "late", text: `Late by ${last.late.toFixed(1)} s` };
   if (hearing) return { name: "hearing", text: "Hearing you" };
   if (speaking) return { name: "speaking", text: "Speaking" };
+  const last = conversation.slices.at(-1);
+  if (last?.late > conversation.k / 2) return { name: "late", text: `Late by ${last.late.toFixed(1)} s` };
   // The model may choose to say nothing: after a while it listens again.
   const asked = conversation.waiting.length > 0 || (conversation.lastWord !== null && now - conversation.lastWord < 3 * conversation.k);
   return asked ? { name: "thinking", text: "Thinking" } : { name: "listening", text: "Listening" };
