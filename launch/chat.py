@@ -83,7 +83,7 @@ def _engine(rows: int) -> "Engine":
     app.use_compilation_cache()
     name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
     _say(f"loading {name}")
-    model = load_model(name, dtype="auto", template=_TEMPLATE.value)
+    model = load_model(name, dtype="auto", template=_TEMPLATE.value, unread=True)
     refuse_typed_markers(model.template)
     return Engine(
         model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value,
@@ -382,7 +382,6 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

@@ -72,7 +72,6 @@ def _tell(name: str, port: int) -> None:
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

@@ -1,6 +1,7 @@
 """LoRA updates kept apart from their model: a small folder that `load_model` merges into its base."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from duplex_jax.checkpoint import safetensors
-from duplex_jax.checkpoint.names import as_dtype, finite
+from duplex_jax.checkpoint.names import Unread, as_dtype, finite
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
 from duplex_jax.model import lora
@@ -143,4 +144,21 @@ def merge(folder: Path, adapter: Adapter, config: ModelConfig, params: Params, t
         if i >= config.vocab_size:
             raise UserError(f"{folder}: replaces row {i} of a vocabulary of {config.vocab_size}; it belongs to another "
                             f"model than {adapter.base}")  # fmt: skip
-    return lora.merge(params, trained, adapter.alpha / adapter.rank, adapter.row_ids)
+    scale = adapter.alpha / adapter.rank
+    if not isinstance(params["embed"], Unread):
+        return lora.merge(params, trained, scale, adapter.row_ids)
+    params = {**params, "layers": dict(params["layers"])}
+
+    def updated(w: dict[str, np.ndarray], layer: int | None, value: np.ndarray) -> np.ndarray:
+        return (np.asarray(value, np.float32) + scale * np.matmul(w["a"][layer], w["b"][layer])).astype(value.dtype)
+
+    def replaced(rows: np.ndarray, _: int | None, value: np.ndarray) -> np.ndarray:
+        whole = np.array(value)
+        whole[list(adapter.row_ids)] = rows
+        return whole
+
+    for name, w in trained["layers"].items():
+        params["layers"][name] = params["layers"][name].changed(functools.partial(updated, w))
+    for name, rows in trained.get("rows", {}).items():
+        params[name] = params[name].changed(functools.partial(replaced, rows))
+    return params

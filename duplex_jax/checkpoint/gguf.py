@@ -32,20 +32,23 @@ IN_SLICES_FIELD = "duplex.in_slices"
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.key_length_mla", "attention.kv_lora_rank")
 
 
-def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
+def load(
+    path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1, unread: bool = False
+) -> tuple[ModelConfig, Params]:
     """Config and stacked numpy weights of a GGUF file.
 
     Args:
         path: the file, of architecture `llama` or `minicpm`, its tensors of `TYPES`.
         dtype: of the result; None: quantised ones become float32, others stay.
         vocab_multiple: the vocabulary is padded to a multiple of it.
+        unread: see `names.assemble`.
 
     Raises:
         UserError: another architecture or tensor type, a tensor missing, mis-shaped or cut off.
     """
     header = read_gguf_header(path)
     config = read_config(header, str(path), vocab_multiple)
-    return config, assemble(config, _tensors(Path(path), header, config), "gguf", str(path), dtype)
+    return config, assemble(config, _tensors(Path(path), header, config), "gguf", str(path), dtype, unread)
 
 
 def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> ModelConfig:

@@ -22,7 +22,9 @@ SHARD_BYTES = 2 * 2**30
 TYPES = ("auto", "minicpm")
 
 
-def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
+def load(
+    path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1, unread: bool = False
+) -> tuple[ModelConfig, Params]:
     """Config and stacked numpy weights of a model folder, or of a `.safetensors` file with `config.json` beside it.
 
     Tensors are read one at a time into their place: memory peaks at the model's own size plus a few tensors.
@@ -31,6 +33,7 @@ def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 
         path: the folder or file.
         dtype: of the result; None keeps each tensor's own.
         vocab_multiple: the vocabulary is padded to a multiple of it.
+        unread: see `names.assemble`.
 
     Raises:
         UserError: a file is missing, cut off or no such file; a tensor is missing, mis-shaped or not of this model.
@@ -39,7 +42,7 @@ def load(path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 
     folder = path if path.is_dir() else path.parent
     config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     config = dataclasses.replace(config, vocab_multiple=vocab_multiple)
-    return config, assemble(config, open_tensors(path), "hf", str(path), dtype)
+    return config, assemble(config, open_tensors(path), "hf", str(path), dtype, unread)
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:

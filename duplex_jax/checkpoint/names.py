@@ -2,12 +2,15 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -149,7 +152,12 @@ def get(tree: Mapping[str, Any], path: Iterable[str]) -> Any:
 
 
 def assemble(
-    config: ModelConfig, tensors: Mapping[str, Tensor], column: str, where: str, dtype: np.dtype | None = None
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    column: str,
+    where: str,
+    dtype: np.dtype | None = None,
+    unread: bool = False,
 ) -> Params:
     """Stacked numpy weights from a file's tensors, read one at a time into their place.
 
@@ -159,6 +167,7 @@ def assemble(
         column: whose names they are, `hf` or `gguf`.
         where: the checkpoint, for messages.
         dtype: of the result; None keeps the tensors' own.
+        unread: leaves are `Unread` instead, for jobs that turn weights into another form at once.
 
     Returns:
         The tree that `model.minicpm.declare` describes.
@@ -175,10 +184,17 @@ def assemble(
         node = tree
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        own = {tensors[part.name].dtype for part in wanted if part.path == path}
+        found = [(part, tensors[part.name]) for part in wanted if part.path == path]
+        own = {tensor.dtype for _, tensor in found}
         kind = dtype or (own.pop() if len(own) == 1 else DTYPES["float32"])
+        if unread:
+            node[path[-1]] = _unread(config, found, weight.shape, kind)
+            continue
         padded = isinstance(weight, Weight) and path in _VOCABULARY and weight.shape[0] != config.vocab_size
         node[path[-1]] = (np.zeros if padded else np.empty)(weight.shape, kind)
+
+    if unread:
+        return tree
 
     def fill(part: Part) -> None:
         value = finite(tensors[part.name], part.name)
@@ -193,6 +209,86 @@ def assemble(
         for done in concurrent.futures.as_completed([pool.submit(fill, part) for part in wanted]):
             done.result()
     return tree
+
+
+class Unread:
+    """A weight that is still in its file and is read each time it is used, a stacked one layer by layer.
+
+    Memory then holds a model once, in the form in which it is used, and beside it one tensor of the file.
+
+    Args:
+        shape: of the weight.
+        dtype: of the values.
+        read: gives the values.
+        layers: those of a stacked weight, whose values are theirs.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[], np.ndarray] | None = None,
+        layers: Sequence["Unread"] = (),
+    ):
+        self.shape, self.dtype, self._layers = tuple(shape), np.dtype(dtype), tuple(layers)
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+        self._read = read or (lambda: np.stack([np.asarray(layer) for layer in self._layers]))
+
+    @property
+    def T(self) -> np.ndarray:
+        """The values, transposed."""
+        return np.asarray(self).T
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers[index] if self._layers and isinstance(index, int) else np.asarray(self)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._read(), dtype or self.dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(np.asarray(self))
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """The values in another dtype."""
+        return np.asarray(self, dtype)
+
+    def changed(
+        self, change: Callable[[int | None, np.ndarray], np.ndarray], shape: tuple[int, ...] | None = None
+    ) -> "Unread":
+        """The weight with something done to its values when they are read.
+
+        Args:
+            change: gets a layer's number and values (None: not stacked), and gives new ones.
+            shape: of what comes out; the same by default.
+        """
+        if self._layers:
+            changes = (functools.partial(_of_layer, change, i) for i in range(len(self._layers)))
+            layers = [layer.changed(part) for layer, part in zip(self._layers, changes, strict=True)]
+            return Unread(self.shape, self.dtype, layers=layers)
+        return Unread(shape or self.shape, self.dtype, lambda: change(None, np.asarray(self)))
+
+
+def _of_layer(change: Callable[[int | None, np.ndarray], np.ndarray], i: int, _: None, w: np.ndarray) -> np.ndarray:
+    return change(i, w)
+
+
+def _unread(config: ModelConfig, own: Sequence[tuple[Part, Tensor]], shape: tuple[int, ...], dtype: np.dtype) -> Unread:
+    """A weight of one part, or of one for each layer."""
+
+    def read(part: Part, tensor: Tensor, wanted: tuple[int, ...]) -> np.ndarray:
+        value = finite(tensor, part.name)
+        value = (value.T if part.transposed else value).astype(dtype, copy=False)
+        if value.shape == wanted:
+            return value
+        return np.concatenate([value, np.zeros((wanted[0] - value.shape[0], *wanted[1:]), dtype)])
+
+    if own[0][0].layer is None:
+        return Unread(shape, dtype, functools.partial(read, *own[0], shape))
+    layers = [Unread(shape[1:], dtype, functools.partial(read, part, tensor, shape[1:])) for part, tensor in own]
+    return Unread(shape, dtype, layers=layers)
 
 
 def _check(config: ModelConfig, wanted: list[Part], tensors: Mapping[str, Tensor], column: str, where: str) -> None:

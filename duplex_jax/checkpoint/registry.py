@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax
-from duplex_jax.checkpoint.names import as_dtype
+from duplex_jax.checkpoint.names import Unread, as_dtype
 from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, check_space
@@ -42,7 +42,12 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: Any = None, template: str | None = None, vocab_multiple: int = 1
+    name_or_path: str | Path,
+    *,
+    dtype: Any = None,
+    template: str | None = None,
+    vocab_multiple: int = 1,
+    unread: bool = False,
 ) -> LoadedModel:
     """Loads a model with its tokenizer and template.
 
@@ -54,14 +59,18 @@ def load_model(
         template: by name; None for the one that the config names, else the one that the vocabulary was made for.
             Tokens that it needs and the vocabulary lacks are added, each with the mean of all rows.
         vocab_multiple: the stored vocabulary is padded to a multiple of it, so that it can be sharded.
+        unread: weights stay in their files until an engine takes them, tensor by tensor (`names.Unread`); an Orbax
+            store is read whole.
 
     Raises:
         UserError: whatever is missing, cut off, or does not fit together.
     """
     found = resolve(name_or_path, template)
     path, kind, made = found.path, as_dtype(dtype), found.template
-    readers = {"gguf": gguf.load, "orbax": orbax.load, "hf": huggingface.load}
-    config, params = readers[found.kind](path, kind, vocab_multiple)
+    if found.kind == "orbax":
+        config, params = orbax.load(path, kind, vocab_multiple)
+    else:
+        config, params = (gguf if found.kind == "gguf" else huggingface).load(path, kind, vocab_multiple, unread)
     stored = made.tokenizer.vocab_size - len(found.added)
     if stored > config.vocab_size:
         raise UserError(
@@ -145,11 +154,15 @@ def add_rows(config: ModelConfig, params: Params, first: int, count: int) -> tup
     """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, count))
     params = dict(params)
+
+    def table(_: int | None, old: np.ndarray) -> np.ndarray:
+        rows = np.zeros((grown.padded_vocab_size, old.shape[1]), old.dtype)
+        rows[: config.vocab_size] = old[: config.vocab_size]
+        rows[first:count] = old[:first].mean(axis=0, dtype=np.float32)
+        return rows
+
     for name in ("embed", "head"):
-        if name in params:
-            old = np.asarray(params[name])
-            table = np.zeros((grown.padded_vocab_size, old.shape[1]), old.dtype)
-            table[: config.vocab_size] = old[: config.vocab_size]
-            table[first:count] = old[:first].mean(axis=0, dtype=np.float32)
-            params[name] = table
+        if (old := params.get(name)) is not None:
+            shape = (grown.padded_vocab_size, old.shape[1])
+            params[name] = old.changed(table, shape) if isinstance(old, Unread) else table(None, np.asarray(old))
     return grown, params

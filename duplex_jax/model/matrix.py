@@ -66,7 +66,8 @@ def store(weights: Sequence[Any], how: str, in_panels: bool) -> Matrix:
         in_panels: for the native kernels.
     """
     assert how in STORES, how
-    data, scales = _stored([jnp.asarray(w) for w in weights], how, in_panels)
+    # Waited for, so that no more than one matrix is there in both forms.
+    data, scales = jax.block_until_ready(_stored([jnp.asarray(w) for w in weights], how, in_panels))
     return Matrix(data, scales, tuple(w.shape[1] for w in weights), in_panels)
 
 

@@ -294,9 +294,10 @@ def store(config: ModelConfig, params: Params, how: str, in_panels: bool, dtype:
         return norms | {name: matrix.store(parts, how, in_panels) for name, parts in joint.items()}
 
     head = "embed" if config.tie_word_embeddings else "head"
-    tree: Params = {name: jnp.asarray(w, dtype) for name, w in params.items() if name not in ("layers", head)}
-    tree["layers"] = tuple(layer(weights) for weights in unstack(params)["layers"])
-    return tree | {head: matrix.store([params[head].T], how, in_panels)}
+    # The head first: its temporaries are the largest, and nothing else is there yet.
+    tree: Params = {head: matrix.store([params[head].T], how, in_panels)}
+    tree |= {name: jnp.asarray(w, dtype) for name, w in params.items() if name not in ("layers", head)}
+    return tree | {"layers": tuple(layer(weights) for weights in unstack(params)["layers"])}
 
 
 def _unsharded(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

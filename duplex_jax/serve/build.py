@@ -94,7 +94,7 @@ def load(name: str, template: str | None, tell: Callable[[str], None]) -> "Loade
     from duplex_jax.template import refuse_typed_markers
 
     tell(f"loading {name}")
-    model = load_model(name, dtype="auto", template=template)
+    model = load_model(name, dtype="auto", template=template, unread=True)
     refuse_typed_markers(model.template)
     return model
 

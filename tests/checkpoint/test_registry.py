@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from duplex_jax import files, sources
-from duplex_jax.checkpoint import orbax
+from duplex_jax.checkpoint import adapter, orbax
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.checkpoint.registry import LoadedModel, add_rows, load_model, save_model
 from duplex_jax.errors import UserError
@@ -379,3 +379,26 @@ def test_bad_options(tmp_path: Path, option: str, value: str):
     with pytest.raises(UserError, match=f"{option} '{value}' is (unknown|not supported); one of"):
         save_model(tiny(), tmp_path / "out", **{option: value})
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_stay_in_their_file_are_those_that_are_read(tmp_path: Path):
+    """In every form that an engine takes them in: whole, by layer, with added rows, with an adapter's updates."""
+    model = tiny()
+    save_model(model, tmp_path / "base")
+    save_model(model, tmp_path / "store", format="orbax")
+    L, D, W = CONFIG.num_layers, CONFIG.hidden_size, CONFIG.num_heads * CONFIG.head_dim
+    random = np.random.default_rng(0)
+    update = {"a": random.normal(size=(L, D, 2)), "b": random.normal(size=(L, 2, W))}
+    rows = {name: random.normal(size=(1, D)) for name in ("embed", "head") if name in model.params}
+    what = adapter.Adapter(str(tmp_path / "base"), "chatml", 2, 4.0, (258,))
+    adapter.save(tmp_path / "adapter", what, {"layers": {"q": update}, "rows": rows})
+    for name, template in (("base", "chatml"), ("base", "compact"), ("store", "chatml"), ("adapter", None)):
+        ready = load_model(tmp_path / name, template=template, vocab_multiple=8)
+        late = load_model(tmp_path / name, template=template, vocab_multiple=8, unread=True)
+        assert late.config == ready.config
+        found = jax.tree.map(np.asarray, late.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, ready.params)
+        for ours, theirs in zip(
+            minicpm.unstack(late.params)["layers"], minicpm.unstack(ready.params)["layers"], strict=True
+        ):
+            np.testing.assert_allclose(np.asarray(ours["q"]), theirs["q"], rtol=1e-6)
