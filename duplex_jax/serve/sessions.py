@@ -16,7 +16,6 @@ from pathlib import Path
 
 from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write
 from duplex_jax.serve.connection import Caller
 from duplex_jax.serve.hub import Full, Hub, S
 from duplex_jax.serve.live import Event, LiveSession, Settings, Spoken, Trouble, Voice
@@ -325,9 +324,7 @@ def snapshot_key(path: str | Path) -> bytes:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as f:
-                f.write(secrets.token_hex(32))
-            os.chmod(path, 0o600)
+            _make_key(path)
         key = bytes.fromhex(path.read_text().strip())
     except ValueError:
         key = b""
@@ -336,3 +333,17 @@ def snapshot_key(path: str | Path) -> bytes:
     if len(key) < 16:
         raise UserError(f"{path}: holds no key; at least 32 hexadecimal digits, or remove the file and one is made")
     return key
+
+
+def _make_key(path: Path) -> None:
+    """Makes a file with a new key, for its owner alone from its first moment, unless another server was faster."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -3,6 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -10,6 +15,7 @@ import pytest
 
 from duplex_jax.serve.access import RUNNING, Access
 from duplex_jax.serve.connection import WireLimits
+from duplex_jax.serve.sessions import snapshot_key
 from tests.serve.serving import Client, run, serving, soon
 
 
@@ -184,3 +190,32 @@ def test_what_cannot_be_sent_ends_the_connection(caplog: pytest.LogCaptureFixtur
 
     run(test)
     assert "could not be sent" in caplog.text
+
+
+def test_the_key_of_snapshots_is_its_owner_s_from_the_first_moment(tmp_path: Path):
+    """Under a umask that lets everybody read, and with several servers that start at once."""
+    path = tmp_path / "folder" / "key"
+    path.parent.mkdir()
+    modes: set[int] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for file in path.parent.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    modes.add(stat.S_IMODE(file.stat().st_mode))
+
+    before, watching = os.umask(0), threading.Thread(target=watch)
+    watching.start()
+    try:
+        for _ in range(30):
+            with ThreadPoolExecutor(4) as servers:
+                keys = set(servers.map(snapshot_key, [path] * 4))
+            assert len(keys) == 1
+            assert list(path.parent.iterdir()) == [path]
+            path.unlink()
+    finally:
+        os.umask(before)
+        done.set()
+        watching.join()
+    assert modes == {0o600}
