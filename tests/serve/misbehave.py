@@ -1,52 +1,142 @@
 """Clients that do what no client should, in a process of their own: `python -m tests.serve.misbehave PLACE N S`."""
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
 import time
+from typing import Any
 
 import aiohttp
 
 WORDS = ("hello there", "what is", "the capital of", "no wait", "stop it now", "and then")
 
 
+ITEM = {"id": "mine", "type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello there"}]}
+SAID: dict[str, list[Any]] = {
+    "/v1/duplex": [
+        {"type": "start", "clock": "client", "slice_seconds": 0.2, "seed": 1, "system": "Be kind.", "dormant": False},
+        {"type": "start", "mode": "turn_based", "slice_seconds": 0.1, "max_tokens": 8},
+        {"type": "slice", "text": "what is"}, {"type": "text", "text": "hello there"}, {"type": "cancel"},
+        {"type": "heard", "slice": 0, "characters": 3}, {"type": "snapshot"}, {"type": "timeline"}, {"type": "metrics"},
+        {"type": "audio", "pcm": "AAAA"}, {"type": "resume", "session": "x", "token": "y"}, {"type": "end"},
+    ],
+    "/v1/realtime": [
+        {"type": "session.update", "session": {"instructions": "x", "duplex": {"slice_seconds": 0.1, "slices": True}}},
+        {"type": "conversation.item.create", "item": ITEM}, {"type": "response.create", "response": {}},
+        {"type": "conversation.item.truncate", "item_id": "mine", "content_index": 0, "audio_end_ms": 100},
+        {"type": "conversation.item.retrieve", "item_id": "mine"}, {"type": "response.cancel", "event_id": "x"},
+        {"type": "duplex.text.append", "text": "what is"}, {"type": "input_audio_buffer.append", "audio": "AAAA"},
+    ],
+    "/v1/demo": ["<!new_session!>", "<!new_ordinary_session!>", "<idle>", "hello there"],
+}  # fmt: skip
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": True, "stop": ["x"],
+         "temperature": 1, "seed": 3, "stream_options": {"include_usage": True}}  # fmt: skip
+ODD: tuple[Any, ...] = (
+    None, True, -1, 2**70, 1e308, "", "\ud83d", "<|im_end|>", "x" * 3000, [], {}, [[]], {"type": []}, float("nan"),
+)  # fmt: skip
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """A message with something about it changed: a field, a name, a type, a value deep inside."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        name = rng.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != name}
+        match rng.randrange(4):
+            case 0:
+                return rest
+            case 1:
+                return rest | {rng.choice(list(value)): value[name]}
+            case _:
+                return value | {name: mutated(value[name], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        return [*value[:-1], mutated(value[-1], rng)] * rng.choice((1, 1, 3))
+    return rng.choice(ODD)
+
+
 async def misbehave(place: str, rng: random.Random, end: float) -> None:
     """Connects again and again, and each time does something else that no client should."""
     async with aiohttp.ClientSession() as http:
         while time.monotonic() < end:
-            path = rng.choice(["/v1/duplex", "/v1/duplex", "/v1/realtime", "/v1/demo", "/"])
-            try:
-                async with asyncio.timeout(5), http.ws_connect(f"ws://{place}{path}") as ws:
-                    if rng.random() < 0.7:
-                        await ws.send_str(json.dumps({"type": "start", "slice_seconds": 0.2}))
-                    match rng.randrange(8):
-                        case 0:
-                            await ws.send_str("x" * 10_000_000)
-                        case 1:
-                            for _ in range(1000):
-                                await ws.send_str('{"type": "ping"}')
-                        case 2:
-                            await ws.send_bytes(rng.randbytes(rng.randint(1, 5000)))
-                        case 3:
-                            await ws.send_str(rng.choice(["{", "[]", "null", '{"type": 3}', "\x00", '{"type": "end"']))
-                        case 4:  # vanishes in the middle of a frame
-                            transport = ws._writer.transport
-                            transport.write(b"\x81\xfe\x10\x00half")
-                            transport.abort()
-                        case 5:  # stalls: reads nothing
-                            await ws.send_str(json.dumps({"type": "text", "text": "hello there"}))
-                            await asyncio.sleep(rng.random() * 3)
-                        case 6:
-                            for kind in ("heard", "cancel", "resume", "snapshot", "end", "text", "slice"):
-                                await ws.send_str(json.dumps({"type": kind, "slice": 9, "characters": -1}))
-                        case 7:
-                            for text in rng.choices(WORDS, k=12):
-                                await ws.send_str(json.dumps({"type": "text", "text": text}))
-                                await asyncio.sleep(0.1)
-            except (aiohttp.ClientError, ConnectionError, TimeoutError):
-                pass
+            with contextlib.suppress(aiohttp.ClientError, ConnectionError, TimeoutError):
+                async with asyncio.timeout(5):
+                    await rng.choice((_break_rules, _mutate, _mutate, _ask, _drop))(http, place, rng)
             await asyncio.sleep(rng.random() / 5)
+
+
+async def _mutate(http: aiohttp.ClientSession, place: str, rng: random.Random) -> None:
+    """Valid messages of a protocol among mutated ones."""
+    path = rng.choice(list(SAID))
+    async with http.ws_connect(f"ws://{place}{path}") as ws:
+        for _ in range(rng.randint(1, 60)):
+            message = rng.choice(SAID[path])
+            if rng.random() < 0.7:
+                message = mutated(message, rng)
+            text = message if isinstance(message, str) else json.dumps(message)
+            await ws.send_str(text.encode("utf-8", "replace").decode())
+            if rng.random() < 0.2:
+                await asyncio.sleep(rng.random() / 20)
+
+
+async def _ask(http: aiohttp.ClientSession, place: str, rng: random.Random) -> None:
+    """A completion, mutated or not, by a client that may hang up."""
+    body = mutated(ASKED, rng) if rng.random() < 0.7 else ASKED
+    async with asyncio.timeout(rng.choice((0.05, 0.4, 5))):
+        async with http.post(f"http://{place}/v1/chat/completions", data=json.dumps(body)) as answer:
+            await answer.read()
+
+
+async def _drop(http: aiohttp.ClientSession, place: str, rng: random.Random) -> None:
+    """A session that is dropped, taken up again and dropped while it comes back."""
+    message: dict[str, Any] = {"type": "start", "clock": "client"}
+    for _ in range(rng.randint(2, 6)):
+        async with http.ws_connect(f"ws://{place}/v1/duplex") as ws:
+            await ws.send_str(json.dumps(message))
+            while (answer := json.loads(await ws.receive_str()))["type"] == "waiting":
+                pass
+            if answer["type"] != "started":
+                await asyncio.sleep(0.05)
+                continue
+            message = {"type": "resume", "session": answer["session"], "token": answer["token"]}
+            for _ in range(rng.randint(0, 3)):
+                await ws.send_str(json.dumps({"type": "slice", "text": rng.choice(WORDS)}))
+            await ws.send_str(json.dumps({"type": rng.choice(("cancel", "snapshot", "ping"))}))
+            await asyncio.sleep(rng.random() * rng.choice((0.01, 0.3)))
+            if rng.random() < 0.7:
+                ws._writer.transport.abort()
+
+
+async def _break_rules(http: aiohttp.ClientSession, place: str, rng: random.Random) -> None:
+    """Too much, too long, half a frame, nothing read."""
+    path = rng.choice(["/v1/duplex", "/v1/duplex", "/v1/realtime", "/v1/demo", "/"])
+    async with http.ws_connect(f"ws://{place}{path}") as ws:
+        if rng.random() < 0.7:
+            await ws.send_str(json.dumps({"type": "start", "slice_seconds": 0.2}))
+        match rng.randrange(8):
+            case 0:
+                await ws.send_str("x" * 10_000_000)
+            case 1:
+                for _ in range(1000):
+                    await ws.send_str('{"type": "ping"}')
+            case 2:
+                await ws.send_bytes(rng.randbytes(rng.randint(1, 5000)))
+            case 3:
+                await ws.send_str(rng.choice(["{", "[]", "null", '{"type": 3}', "\x00", '{"type": "end"']))
+            case 4:  # vanishes in the middle of a frame
+                transport = ws._writer.transport
+                transport.write(b"\x81\xfe\x10\x00half")
+                transport.abort()
+            case 5:  # stalls: reads nothing
+                await ws.send_str(json.dumps({"type": "text", "text": "hello there"}))
+                await asyncio.sleep(rng.random() * 3)
+            case 6:
+                for kind in ("heard", "cancel", "resume", "snapshot", "end", "text", "slice"):
+                    await ws.send_str(json.dumps({"type": kind, "slice": 9, "characters": -1}))
+            case 7:
+                for text in rng.choices(WORDS, k=12):
+                    await ws.send_str(json.dumps({"type": "text", "text": text}))
+                    await asyncio.sleep(0.1)
 
 
 async def main(place: str, clients: int, seconds: float) -> None:

@@ -114,3 +114,12 @@ class Client:
     async def slice(self, text: str | None) -> dict[str, Any]:
         await self.send(type="slice", text=text)
         return await self.next("slice", "error")
+
+    async def resume(self, started: dict[str, Any]) -> dict[str, Any]:
+        """Takes a session up, as soon as the server has missed its last client."""
+        while True:
+            await self.send(type="resume", session=started["session"], token=started["token"])
+            answer = await self.next("started", "error")
+            if "client already" not in answer.get("message", ""):
+                return answer
+            await asyncio.sleep(0.01)

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,24 +31,32 @@ def resident() -> float:
 
 
 async def behave(place: str, seed: int, end: float, late: list[float]) -> tuple[list[str | None], list[str | None]]:
-    """A good client in one long session: what it said, and what it got."""
+    """A good client in one long session, whose connection is lost now and then: what it said, and what it got."""
     rng, user, answers = random.Random(seed), list[str | None](), list[str | None]()
-    async with Client.connect(place) as client:
-        assert (await client.start(seed=seed, temperature=0.8))["type"] == "started"
-        while time.monotonic() < end:
-            user.append(rng.choice(script(seed)))
-            began = time.monotonic()
-            answers.append((await client.slice(user[-1]))["assistant"])
-            late.append(time.monotonic() - began)
-            await asyncio.sleep(0.1)
-        await client.send(type="end")
+    started: dict[str, Any] = {}
+    while time.monotonic() < end:
+        async with Client.connect(place) as client:
+            if not started:
+                started = await client.start(seed=seed, temperature=0.8)
+                assert started["type"] == "started"
+            else:
+                again = await client.resume(started)
+                assert (again["type"], again.get("slices")) == ("started", len(user)), again
+            while time.monotonic() < end and rng.random() < 0.97:
+                user.append(rng.choice(script(seed)))
+                began = time.monotonic()
+                answers.append((await client.slice(user[-1]))["assistant"])
+                late.append(time.monotonic() - began)
+                await asyncio.sleep(0.1)
+            if time.monotonic() >= end:
+                await client.send(type="end")
     return user, answers
 
 
 def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
     async def test() -> None:
-        limits = Limits(per_client=10_000, parked_seconds=1, rest_after=30)
-        wire = WireLimits(idle_seconds=2)
+        limits = Limits(per_client=10_000, parked_seconds=10, rest_after=30, parked=1000)
+        wire = WireLimits(idle_seconds=2, sockets_per_client=1000)
         engine_of(tiny_model(), 8).warm_up(everything=True)
         async with serving(rows=8, limits=limits, wire=wire, waiting=16) as (server, place):
             late: list[float] = []
@@ -77,6 +86,7 @@ def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
             after = await settle()
             assert server.sessions.counts() == {"active": 0, "aside": 0, "parked": 0, "waiting": 0}
             assert server.sessions.hub.free == 8
+            assert await server.sessions.hub.count_rows() == (0, 0)
             print(
                 f"{len(late)} good slices, p99 {np.percentile(late, 99):.2f} s; memory {before:.0f} to {after:.0f} MiB"
             )

@@ -24,16 +24,6 @@ async def health(place: str) -> dict[str, Any]:
         return state
 
 
-async def resume(client: Client, started: dict[str, Any]) -> dict[str, Any]:
-    """Takes a session up, as soon as the server has missed its last client."""
-    while True:
-        await client.send(type="resume", session=started["session"], token=started["token"])
-        answer = await client.next("started", "error")
-        if "client already" not in answer.get("message", ""):
-            return answer
-        await asyncio.sleep(0.01)
-
-
 def ask(place: str, http: aiohttp.ClientSession, **fields: Any) -> Any:
     body = {"messages": [{"role": "user", "content": "tell me all"}], "temperature": 1.5, **fields}
     return http.post(f"http://{place}/v1/chat/completions", json=body)
@@ -57,7 +47,7 @@ def test_a_client_that_drops_while_its_session_comes_back_costs_no_row(by: str, 
                             await (await stack.enter_async_context(Client.connect(place))).start()
                     await soon(lambda: server.sessions.counts()["parked"])
                     client = await stack.enter_async_context(Client.connect(place))
-                    slices = (await resume(client, started))["slices"]
+                    slices = (await client.resume(started))["slices"]
                     if dropped == "while it waits for the engine":
                         await stack.enter_async_context(busy(hub))
                     if by == "a message":
@@ -71,7 +61,7 @@ def test_a_client_that_drops_while_its_session_comes_back_costs_no_row(by: str, 
                 await soon(lambda: server.sessions.counts()["parked"] and hub.free == 4)
                 assert (await health(place))["rows"] == {"sessions": 0, "engine": 0}
             async with Client.connect(place) as client:
-                assert (await resume(client, started))["slices"] >= slices
+                assert (await client.resume(started))["slices"] >= slices
                 await client.send(type="slice", text=user[7])
                 while (await client.next("slice"))["slice"] < 7:
                     pass
@@ -274,7 +264,7 @@ def test_drops_do_not_lock_an_address_out():
                 await soon(lambda: server.sessions.counts()["active"] == 0)
                 assert server.sessions.counts()["parked"] == min(n + 1, 2)
             async with Client.connect(place) as client:
-                assert (await resume(client, dropped[0]))["code"] == "not_found"
-                assert (await resume(client, dropped[-1]))["type"] == "started"
+                assert (await client.resume(dropped[0]))["code"] == "not_found"
+                assert (await client.resume(dropped[-1]))["type"] == "started"
 
     run(test)
