@@ -107,13 +107,21 @@ def _download(repo: str, weights: bool) -> Path:
             if weights:
                 files = [f.rfilename for f in huggingface_hub.model_info(repo, timeout=10).siblings or ()]
                 # The same weights often lie there twice; pickles only where there is nothing else.
-                patterns.append(_WEIGHT_FILES[0 if any(f.endswith(".safetensors") for f in files) else 1])
+                pickled = not any(f.endswith(".safetensors") for f in files)
+                if pickled and importlib.util.find_spec("torch") is None:
+                    raise UserError(
+                        f"model 'hf:{repo}': its weights are pytorch_model.bin, which needs torch to be read; pip "
+                        "install 'duplex-jax[torch]' before they are downloaded"
+                    )
+                patterns.append(_WEIGHT_FILES[1 if pickled else 0])
             return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
         except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
             # Without a network a copy fetched before does as well.
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
             raise
+    except UserError:
+        raise
     except errors.HFValidationError as e:
         raise UserError(f"model 'hf:{repo}': is no repository name ({e})") from e
     except errors.RepositoryNotFoundError as e:

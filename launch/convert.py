@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from duplex_jax.checkpoint import adapter, gguf
+from duplex_jax.checkpoint import adapter, gguf, peft
+from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.checkpoint.registry import FORMATS, load_model, save_model
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
@@ -17,9 +18,10 @@ from launch import app
 _MODEL = app.path_flag("model", None, "A folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
 _OUT = app.path_flag("out", None, "The folder (or .gguf file) to write; it appears complete or not at all.")
 _FORMAT = flags.DEFINE_enum(
-    "format", "hf", (*FORMATS, "adapter"),
+    "format", "hf", (*FORMATS, "adapter", "peft"),
     "hf: transformers loads it. orbax: training starts from it. gguf: a file for llama.cpp. adapter: LoRA's updates "
-    "alone, of an adapter or of a checkpoint (--model=WORKDIR or WORKDIR@STEP, by default its newest).",
+    "alone, of an adapter or of a checkpoint (--model=WORKDIR or WORKDIR@STEP, by default its newest). peft: the same "
+    "for Hugging Face's PEFT.",
 )  # fmt: skip
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "float32, bfloat16 or float16; each tensor's own by default. gguf: q8_0 too, float16 by default."
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
     else:
         check_folder(_OUT.value, _OVERWRITE.value)
     start = time.perf_counter()
-    if _FORMAT.value == "adapter":
+    if _FORMAT.value in ("adapter", "peft"):
         _write_adapter(_MODEL.value, _OUT.value)
         return
     is_gguf = _FORMAT.value == "gguf"
@@ -82,7 +84,12 @@ def _write_adapter(model: str, out: str) -> None:
     if _IDLE_BIAS.value is not None:
         what = dataclasses.replace(what, idle_bias=Sampling(idle_bias=_IDLE_BIAS.value).idle_bias)
     dtype = _DTYPE.value or "float32"
-    adapter.save(out, what, trained, dtype, _OVERWRITE.value)
+    if _FORMAT.value == "peft":
+        kind = as_dtype(dtype)
+        assert kind is not None
+        peft.save(out, what, trained, kind, _OVERWRITE.value)
+    else:
+        adapter.save(out, what, trained, dtype, _OVERWRITE.value)
     weights = sum(int(x.size) for x in jax.tree.leaves(trained))
     size = sum(p.stat().st_size for p in Path(out).iterdir()) / 1e6
     step = f", step {what.training['step']}" if "step" in what.training else ""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax
+from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax, peft
 from duplex_jax.checkpoint.names import Unread, as_dtype
 from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
@@ -80,7 +80,7 @@ def load_model(
     if found.added:
         config, params = add_rows(config, params, stored, made.tokenizer.vocab_size)
     for folder in found.adapters:
-        what, trained = adapter.read(folder)
+        what, trained = (adapter if adapter.is_adapter(folder) else peft).read(folder)
         params = adapter.merge(folder, what, config, params, trained)
     return LoadedModel(str(name_or_path), config, params, made.tokenizer, made, found.generation)
 

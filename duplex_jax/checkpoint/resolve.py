@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from duplex_jax.checkpoint import adapter, gguf, orbax
+from duplex_jax.checkpoint import adapter, gguf, orbax, peft
 from duplex_jax.errors import UserError
 from duplex_jax.gguf_vocabulary import from_gguf_fields
 from duplex_jax.schema import Schema, checked, read_json, read_json_beside
@@ -88,7 +88,7 @@ def _resolve(name_or_path: str | Path, template: str | None, weights: bool, dept
         return _plain(path, template, weights)
     if not depth:
         raise UserError(f"{path}: is an adapter upon itself; name the model that it was trained on")
-    what = adapter.read_config(path)
+    what = (adapter if adapter.is_adapter(path) else peft).read_config(path)
     try:
         found = _resolve(base, template or what.template or None, weights, depth - 1)
     except UserError as e:
