@@ -91,8 +91,8 @@ def _run(store: stores.Store, texts: Texts) -> None:
     from duplex_jax.serve import build
     from duplex_jax.serve.access import Access, read_keys
     from duplex_jax.serve.hub import Hub
-    from duplex_jax.serve.live import Settings
     from duplex_jax.serve.sessions import Limits, Sessions
+    from duplex_jax.serve.settings import Settings
 
     keys = _LISTEN.api_keys.value
     access = Access(read_keys(keys) if keys else (), hosts=(_LISTEN.host, *_LISTEN.hosts))

@@ -147,8 +147,17 @@ class DuplexSession:
                 user = pairs.pop()[0] if pairs and pairs[-1][0] is not None and not pairs[-1][1] else None
                 pairs.append((user, ids))
             pairs.append((None, ()))
-        for user, _ in pairs:
-            self.check_fits(user)
+        sizes = [len(self.check_fits(user)) + len(said) + self._answer_room for user, said in pairs]
+        # Pairs that others behind them would push out at once are in the timeline alone.
+        behind = itertools.accumulate(reversed(sizes))
+        stay = sum(1 for _ in itertools.takewhile(lambda n: n <= self._longest_part, behind))
+        gone, pairs = pairs[: len(pairs) - stay], pairs[len(pairs) - stay :]
+        if gone:
+            decode = self.template.assistant_text
+            self.timeline += [SlicePair(user, decode(said)) for user, said in gone]
+            self.engine.drop_shadow(self._row)
+            self.engine.truncate(self._row, self._prefix)
+            self._pairs, self._oldest, self._carry = [], self.slices, b""
         for user, said in pairs:
             self.say(user, said)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession, TurnSession
+from duplex_jax.errors import UserError
 from duplex_jax.slicing import user_slices
 
 MUST_SPEAK = -1e4
@@ -30,16 +31,13 @@ class SliceTurns:
 
     def __init__(self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None):
         self._session = DuplexSession(engine, system=system, seed=seed, sampling=sampling)
+        self.asked = 0
+        """Tokens in front of the newest answer."""
 
     @property
     def dropped(self) -> int:
         """How many of the oldest slices were dropped from the context."""
         return self._session.dropped
-
-    @property
-    def context(self) -> int:
-        """Tokens that the context holds."""
-        return len(self._session.ids)
 
     def prefill(self, turns: Iterable[tuple[str, str]]) -> None:
         """Puts past turns into the context; see `DuplexSession.prefill`."""
@@ -71,6 +69,7 @@ class SliceTurns:
             said = session.step(last).ids
         finally:
             session.sampling = calm
+        self.asked = len(session.ids) - len(said)
         while words := [i for i in said if i not in session.template.stop_ids][:left]:
             left -= len(words)
             if left == 0:
@@ -83,6 +82,24 @@ class SliceTurns:
     def close(self) -> None:
         """Gives the row back."""
         self._session.close()
+
+
+def rounds_of(turns: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], str | None]:
+    """Turns as rounds of a query and its answer, and a last query without one; turns of the same side are joined.
+
+    Raises:
+        UserError: the first turn is the assistant's.
+    """
+    joined: list[tuple[str, list[str]]] = []
+    for role, text in turns:
+        if joined and joined[-1][0] == role:
+            joined[-1][1].append(text)
+        else:
+            joined.append((role, [text]))
+    if joined and joined[0][0] == "assistant":
+        raise UserError("the first turn is the assistant's; a turn-based conversation begins with the user's")
+    texts = ["\n\n".join(parts) for _, parts in joined]
+    return list(zip(texts[::2], texts[1::2], strict=False)), texts[-1] if len(texts) % 2 else None
 
 
 def open_turns(

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import hmac
 import ipaddress
+import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,14 @@ RUNNING: dict[str, Any] = {
     "access_log": None,
 }
 """How aiohttp runs an application of ours: arguments of `web.run_app` and `web.AppRunner`."""
+
+_log = logging.getLogger(__name__)
+
+_PREFLIGHT = {
+    hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
+    hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "*, Authorization, Content-Type",
+    hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+}
 
 _KEY_PROTOCOLS = ("duplex-jax-key.", "openai-insecure-api-key.")
 _HOST = re.compile(r"[\w.:\[\]-]+", re.ASCII)
@@ -69,10 +78,14 @@ class Access:
             own = ("localhost", socket.gethostname().lower()) if everywhere else ("localhost",)
             return name in own or name.endswith(".localhost")
 
+    def lets_in(self, origin: str) -> bool:
+        """Whether pages of another server may ask this one and read its answers."""
+        return bool({"*", origin} & set(self.origins))
+
     def refusal(self, request: web.Request) -> tuple[int, str] | None:
         """Status and reason where a request may not come in."""
         origin = request.headers.get(hdrs.ORIGIN)
-        if origin and not {"*", origin} & set(self.origins) and not _is_origin_of(origin, request.host):
+        if origin and not self.lets_in(origin) and not _is_origin_of(origin, request.host):
             return 403, f"origin {origin[:80]} is not allowed; --allowed_origins lists those that are"
         if self.keys and not any(
             hmac.compare_digest(given, k.encode()) for given in _given(request) for k in self.keys
@@ -82,10 +95,16 @@ class Access:
 
 
 def _is_origin_of(origin: str, host: str) -> bool:
+    """Whether a page is this server's own, or of another port of this machine, as the paper's page is."""
     try:
-        return urlsplit(origin).netloc == host
+        own, page = urlsplit(f"//{host}"), urlsplit(origin)
+        return page.netloc == host or (_is_loopback(page.hostname) and _is_loopback(own.hostname))
     except ValueError:
         return False
+
+
+def _is_loopback(name: str | None) -> bool:
+    return name in ("localhost", "127.0.0.1", "::1")
 
 
 def _given(request: web.Request) -> list[bytes]:
@@ -139,9 +158,12 @@ class Gate:
             return await self._pass(request, handler)
 
         app.middlewares.append(gate)
-        app.on_response_prepare.append(_add_headers)
+        app.on_response_prepare.append(self._add_headers)
 
     async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+        if asks and self._page(request):
+            return web.Response(status=204, headers=_PREFLIGHT)  # asked by the browser, without a key
         refusal = self._refusal(request)
         if refusal is not None:
             self.refused(refusal[0])
@@ -162,15 +184,27 @@ class Gate:
             response = self.problem(e.status, e.text or e.reason)
             response.headers.extend({k: v for k, v in e.headers.items() if k == hdrs.ALLOW})
             return response
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.path)
+            return self.problem(500, "the server failed at this request")
+
+    def _page(self, request: web.Request) -> str | None:
+        """The origin of another server's page that was let in, which may read the answer."""
+        origin = request.headers.get(hdrs.ORIGIN)
+        return origin if origin and self.access.lets_in(origin) and self.access.knows(request.host) else None
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        if page := self._page(request):
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = page
+            response.headers[hdrs.VARY] = hdrs.ORIGIN
 
     def _refusal(self, request: web.Request) -> tuple[int, str] | None:
         if request.path != "/healthz" and not self.access.knows(request.host):
             return 403, f"host {request.host[:80]} is not this server; --allowed_hosts lists its other names"
         return None if self.is_public(request) else self.access.refusal(request)
-
-
-async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Content-Type-Options"] = "nosniff"
 
 
 def page_policy(host: str) -> str:

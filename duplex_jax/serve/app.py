@@ -67,6 +67,7 @@ class Server:
                 web.get("/healthz", self._health),
                 web.get("/metrics", self._metrics),
                 web.get("/v1/models", self._models),
+                web.get("/v1/models/{id:.+}", self._models),
                 web.get("/v1/duplex", self._duplex),
                 web.get("/v1/realtime", self._realtime),
                 web.get("/v1/demo", self._demo),
@@ -108,7 +109,13 @@ class Server:
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         model = {"id": self.model, "object": "model", "created": 0, "owned_by": "duplex_jax"}
-        return web.json_response({"object": "list", "data": [model]})
+        wanted = request.match_info.get("id")
+        if wanted is None:
+            return web.json_response({"object": "list", "data": [model]})
+        if wanted != self.model:
+            text = f"model: {wanted[:80]!r} does not exist; this server has {self.model!r}"
+            return problem(404, "invalid_request_error", text, "model_not_found", "model")
+        return web.json_response(model)
 
     async def _duplex(self, request: web.Request) -> web.StreamResponse:
         about: dict[str, Any] = {"model": self.model, "audio": self.make_voice is not None, "protocol": VERSION}
@@ -120,9 +127,12 @@ class Server:
         return await self.sockets.accept(request, talk, ("duplex-jax",))
 
     async def _realtime(self, request: web.Request) -> web.StreamResponse:
+        asked = request.query.get("model")
+
         async def talk(connection: Connection) -> None:
-            caller = connection.caller
-            await Realtime(connection, self.sessions, caller, self.model, self.slice_seconds, self.make_voice).run()
+            await Realtime(
+                connection, self.sessions, connection.caller, self.model, self.slice_seconds, self.make_voice, asked
+            ).run()
 
         return await self.sockets.accept(request, talk, ("realtime",))
 
@@ -134,7 +144,7 @@ class Server:
 
 
 def _problem(status: int, message: str) -> web.Response:
-    return problem(status, "invalid_request_error", message)
+    return problem(status, "server_error" if status >= 500 else "invalid_request_error", message)
 
 
 def _upgrades(request: web.Request) -> bool:

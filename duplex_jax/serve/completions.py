@@ -1,25 +1,114 @@
-"""OpenAI's chat completions over the same weights: the turn-based baseline, streamed or whole."""
+"""OpenAI's chat completions over the same weights: turn by turn, streamed or whole."""
 
 import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
+from pydantic import Field
 
-from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
+from duplex_jax.decode.session import TurnSession, step_turns
+from duplex_jax.decode.turns import SliceTurns
 from duplex_jax.errors import UserError
-from duplex_jax.serve.connection import Caller, field
+from duplex_jax.serve.connection import Caller
 from duplex_jax.serve.hub import Full, Hub
+from duplex_jax.serve.incoming import Incoming, Refusal, as_object, read
 from duplex_jax.serve.sessions import Sessions
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
+_log = logging.getLogger(__name__)
+
 MOST_STOPS = 4
+MOST_TOKENS = 512
+"""Tokens of an answer where a request says nothing."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+}
+"""Fields of the protocol that this server does not do, and the values that ask for nothing."""
+
+
+class Part(Incoming):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Incoming):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Any = None
+
+    @property
+    def turn(self) -> tuple[str, str]:
+        """Role and text."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return ("system" if self.role == "developer" else self.role), text
+
+
+class StreamOptions(Incoming):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Body(Incoming):
+    """A request. Null is as if a field were not there."""
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # These change nothing about an answer.
+    user: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    metadata: Any = None
+    parallel_tool_calls: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,99 +125,96 @@ class Asked:
     model: str
 
 
-def parse(body: Any, model: str) -> Asked:
+def parse(body: Mapping[str, Any], model: str) -> Asked:
     """A request's body.
 
     Raises:
-        UserError: a field that is missing, of another type, or not supported; names it.
+        UserError: a field that is missing, of another type, unknown or not supported; names it.
     """
-    if not isinstance(body, dict):
-        raise UserError("the body must be a JSON object")
-    rows = field(body, "messages", list)
-    messages = []
-    for i, row in enumerate(rows):
-        role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
-        if isinstance(content, list):  # parts; text alone is understood
-            if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-                raise UserError(f"messages[{i}].content: text parts only")
-            content = "".join(str(p.get("text", "")) for p in content)
-        role = "system" if role == "developer" else role
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise UserError(f"messages[{i}]: must have a role (system, user, assistant) and a text content")
-        if role == "system" and i:
-            raise UserError(f"messages[{i}]: a system message comes first or not at all")
-        messages.append((role, content))
-    if not messages or messages[-1][0] != "user":
-        raise UserError("messages: the last one must be the user's")
-    if field(body, "n", (int, type(None)), 1) not in (1, None):
-        raise UserError("n: one choice a request")
-    stop = body.get("stop")
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise UserError(f"stop: must be a text or up to {MOST_STOPS} of them")
-    asked = body.get("max_completion_tokens", body.get("max_tokens"))
-    if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
-        raise UserError(f"max_tokens: is {asked!r}; must be at least 1")
+    for name, neutral in NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and not any(json.dumps(value) == json.dumps(same) for same in neutral):
+            what = "one choice a request" if name == "n" else "is not supported; leave it out"
+            raise Refusal(f"{name}: {what}", "unsupported_parameter", name)
+    given = read(Body, {name: value for name, value in body.items() if value is not None and name not in NEUTRAL})
+    if given.model not in (None, model):
+        raise Refusal(f"model: {given.model!r} does not exist; this server has {model!r}", "model_not_found", "model")
+    messages = [message.turn for message in given.messages]
+    if messages[-1][0] != "user":
+        raise Refusal("messages: the last one must be the user's", param="messages")
+    stop = [given.stop] if isinstance(given.stop, str) else given.stop or []
+    if len(stop) > MOST_STOPS or not all(stop):
+        raise Refusal(f"stop: must be a text or up to {MOST_STOPS} of them", param="stop")
     base = Sampling()
-
-    def number(name: str, default: float) -> float:
-        value = field(body, name, (float, type(None)), None)
-        return default if value is None else float(value)
-
-    options = body.get("stream_options") or {}
-    seed = field(body, "seed", (int, type(None)), None)
+    temperature = base.temperature if given.temperature is None else float(given.temperature)
+    top_p = base.top_p if given.top_p is None else float(given.top_p)
     return Asked(
         messages=messages,
-        sampling=Sampling(number("temperature", base.temperature), number("top_p", base.top_p)),
-        seed=secrets.randbits(32) if seed is None else seed % 2**32,
-        max_tokens=asked or 512,
+        sampling=Sampling(temperature, top_p),
+        seed=secrets.randbits(32) if given.seed is None else given.seed % 2**32,
+        max_tokens=given.max_completion_tokens or given.max_tokens or MOST_TOKENS,
         stop=stop,
-        stream=bool(body.get("stream")),
-        usage=bool(isinstance(options, dict) and options.get("include_usage")),
+        stream=bool(given.stream),
+        usage=bool(given.stream_options and given.stream_options.include_usage),
         model=model,
     )
 
 
 class _Answer:
-    """An answer that is being made, in a row of its own.
+    """An answer that is being made, in a row of its own. A model that was trained on slices gets the conversation as
+    slices and answers until it is silent; any other gets its chat template and answers up to its end token.
 
     Args:
         engine: makes it.
-        prompt: ids of the messages.
         asked: how.
 
     Raises:
         EngineFull: no row is free.
-        UserError: the prompt leaves no room for an answer.
+        UserError: the messages leave no room for an answer.
     """
 
-    def __init__(self, engine: Engine, prompt: list[int], asked: Asked):
+    def __init__(self, engine: Engine, asked: Asked):
+        template, self._query = engine.template, asked.messages[-1][1]
+        self.most, self.prompt = asked.max_tokens, 0
+        """Tokens that the answer may take, and those in front of it."""
+        self._session: SliceTurns | TurnSession
+        if template.in_slices:
+            notes = [text for role, text in asked.messages if role == "system"]
+            system = "\n\n".join(notes) or None
+            self._session = SliceTurns(engine, system=system, seed=asked.seed, sampling=asked.sampling)
+            self._past = [turn for turn in asked.messages[:-1] if turn[0] != "system"]
+            return
+        prompt = template.turn_prompt(asked.messages)
         room = engine.capacity - len(prompt) - engine.max_slice_tokens
         if room < 1:
             raise UserError(f"messages: {len(prompt)} tokens; the context holds {engine.capacity}, answer included")
-        self._engine, self._feed, self._left = engine, prompt[-1:], min(asked.max_tokens, room)
+        self.most, self.prompt = min(self.most, room), len(prompt)
         # The row's ids are this conversation's alone: a beginning that stays has a limit, a prompt has not.
-        self._row = engine.open((), asked.sampling, asked.seed)
-        engine.append(self._row, prompt[:-1])
+        self._session = TurnSession(engine, seed=asked.seed, sampling=asked.sampling)
+        self._session.go_on(prompt, self.most)
 
     def close(self) -> None:
         """Gives the row back."""
-        self._engine.close(self._row)
+        self._session.close()
 
     def parts(self) -> Iterator[tuple[list[int], str | None]]:
         """Ids as they are sampled, and at the end why it ended; every step is work for the engine's thread."""
-        engine, row = self._engine, self._row
-        while self._left > 0:
-            said = engine.advance({row: Request(self._feed, allow_idle=False)})[row]
-            ends = engine.template.turn_ends
-            words = [i for i in said if i not in ends][: self._left]
-            self._left -= len(words)
-            ended = said[-1] in ends and len(words) == len(said) - 1
-            self._feed = []
-            yield words, "stop" if ended else None
-            if ended:
-                return
-        yield [], "length"
+        left = self.most
+        for words in self._words():
+            left -= len(words)
+            yield words, None
+        yield [], "stop" if left else "length"
+
+    def _words(self) -> Iterator[list[int]]:
+        session = self._session
+        if isinstance(session, TurnSession):
+            while session.answering:
+                yield step_turns([session])[session]
+            return
+        session.prefill(self._past)
+        for words in session.reply(self._query, self.most):
+            self.prompt = session.asked
+            yield words
 
 
 async def _texts(hub: Hub, asked: Asked, answer: _Answer, count: list[int]) -> AsyncGenerator[tuple[str, str | None]]:
@@ -168,31 +254,25 @@ class Completions:
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         """Answers one request."""
         try:
-            asked = parse(await request.json(), self._model)
-            prompt = self._hub.engine.template.turn_prompt(asked.messages)
-        except UserError as e:
-            return problem(400, "invalid_request_error", str(e))
-        except (ValueError, LookupError, RecursionError) as e:
-            return problem(400, "invalid_request_error", f"the body is not JSON ({e})")
-        make = functools.partial(_Answer, self._hub.engine, prompt, asked)
-        try:
+            asked = parse(await _body(request), self._model)
+            make = functools.partial(_Answer, self._hub.engine, asked)
             async with self._sessions.answering(Caller.of(request), make) as answer:
-                return await self._respond(request, asked, prompt, answer)
+                return await self._respond(request, asked, answer)
         except Full as e:
             return problem(429, "server_busy", str(e))
         except UserError as e:
-            return problem(400, "invalid_request_error", str(e))
+            code, param = getattr(e, "code", None), getattr(e, "param", None)
+            return problem(404 if code == "model_not_found" else 400, "invalid_request_error", str(e), code, param)
 
-    async def _respond(
-        self, request: web.Request, asked: Asked, prompt: list[int], answer: _Answer
-    ) -> web.StreamResponse:
+    async def _respond(self, request: web.Request, asked: Asked, answer: _Answer) -> web.StreamResponse:
         common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
         count = [0]
         texts = _texts(self._hub, asked, answer, count)
         first = await anext(texts)  # what is wrong with the request shows here, before a stream has begun
 
         def usage() -> dict[str, int]:
-            return {"prompt_tokens": len(prompt), "completion_tokens": count[0], "total_tokens": len(prompt) + count[0]}
+            tokens = {"prompt_tokens": answer.prompt, "completion_tokens": count[0]}
+            return tokens | {"total_tokens": answer.prompt + count[0]}
 
         async with contextlib.aclosing(texts):
             if not asked.stream:
@@ -211,21 +291,53 @@ class Completions:
                 choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
                 return common | {"object": "chat.completion.chunk", "choices": [choice]}
 
-            await send(chunk({"role": "assistant", "content": ""}, None))
-            text, reason = first[0].lstrip(), first[1]
-            while True:
-                if text or reason:
-                    await send(chunk({"content": text} if text else {}, reason))
-                try:
-                    text, reason = await anext(texts)
-                except StopAsyncIteration:
-                    break
-            if asked.usage:
-                await send(common | {"object": "chat.completion.chunk", "choices": [], "usage": usage()})
+            try:
+                await send(chunk({"role": "assistant", "content": ""}, None))
+                begun, reason = False, None
+                async for text, reason in _all(first, texts):
+                    text = text if begun else text.lstrip()
+                    begun = begun or bool(text)
+                    if text or reason:
+                        await send(chunk({"content": text} if text else {}, reason))
+                if asked.usage:
+                    await send(common | {"object": "chat.completion.chunk", "choices": [], "usage": usage()})
+            except (ConnectionError, web.HTTPException):
+                raise
+            except Exception as e:  # the status was sent long ago
+                _log.exception("an answer broke off")
+                await send({"error": error("server_error", f"the answer broke off ({type(e).__name__})")})
             await response.write(b"data: [DONE]\n\n")
             return response
 
 
-def problem(status: int, kind: str, message: str) -> web.Response:
-    """An error as OpenAI's clients read it."""
-    return web.json_response({"error": {"message": message, "type": kind, "param": None, "code": None}}, status=status)
+async def _all(
+    first: tuple[str, str | None], rest: AsyncGenerator[tuple[str, str | None]]
+) -> AsyncGenerator[tuple[str, str | None]]:
+    yield first
+    async for part in rest:
+        yield part
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    """The JSON object of a request.
+
+    Raises:
+        Refusal: it is none, or not written as UTF-8.
+    """
+    charset = (request.charset or "utf-8").lower()
+    if charset not in ("utf-8", "utf8", "us-ascii", "ascii"):
+        raise Refusal(f"Content-Type: charset is {charset[:40]!r}; send JSON as UTF-8")
+    try:
+        return as_object((await request.read()).decode())
+    except UnicodeDecodeError as e:
+        raise Refusal(f"the body is not UTF-8 (byte {e.start})", "invalid_json") from None
+
+
+def error(kind: str, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error object as OpenAI's clients read it."""
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def problem(status: int, kind: str, message: str, code: str | None = None, param: str | None = None) -> web.Response:
+    """An error as the answer to a request."""
+    return web.json_response({"error": error(kind, message, code, param)}, status=status)

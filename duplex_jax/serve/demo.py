@@ -11,9 +11,10 @@ import contextlib
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.serve.connection import Caller, Connection
+from duplex_jax.serve.events import Event, Spoken, Trouble
 from duplex_jax.serve.hub import Full
-from duplex_jax.serve.live import Event, Settings, Spoken, Trouble
 from duplex_jax.serve.sessions import Entry, Sessions
+from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import IDLE
 
 NEW_SESSION, NEW_ORDINARY_SESSION = "<!new_session!>", "<!new_ordinary_session!>"

@@ -6,19 +6,22 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession, Slice, TurnSession
 from duplex_jax.decode.snapshot import Snapshot
+from duplex_jax.decode.turns import MUST_SPEAK, SliceTurns, open_turns, rounds_of
 from duplex_jax.errors import UserError
+from duplex_jax.serve.events import Audio as Audio
+from duplex_jax.serve.events import Delta, Event, Spoken, Trouble, Voice
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.seat import Seat
+from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.tasks import to_the_end
-from duplex_jax.slicing import USER_WORDS, words_of
+from duplex_jax.slicing import USER_WORDS, user_slices, words_of
 from duplex_jax.timeline import SlicePair, Timeline, whole_characters
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
@@ -30,131 +33,8 @@ MOST_WORDS = USER_WORDS[1]
 MOST_WAITING = 2_000
 """Characters that may wait for the clock."""
 
-URGE = 1e4
-"""Taken off idle's logit where an answer was asked for."""
-
 MOST_AHEAD = 64
 """Slices that a client with a clock of its own may send ahead of the answers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a client chooses for its session.
-
-    Attributes:
-        mode: duplex, or the turn-based baseline, which answers when the user has paused for a slice.
-        clock: server: a slice every `slice_seconds`, of the words that came in; client: a slice for each one sent.
-        slice_seconds: k.
-        sampling: how tokens are drawn.
-        seed: of the draws.
-        system: a system prompt.
-        dormant: never speak unasked.
-        max_tokens: of a turn-based answer.
-    """
-
-    mode: Literal["duplex", "turn_based"] = "duplex"
-    clock: Literal["server", "client"] = "server"
-    slice_seconds: float = 2.0
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0
-    system: str | None = None
-    dormant: bool = False
-    max_tokens: int = 256
-
-    def __post_init__(self):
-        if not 0.1 <= self.slice_seconds <= 60:
-            raise UserError(f"slice_seconds {self.slice_seconds} is not in 0.1 to 60; the paper's is 2")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed {self.seed} is not in 0 to {2**32 - 1}")
-        if self.system is not None and not whole_characters(self.system):
-            raise UserError("system holds half of a surrogate pair; send whole characters")
-
-
-@dataclasses.dataclass(frozen=True)
-class Spoken:
-    """An interval is over: what both sides said in it.
-
-    Attributes:
-        index: of the slice pair in the session.
-        user: the user's words, or None.
-        assistant: the assistant's, with their leading space, or None.
-        seconds: that the step took.
-        late: seconds from the tick (or the client's slice) to the answer.
-        missed: ticks that were passed over because the server was late; their words are in this slice.
-        context: tokens in the model's context.
-        cancelled: what it was about to say was cancelled by newer words.
-    """
-
-    index: int
-    user: str | None
-    assistant: str | None
-    seconds: float
-    late: float
-    missed: int = 0
-    context: int = 0
-    cancelled: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Audio:
-    """The sound of a slice: `pcm` int16 `[n]`, one channel, `rate` samples a second."""
-
-    index: int
-    pcm: np.ndarray
-    rate: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Speech:
-    """The user began (`started`) or ceased to speak, `sample` samples of 16 kHz into what was sent."""
-
-    started: bool
-    sample: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """Words of a turn-based answer; `done` with the last ones."""
-
-    text: str
-    done: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Trouble:
-    """Something the client did could not be done; the session goes on unless `fatal`."""
-
-    code: str
-    message: str
-    fatal: bool = False
-
-
-Event = Spoken | Audio | Speech | Delta | Trouble
-
-
-class Voice(Protocol):
-    """Hearing and speaking of one session; its methods are called on a thread of their own."""
-
-    def feed(self, pcm: np.ndarray) -> list[Speech]:
-        """Takes float32 `[n]` of 16 kHz; tells where speech began and ceased."""
-        ...
-
-    def take(self) -> str | None:
-        """The words heard since the last call."""
-        ...
-
-    def speak(self, index: int, text: str | None) -> Audio:
-        """The sound of the assistant's slice; it may be empty."""
-        ...
-
-    def heard(self, samples: int) -> tuple[int, int] | None:
-        """The slice and its characters that were heard when `samples` samples had been played."""
-        ...
-
-    def hush(self, played: int | None = None) -> None:
-        """Drops what was not given out yet; of what was, `played` samples were, and those to come are counted from
-        there."""
-        ...
 
 
 class LiveSession:
@@ -184,7 +64,13 @@ class LiveSession:
         self._slices: collections.deque[str | None] = collections.deque()  # of a client that keeps the clock
         self._taken: list[str | None] = []  # the user's slice of the interval that is due, until it is over
         self._sent = asyncio.Event()
+        self.waits = False
+        """Speaks only when it is asked to."""
         self._urged = self._hushed = False
+        self._answering = False  # it was asked to, and has not fallen silent since
+        self._allowance: int | None = None  # tokens that this answer may still take
+        self._said: str | None = None  # what the user's voice said in the interval that is due
+        self._first_sound: int | None = None  # the first slice that was spoken
         self._clock: asyncio.Task[None] | None = None
         self._voice_lock = asyncio.Lock()
 
@@ -210,11 +96,11 @@ class LiveSession:
         s, engine = self.settings, self.hub.engine
         common: dict[str, Any] = {"system": s.system, "seed": s.seed, "sampling": s.sampling}
 
-        def begin() -> DuplexSession | TurnSession:
+        def begin() -> DuplexSession | TurnSession | SliceTurns:
             if snapshot is not None:
                 return DuplexSession.restore(engine, snapshot)
             if s.mode == "turn_based":
-                return TurnSession(engine, **common)
+                return open_turns(engine, **common)
             return DuplexSession(engine, **common, dormant=s.dormant)
 
         await self._seat.open(begin, on_wait, gone)
@@ -272,6 +158,57 @@ class LiveSession:
             words[0] = f" {words[0]}"  # a message begins a word of its own, though another one waits for the same tick
         self._words += words
 
+    async def recall(self, turns: Sequence[tuple[str, str]]) -> None:
+        """Puts past turns into the context at once; the model is not asked.
+
+        With the server's clock the last words of a user's turn without an answer wait for the next tick, and the model
+        may answer them.
+
+        Args:
+            turns: (role, text), the oldest first; the role is `user` or `assistant`.
+
+        Raises:
+            UserError: a word that does not fit the context, or turns that a turn-based session cannot have.
+        """
+        if self.settings.mode == "turn_based":
+            rounds, query = rounds_of(turns)
+            if query is not None:
+                raise UserError("history: ends with the user's turn; send that one as text")
+            async with self._seat.lock:
+                for asked, answer in rounds:
+                    await to_the_end(self.hub.call(self._seat.session.say, asked, answer))
+            return
+        waiting, self._words = self._words, []
+        turns = [("user", "".join(waiting)), *turns]
+        words: list[str] = []
+        if self.settings.clock == "server" and turns[-1][0] == "user":
+            *heard, last = user_slices(turns[-1][1]) or [""]
+            turns[-1], words = ("user", " ".join(heard)), words_of(last)
+        try:
+            async with self._seat.duplex() as session:
+                first = session.slices
+                await to_the_end(self.hub.call(session.prefill, turns))
+                await self._encode(session)
+                past = session.timeline[first - session.first :]
+        except BaseException:
+            self._words = waiting + self._words
+            raise
+        self._words = words + self._words
+        self.quiet_since = time.monotonic()
+        for index, pair in enumerate(past, first):
+            self.emit(Spoken(index, pair.user, pair.assistant, 0.0, 0.0, past=True))
+
+    async def instruct(self, system: str | None) -> None:
+        """Replaces the system prompt; see `DuplexSession.instruct`."""
+        async with self._seat.duplex() as session:
+            await to_the_end(self.hub.call(session.instruct, system))
+            await self._encode(session)
+
+    async def _encode(self, session: DuplexSession) -> None:
+        """Encodes what was put into the context, in pieces between the others' batches."""
+        async for _ in self.hub.each(session.encode_ahead()):
+            pass
+
     def slice(self, user: str | None) -> None:
         """A slice of a client that keeps the clock.
 
@@ -315,16 +252,30 @@ class LiveSession:
         await self._voiced(self.voice.hush, samples)
         if place is not None:
             await self.heard(*place)
+        elif self._first_sound is not None:
+            await self.heard(self._first_sound, 0)
         return place
 
-    def urge(self) -> None:
-        """Asks for an answer: where the user's words are over and none has come, the next slice will not be idle."""
-        self._urged, self._hushed = True, False
+    async def forget_heard(self) -> None:
+        """Drops words that were heard and are in no slice yet."""
+        if self.voice is not None:
+            await self._voiced(self.voice.take)
 
-    async def cancel(self, hush: bool = False) -> None:
-        """Silences the newest assistant slice; with `hush`, also what follows until the user speaks or `urge`."""
-        self._hushed = hush
-        self._urged = False
+    def urge(self, most_tokens: int | None = None) -> None:
+        """Asks for an answer: once the user's words are over the next slice will not be idle.
+
+        Args:
+            most_tokens: of the answer.
+        """
+        self._urged, self._hushed, self._answering, self._allowance = True, False, True, most_tokens
+
+    def hush(self) -> None:
+        """Silences what follows until the user speaks or `urge`."""
+        self._hushed, self._urged, self._answering = True, False, False
+
+    async def cancel(self) -> None:
+        """Silences the newest assistant slice."""
+        self._urged = self._answering = False
         await self._between(lambda s: s.cancel())
         if self.voice is not None:
             await self._voiced(self.voice.hush)
@@ -408,8 +359,8 @@ class LiveSession:
         words, self._words = self._words[:MOST_WORDS], self._words[MOST_WORDS:]
         text = "".join(words).strip()
         if self.voice is not None:
-            said = await self._voiced(self.voice.take)
-            text = " ".join(filter(None, (text, said)))
+            self._said = await self._voiced(self.voice.take)
+            text = " ".join(filter(None, (text, self._said)))
         self._taken.append(text or None)
 
     async def _interval(self, due: float, missed: int) -> None:
@@ -428,16 +379,19 @@ class LiveSession:
             session = None if rests else await seat.come_back()
             spoken = await to_the_end(self._step(session, user, due, missed))
         if self.voice is not None and spoken is not None:
-            self.emit(await self._voiced(self.voice.speak, spoken.index, spoken.assistant))
+            audio = await self._voiced(self.voice.speak, spoken.index, spoken.assistant)
+            if self._first_sound is None and spoken.assistant is not None:
+                self._first_sound = spoken.index
+            self.emit(audio)
 
     async def _step(self, session: DuplexSession | None, user: str | None, due: float, missed: int) -> Spoken | None:
         """One interval, without a session where it rests in silence; None where the slice was refused."""
-        cancelled = False
+        cancelled = limited = False
         try:
             if session is None:
                 result = self._silence()
             else:
-                result, cancelled = await self._answered(session, user)
+                result, cancelled, limited = await self._answered(session, user)
         except UserError as e:
             self.emit(Trouble("slice_refused", str(e)))
             return None
@@ -446,11 +400,15 @@ class LiveSession:
         text = None if cancelled else result.text
         if text is not None:
             self.quiet_since = time.monotonic()
-        spoken = Spoken(result.index, user, text, result.seconds, time.monotonic() - due, missed, result.context,
-                        cancelled)  # fmt: skip
+        late, tokens = time.monotonic() - due, self._count(result.ids)
+        spoken = Spoken(result.index, user, text, result.seconds, late, missed, result.context, cancelled)
+        spoken = dataclasses.replace(spoken, tokens=tokens, limited=limited, heard=self._said)
         self.emit(spoken)
         self.on_step(spoken)
         return spoken
+
+    def _count(self, said: Sequence[int]) -> int:
+        return sum(i not in self.hub.engine.template.stop_ids for i in said)
 
     def _silence(self) -> Slice:
         """An interval of a session that rests."""
@@ -459,26 +417,38 @@ class LiveSession:
         aside.state["slices"] += 1
         return Slice(aside.slices - 1, None, [], 0.0, len(aside.state["ids"]))
 
-    async def _answered(self, session: DuplexSession, user: str | None) -> tuple[Slice, bool]:
-        """The step of a session, and whether what it said was cancelled at once."""
+    async def _answered(self, session: DuplexSession, user: str | None) -> tuple[Slice, bool, bool]:
+        """The step of a session; whether what it said was cancelled at once, and whether it reached its limit."""
         if user is not None:
             self._hushed = False
-        urged = self._urged and user is None and not self._words
+        urged = self._urged and not self._words and self._said is None
         if urged:
-            await self.hub.call(_urge, session, -URGE)
+            await self.hub.call(_bias, session, MUST_SPEAK)
         try:
             result = await self.hub.step(session, user)
         finally:
             if urged:
-                await self.hub.call(_urge, session, self.settings.sampling.idle_bias)
-        if result.text is not None and not self._words:
+                await self.hub.call(_bias, session, self.settings.sampling.idle_bias)
+        if result.text is None:
+            self._answering, self._allowance = self._urged, self._allowance if self._urged else None
+            return result, False, False
+        if not self._words:
             self._urged = False
         # Newer words in a slice of its own are there: what was made for the older ones is not said.
         overtaken = bool(self._slices) and self._slices[0] is not None
-        cancelled = result.text is not None and (overtaken or self._hushed)
-        if cancelled:
+        if overtaken or self._hushed or (self.waits and not self._answering):
             await self.hub.call(session.cancel)
-        return result, cancelled
+            return result, True, False
+        if self._allowance is None:
+            return result, False, False
+        words = [i for i in result.ids if i not in self.hub.engine.template.stop_ids]
+        if len(words) < self._allowance:
+            self._allowance -= len(words)
+            return result, False, False
+        await self.hub.call(session.cancel, self._allowance)
+        result = dataclasses.replace(result, ids=words[: self._allowance], text=session.timeline[-1].assistant)
+        self._hushed, self._answering, self._allowance = True, False, None
+        return result, False, True
 
     async def _turn_interval(self, user: str | None, due: float) -> None:
         """The baseline: a pause (or, from a client with a clock of its own, a slice's end) ends the query.
@@ -499,10 +469,11 @@ class LiveSession:
         self.on_step(spoken)
 
     async def _answer(self, query: str) -> str | None:
-        turn: TurnSession = self._seat.session
+        turn: TurnSession | SliceTurns = self._seat.session
+        limit = turn.make_room(query, self.settings.max_tokens)
         tokenizer = self.hub.engine.template.tokenizer
         data, words = b"", []
-        parts = self.hub.each(turn.reply(query, self.settings.max_tokens))
+        parts = self.hub.each(turn.reply(query, limit))
         async with contextlib.aclosing(parts):
             async for ids in parts:
                 data += decode_bytes(tokenizer, ids)
@@ -518,5 +489,5 @@ class LiveSession:
             return await asyncio.to_thread(work, *args)
 
 
-def _urge(session: DuplexSession, idle_bias: float) -> None:
+def _bias(session: DuplexSession, idle_bias: float) -> None:
     session.sampling = dataclasses.replace(session.sampling, idle_bias=idle_bias)

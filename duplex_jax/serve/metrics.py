@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from duplex_jax.serve.live import LiveSession, Spoken
+from duplex_jax.serve.events import Spoken
+from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.sessions import Sessions
 
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)

@@ -1,15 +1,20 @@
 """The project's own websocket protocol, `/v1/duplex`: JSON messages, described in docs/serving.md."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.serve import live
-from duplex_jax.serve.connection import Caller, Connection, as_object, field
+from duplex_jax.serve import events
+from duplex_jax.serve.connection import Caller, Connection
+from duplex_jax.serve.events import Voice
 from duplex_jax.serve.hub import Full
-from duplex_jax.serve.live import Settings, Voice
+from duplex_jax.serve.incoming import Incoming, Refusal, as_object, converse, read, read_kind
+from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.sessions import Busy, Entry, NotFound, Sessions
+from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.sound import from_base64, from_bytes, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE
 from duplex_jax.timeline import to_row
@@ -18,49 +23,131 @@ VERSION = 1
 VoiceFactory = Callable[[], Voice]
 
 
-def settings_of(message: Mapping[str, Any], default_seconds: float) -> Settings:
-    """The settings in a `start` message.
+class Past(Incoming):
+    """One turn of a conversation that was held before."""
 
-    Raises:
-        UserError: a field of another type, or out of range; names it.
-    """
-    for name, allowed in (("mode", ("duplex", "turn_based")), ("clock", ("server", "client"))):
-        if message.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{name}: is {message[name]!r}; must be one of {', '.join(allowed)}")
-    base = Sampling()
-    return Settings(
-        mode=message.get("mode", "duplex"),
-        clock=message.get("clock", "server"),
-        slice_seconds=float(field(message, "slice_seconds", float, default_seconds)),
-        sampling=Sampling(
-            float(field(message, "temperature", float, base.temperature)),
-            float(field(message, "top_p", float, base.top_p)),
-            field(message, "top_k", int, base.top_k),
-            float(field(message, "idle_bias", float, base.idle_bias)),
-        ),
-        seed=field(message, "seed", int, 0),
-        system=field(message, "system", (str, type(None)), None),
-        dormant=field(message, "dormant", bool, False),
-        max_tokens=max(1, min(4096, field(message, "max_tokens", int, 256))),
-    )
+    role: Literal["user", "assistant"]
+    content: str
 
 
-def to_message(event: live.Event) -> dict[str, Any]:
+class Start(Incoming):
+    """Begins a session."""
+
+    type: str
+    version: int = VERSION
+    mode: Literal["duplex", "turn_based"] = "duplex"
+    clock: Literal["server", "client"] = "server"
+    slice_seconds: float | None = None
+    temperature: float = Sampling().temperature
+    top_p: float = Sampling().top_p
+    top_k: int = Sampling().top_k
+    idle_bias: float = Sampling().idle_bias
+    seed: int = 0
+    system: str | None = None
+    history: list[Past] | None = None
+    dormant: bool = False
+    max_tokens: int = Field(256, ge=1, le=4096)
+    audio: bool = False
+    snapshot: str | None = None
+
+    def settings(self, default_seconds: float) -> Settings:
+        """What the session is begun with.
+
+        Raises:
+            UserError: a number that is out of range; names it.
+        """
+        return Settings(
+            mode=self.mode,
+            clock=self.clock,
+            slice_seconds=default_seconds if self.slice_seconds is None else float(self.slice_seconds),
+            sampling=Sampling(float(self.temperature), float(self.top_p), self.top_k, float(self.idle_bias)),
+            seed=self.seed,
+            system=self.system,
+            dormant=self.dormant,
+            max_tokens=self.max_tokens,
+        )
+
+
+class Resume(Incoming):
+    """Takes up a session whose connection was lost."""
+
+    type: str
+    session: str
+    token: str
+
+
+class Text(Incoming):
+    """Words for the next ticks."""
+
+    type: str
+    text: str
+
+
+class UserSlice(Incoming):
+    """One user slice; null is silence."""
+
+    type: str
+    text: str | None
+
+
+class Sound(Incoming):
+    """The user's sound as base64."""
+
+    type: str
+    pcm: str
+
+
+class Heard(Incoming):
+    """How much of a slice was heard."""
+
+    type: str
+    slice: int
+    characters: int
+
+
+class Played(Incoming):
+    """How much of the sound was heard."""
+
+    type: str
+    samples: int
+
+
+class Plain(Incoming):
+    """A message that is its type alone."""
+
+    type: str
+
+
+_PLAIN = ("cancel", "snapshot", "timeline", "metrics", "ping", "end")
+MESSAGES: dict[str, type[Incoming]] = {
+    "start": Start,
+    "resume": Resume,
+    "text": Text,
+    "slice": UserSlice,
+    "audio": Sound,
+    "heard": Heard,
+    "played": Played,
+    **dict.fromkeys(_PLAIN, Plain),
+}
+"""The client's messages by their type."""
+
+
+def to_message(event: events.Event) -> dict[str, Any]:
     """An event of a session as the protocol says it."""
     match event:
-        case live.Spoken():
+        case events.Spoken():
             message = {"type": "slice", "slice": event.index, "user": event.user, "assistant": event.assistant,
                        "seconds": round(event.seconds, 4), "late": round(event.late, 4), "missed": event.missed,
                        "context": event.context}  # fmt: skip
             return message | ({"cancelled": True} if event.cancelled else {})
-        case live.Audio():
+        case events.Audio():
             return {"type": "audio", "slice": event.index, "rate": event.rate, "pcm": to_base64(event.pcm)}
-        case live.Speech():
+        case events.Speech():
             return {"type": "speech_started" if event.started else "speech_stopped",
                     "seconds": round(event.sample / SAMPLE_RATE, 3)}  # fmt: skip
-        case live.Delta():
+        case events.Delta():
             return {"type": "delta", "text": event.text, "done": event.done}
-        case live.Trouble():
+        case events.Trouble():
             return {"type": "error", "code": event.code, "message": event.message, "fatal": event.fatal}
 
 
@@ -88,119 +175,122 @@ class Duplex:
     async def run(self) -> None:
         """Until the client goes; its session is kept for a while unless it said `end`."""
         try:
-            async for data in self._connection.messages():
-                try:
-                    if isinstance(data, bytes):
-                        await self._audio(data)
-                    elif not await self._handle(as_object(data)):
-                        break
-                except Full as e:
-                    self._error("full", e)
-                    break
-                except NotFound as e:
-                    self._error("busy" if isinstance(e, Busy) else "not_found", e)
-                except UserError as e:
-                    self._error("bad_message", e)
-                if self._fatal:
-                    break
+            await converse(self._connection, self._handle, self._refuse)
         finally:
             if self._entry is not None:
                 await (self._sessions.end if self._fatal else self._sessions.park)(self._entry)
             await self._connection.close()
 
-    def _error(self, code: str, error: Exception) -> None:
-        self._connection.send({"type": "error", "code": code, "message": str(error), "fatal": code == "full"})
+    def _refuse(self, error: UserError) -> None:
+        codes = {Full: "full", NotFound: "not_found", Busy: "busy"}
+        code = codes.get(type(error), "bad_message")
+        if isinstance(error, Refusal) and error.code == "server_error":
+            code = error.code
+        fatal = isinstance(error, Full)
+        self._connection.send({"type": "error", "code": code, "message": str(error), "fatal": fatal})
 
-    def _emit(self, event: live.Event) -> None:
-        if not (isinstance(event, live.Audio) and not len(event.pcm)):
+    def _emit(self, event: events.Event) -> None:
+        if not (isinstance(event, events.Audio) and not len(event.pcm)):
             self._connection.send(to_message(event))
-        if isinstance(event, live.Trouble) and event.fatal:
+        if isinstance(event, events.Trouble) and event.fatal:
             self._fatal = True
             self._connection.hang_up()
 
-    async def _handle(self, message: dict[str, Any]) -> bool:
+    async def _handle(self, data: str | bytes) -> bool:
         """Does what one message asks for; False where it ends the connection."""
-        kind = field(message, "type", str)
-        send = self._connection.send
-        if kind == "ping":
-            send({"type": "pong"})
-            return True
-        if kind in ("start", "resume"):
-            await (self._start if kind == "start" else self._resume)(message)
-            return True
-        if self._entry is None:
-            raise UserError(f"{kind!r} before 'start'; the first message is start or resume")
-        session = self._entry.live
-        match kind:
-            case "text":
-                if session.settings.clock == "client":
-                    raise UserError("text: this session has clock 'client'; send slices")
-                session.say(field(message, "text", str))
-            case "slice":
-                if session.settings.clock == "server":
-                    raise UserError("slice: this session has clock 'server'; send text")
-                session.slice(field(message, "text", (str, type(None))))
-            case "audio":
-                await session.listen(from_base64(field(message, "pcm", str)))
-            case "heard":
-                index = field(message, "slice", int)
-                left = await session.heard(index, field(message, "characters", int))
-                send({"type": "heard", "slice": index, "assistant": left})
-            case "played":
-                place = await session.played(field(message, "samples", int))
-                send({"type": "heard", "slice": place and place[0], "characters": place and place[1]})
-            case "cancel":
-                await session.cancel()
-                send({"type": "cancelled"})
-            case "snapshot":
-                send({"type": "snapshot", "snapshot": await self._sessions.seal(self._entry)})
-            case "timeline":
-                timeline = await session.timeline()
-                row = to_row(timeline) if timeline.pairs else None
-                send({"type": "timeline", "first": session.slices - len(timeline.pairs), "timeline": row})
-            case "metrics":
-                hub = self._sessions.hub
-                send({"type": "metrics", **self._sessions.counts(), "rows": hub.engine.cache.rows,
-                      "last_step_seconds": round(hub.last_seconds, 4)})  # fmt: skip
-            case "end":
+        if isinstance(data, bytes):
+            await self._session().listen(from_bytes(data))
+            return not self._fatal
+        value = as_object(data)
+        kind = read_kind(value)
+        if kind not in ("start", "resume", "ping"):
+            self._session()
+        if kind not in MESSAGES:
+            raise Refusal(f"type: {kind!r} is no message of this protocol; docs/serving.md lists them", param="type")
+        message = read(MESSAGES[kind], value)
+        match message:
+            case Start():
+                await self._start(message)
+            case Resume():
+                await self._resume(message)
+            case Plain(type="ping"):
+                self._connection.send({"type": "pong"})
+            case Plain(type="end"):
                 entry, self._entry = self._entry, None
+                assert entry is not None
                 await self._sessions.end(entry)
-                send({"type": "ended"})
+                self._connection.send({"type": "ended"})
                 return False
             case _:
-                raise UserError(f"type: {kind!r} is no message of this protocol; docs/serving.md lists them")
-        return True
+                answer = await self._within(self._session(), message)
+                if answer is not None:
+                    self._connection.send(answer)
+        return not self._fatal
 
-    async def _audio(self, data: bytes) -> None:
-        """A binary message is sound."""
+    def _session(self) -> LiveSession:
         if self._entry is None:
-            raise UserError("sound before 'start'; the first message is start or resume")
-        await self._entry.live.listen(from_bytes(data))
+            raise Refusal("a message before 'start'; the first message is start or resume")
+        return self._entry.live
 
-    async def _start(self, message: Mapping[str, Any]) -> None:
+    async def _within(self, session: LiveSession, message: Incoming) -> dict[str, Any] | None:
+        """What a message within a session does, and what is said to it."""
+        match message:
+            case Text():
+                if session.settings.clock == "client":
+                    raise Refusal("text: this session has clock 'client'; send slices")
+                session.say(message.text)
+            case UserSlice():
+                if session.settings.clock == "server":
+                    raise Refusal("slice: this session has clock 'server'; send text")
+                session.slice(message.text)
+            case Sound():
+                await session.listen(from_base64(message.pcm))
+            case Heard():
+                left = await session.heard(message.slice, message.characters)
+                return {"type": "heard", "slice": message.slice, "assistant": left}
+            case Played():
+                place = await session.played(message.samples)
+                return {"type": "heard", "slice": place and place[0], "characters": place and place[1]}
+            case Plain(type="cancel"):
+                await session.cancel()
+                return {"type": "cancelled"}
+            case Plain(type="snapshot"):
+                assert self._entry is not None
+                return {"type": "snapshot", "snapshot": await self._sessions.seal(self._entry)}
+            case Plain(type="timeline"):
+                timeline = await session.timeline()
+                row = to_row(timeline) if timeline.pairs else None
+                return {"type": "timeline", "first": session.slices - len(timeline.pairs), "timeline": row}
+            case Plain(type="metrics"):
+                hub = self._sessions.hub
+                numbers = {"rows": hub.engine.cache.rows, "last_step_seconds": round(hub.last_seconds, 4)}
+                return {"type": "metrics", **self._sessions.counts(), **numbers}
+        return None
+
+    async def _start(self, message: Start) -> None:
         if self._entry is not None:
-            raise UserError("start: this connection has a session; open another connection for another one")
-        version = field(message, "version", int, VERSION)
-        if version != VERSION:
-            raise UserError(f"version: {version}; this server speaks {VERSION}")
-        settings = settings_of(message, self._slice_seconds)
+            raise Refusal("start: this connection has a session; open another connection for another one")
+        if message.version != VERSION:
+            raise Refusal(f"version: {message.version}; this server speaks {VERSION}", param="version")
+        if message.history and message.snapshot is not None:
+            raise Refusal("history: a snapshot has its own; send one of them", param="history")
+        settings = message.settings(self._slice_seconds)
         voice = None
-        if field(message, "audio", bool, False):
+        if message.audio:
             if self._make_voice is None:
-                raise UserError("audio: this server has no speech; start it with --voice, or send text")
+                raise Refusal("audio: this server has no speech; start it with --voice, or send text", param="audio")
             voice = self._make_voice()
         self._entry = await self._sessions.begin(
-            self._client, settings, self._emit, voice=voice,
-            snapshot=field(message, "snapshot", (str, type(None)), None),
+            self._client, settings, self._emit, voice=voice, snapshot=message.snapshot,
+            past=[(turn.role, turn.content) for turn in message.history or ()],
             on_wait=lambda place: self._connection.send({"type": "waiting", "place": place}),
         )  # fmt: skip
         await self._started()
 
-    async def _resume(self, message: Mapping[str, Any]) -> None:
+    async def _resume(self, message: Resume) -> None:
         if self._entry is not None:
-            raise UserError("resume: this connection has a session already")
-        session, token = field(message, "session", str), field(message, "token", str)
-        self._entry = await self._sessions.take_up(session, token, self._emit, self._client)
+            raise Refusal("resume: this connection has a session already")
+        self._entry = await self._sessions.take_up(message.session, message.token, self._emit, self._client)
         await self._started()
 
     async def _started(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from duplex_jax.decode.session import DuplexSession, TurnSession
 from duplex_jax.decode.snapshot import Snapshot
+from duplex_jax.decode.turns import SliceTurns
 from duplex_jax.errors import UserError
 from duplex_jax.serve.hub import Hub, Lease
 from duplex_jax.serve.tasks import to_the_end
@@ -32,7 +33,7 @@ class Seat:
 
     async def open(
         self,
-        make: Callable[[], DuplexSession | TurnSession],
+        make: Callable[[], DuplexSession | TurnSession | SliceTurns],
         on_wait: Callable[[int], None] | None = None,
         gone: asyncio.Future[None] | None = None,
     ) -> None:

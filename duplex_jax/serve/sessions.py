@@ -11,14 +11,16 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
 from duplex_jax.serve.connection import Caller
+from duplex_jax.serve.events import Event, Spoken, Trouble, Voice
 from duplex_jax.serve.hub import Full, Hub, S
-from duplex_jax.serve.live import Event, LiveSession, Settings, Spoken, Trouble, Voice
+from duplex_jax.serve.live import LiveSession
+from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.tasks import to_the_end
 
 _log = logging.getLogger(__name__)
@@ -134,9 +136,10 @@ class Sessions:
         *,
         voice: Voice | None = None,
         snapshot: str | None = None,
+        past: Sequence[tuple[str, str]] = (),
         on_wait: Callable[[int], None] | None = None,
     ) -> Entry:
-        """A new session, anew or from a signed snapshot, as soon as a row is free.
+        """A new session, anew or from a signed snapshot, with past turns in it, as soon as a row is free.
 
         Raises:
             Full: the client has as many as it may, or too many wait.
@@ -144,11 +147,14 @@ class Sessions:
         """
         restored = self.unseal(snapshot) if snapshot is not None else None
         await self._enter(caller.address)
+        live = LiveSession(self.hub, settings, emit, voice)
         try:
-            live = LiveSession(self.hub, settings, emit, voice)
             await self._make_room_where_full()
             await live.open(restored, on_wait, caller.gone)
+            if past:
+                await live.recall(past)
         except BaseException:
+            await live.close()
             self._leave(caller.address)
             raise
         live.on_step = lambda spoken: self.on_step(live, spoken)

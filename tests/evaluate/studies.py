@@ -15,8 +15,8 @@ from duplex_jax.evaluate.study.server import StudyServer, System
 from duplex_jax.evaluate.study.store import Conversation, Scores, Store
 from duplex_jax.serve.access import RUNNING, Access
 from duplex_jax.serve.hub import Hub
-from duplex_jax.serve.live import Settings
 from duplex_jax.serve.sessions import Limits, Sessions
+from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import SlicePair, Timeline
 from tests.serve.serving import engine_of
 from tests.tiny import tiny_model

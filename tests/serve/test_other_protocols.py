@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import copy
+import dataclasses
 
 import aiohttp
 import openai
@@ -9,6 +11,8 @@ import pytest
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import TurnSession
+from duplex_jax.decode.turns import SliceTurns
+from duplex_jax.serve.access import Access
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.tokenizer import decode
 from tests.serve.alone import alone, script
@@ -48,7 +52,8 @@ def test_completions_are_the_turn_based_baseline_whole_and_streamed():
             assert cut.choices[0].message.content == text[: text.find(stop)].strip()
             assert cut.choices[0].finish_reason == "stop"
             for bad, words in (
-                ({"messages": []}, "must be the user's"),
+                ({"messages": []}, "messages: is"),
+                ({"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
                 ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
                 ({"messages": messages, "n": 3}, "one choice"),
                 ({"messages": messages, "temperature": -1}, "negative"),
@@ -112,5 +117,148 @@ def test_silences_that_wait_become_one():
             pairs = (await entry.live.timeline()).pairs
             assert [p.user for p in pairs if p.user] == ["hello there", "what is"]
             assert len(pairs) < 150
+
+    run(test)
+
+
+OFFERED = [{"type": "function", "function": {"name": "look_up"}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"tools": OFFERED}, 400, "tools"),
+        ({"tools": OFFERED, "tool_choice": "required"}, 400, "tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"logit_bias": {"5": 10}}, 400, "logit_bias"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"top_k": 5}, 400, "top_k"),
+        ({"stream": "false"}, 400, "stream"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"stop": [1]}, 400, "stop[0]"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, 400,
+         "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400,
+         "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": "hi \ud83d"}]}, 400, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "hi \0"}]}, 400, "messages[0].content"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, 400, "messages[0].role"),
+        ({"model": "gpt-4"}, 404, "model"),
+    ],
+)  # fmt: skip
+def test_what_is_not_done_is_refused_by_name(fields: dict[str, object], status: int, param: str):
+    async def test() -> None:
+        async with serving() as (_, place), aiohttp.ClientSession() as http:
+            body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2} | fields
+            answer = await http.post(f"http://{place}/v1/chat/completions", json=body)
+            assert answer.status == status
+            assert (await answer.json())["error"]["param"] == param
+
+    run(test)
+
+
+def test_null_is_as_if_a_field_were_not_there():
+    async def test() -> None:
+        async with serving() as (_, place), aiohttp.ClientSession() as http:
+            nothing = dict.fromkeys(
+                ("tools", "tool_choice", "stop", "seed", "stream", "logprobs", "n", "top_p", "user")
+            )
+            body = {"messages": [{"role": "user", "content": "what is it"}], "temperature": 0, **nothing,
+                    "max_completion_tokens": None, "max_tokens": 3}  # fmt: skip
+            answer = await (await http.post(f"http://{place}/v1/chat/completions", json=body)).json()
+            assert answer["usage"]["completion_tokens"] == 3
+            assert answer["choices"][0]["finish_reason"] == "length"
+
+    run(test)
+
+
+def test_every_error_is_json():
+    async def test() -> None:
+        async with serving() as (_, place), aiohttp.ClientSession() as http:
+            base = f"http://{place}"
+            assert (await (await http.get(f"{base}/v1/models/tiny")).json())["id"] == "tiny"
+            body = b'{"messages": [{"role": "user", "content": "hi"}]}'
+            for wanted, method, path, kind in (
+                (404, "GET", "/v1/models/other", None),
+                (404, "GET", "/v1/nothing", None),
+                (404, "POST", "/v1/embeddings", None),
+                (405, "GET", "/v1/chat/completions", None),
+                (400, "POST", "/v1/chat/completions", "application/json; charset=utf8mb4"),
+                (400, "POST", "/v1/chat/completions", "application/json; charset=zlib"),
+                (400, "POST", "/v1/chat/completions", "application/json; charset=punycode"),
+            ):
+                headers = {"Content-Type": kind} if kind else {}
+                answer = await http.request(method, base + path, data=body if method == "POST" else None,
+                                            headers=headers)  # fmt: skip
+                assert answer.status == wanted, (path, kind)
+                assert (await answer.json())["error"]["message"]
+            for data in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": 1e999}', b'{"seed": NaN}'):
+                answer = await http.post(f"{base}/v1/chat/completions", data=data)
+                assert answer.status == 400, data[:20]
+                assert (await answer.json())["error"]["message"]
+
+    run(test)
+
+
+def test_pages_that_were_let_in_can_read_the_answer():
+    async def test() -> None:
+        access = Access(keys=("secret",), origins=("http://app.example",))
+        async with serving(access=access) as (_, place), aiohttp.ClientSession() as http:
+            url = f"http://{place}/v1/chat/completions"
+            asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            page = {"Origin": "http://app.example"}
+            answer = await http.options(url, headers=page | asked)
+            assert answer.status == 204
+            assert answer.headers["Access-Control-Allow-Origin"] == "http://app.example"
+            assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+            assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
+            body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+            for headers, status in (({}, 401), ({"Authorization": "Bearer secret"}, 200)):
+                answer = await http.post(url, json=body, headers=page | headers)
+                assert answer.status == status
+                assert answer.headers["Access-Control-Allow-Origin"] == "http://app.example"
+            other = {"Origin": "http://evil.example", "Authorization": "Bearer secret"}
+            answer = await http.options(url, headers=other | asked)
+            assert answer.status == 403
+            assert "Access-Control-Allow-Origin" not in answer.headers
+            # The paper's page comes from another port of the same machine.
+            near = {"Origin": "http://localhost:3000", "Authorization": "Bearer secret"}
+            assert (await http.get(f"http://{place}/v1/models", headers=near)).status == 200
+
+    run(test)
+
+
+def test_a_model_of_slices_answers_until_it_is_silent():
+    """One slice is ten tokens; the answer is what its session says until it falls silent, and history is slices."""
+
+    async def test() -> None:
+        model = dataclasses.replace(tiny_model(), template=copy.copy(tiny_model().template))
+        model.template.in_slices = True
+        history = [("user", "hello there"), ("assistant", "good day")]
+        session = SliceTurns(engine_of(model, 1), system="be kind", sampling=Sampling(temperature=0))
+        session.prefill(history)
+        ids = [i for part in session.reply("what is it", 60) for i in part]
+        session.close()
+        text = decode(model.template.tokenizer, ids)
+        assert len(ids) > 10
+        async with serving(model) as (_, place):
+            client = openai.AsyncOpenAI(base_url=f"http://{place}/v1", api_key="none", max_retries=0)
+            messages = [{"role": role, "content": content} for role, content in (("system", "be kind"), *history)]
+            messages.append({"role": "user", "content": "what is it"})
+            ask = {"model": "tiny", "temperature": 0, "max_tokens": 60, "messages": messages}
+            whole = await client.chat.completions.create(**ask)
+            assert whole.choices[0].message.content == text.strip()
+            assert whole.usage.completion_tokens == len(ids)
+            assert whole.choices[0].finish_reason == ("length" if len(ids) == 60 else "stop")
+            assert whole.usage.prompt_tokens > 20
+            async with Client.connect(place) as ws:
+                past = [{"role": role, "content": content} for role, content in history]
+                await ws.start(mode="turn_based", max_tokens=60, system="be kind", history=past)
+                assert (await ws.slice("what is it"))["assistant"] == text
+            await client.close()
 
     run(test)

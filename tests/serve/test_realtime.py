@@ -6,7 +6,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serve.serving import run, serving
+from duplex_jax.timeline import SlicePair
+from duplex_jax.tokenizer import decode
+from tests.serve.serving import Client, run, serving
 
 pytest.importorskip("websockets", reason="the client's realtime needs pip install 'openai[realtime]'")
 
@@ -15,8 +17,26 @@ def client(place: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"http://{place}/v1", api_key="none")
 
 
-def user(text: str) -> Any:
-    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+def message(role: str, text: str, **fields: Any) -> Any:
+    kind = "output_text" if role == "assistant" else "input_text"
+    return {"type": "message", "role": role, "content": [{"type": kind, "text": text}], **fields}
+
+
+def user(text: str, **fields: Any) -> Any:
+    return message("user", text, **fields)
+
+
+async def pairs_of(server: Any) -> list[SlicePair]:
+    """What the one session of a server has said."""
+    (entry,) = server.sessions._entries.values()
+    return (await entry.live.timeline()).pairs
+
+
+async def context_of(server: Any) -> str:
+    """The ids of the one session's context, as text."""
+    (entry,) = server.sessions._entries.values()
+    async with entry.live._seat.duplex() as session:
+        return decode(session.template.tokenizer, session.ids)
 
 
 SETTINGS: Any = {"type": "realtime", "duplex": {"slice_seconds": 0.1, "temperature": 0, "idle_bias": 9, "slices": True}}
@@ -110,7 +130,20 @@ def test_cancel_silences_until_the_user_speaks():
     ("event", "words"),
     [
         ({"type": "dance"}, "no event that this server takes"),
-        ({"type": "session.update", "session": {"tools": [{"type": "function"}]}}, "calls no tools"),
+        ({"type": "session.update", "session": {"tools": [{"type": "function"}]}}, "tools[0].name: is missing"),
+        ({"type": "session.update", "session": {"tool_choice": "required"}}, "calls no tools"),
+        ({"type": "session.update", "session": {"modalities": ["text"]}}, "send session.output_modalities"),
+        ({"type": "session.update", "session": {"model": "other"}}, "'other' does not exist; this server has 'tiny'"),
+        ({"type": "session.update", "session": {"instructions": "be \ud83d"}}, "session.instructions: holds half of"),
+        ({"type": "session.update", "session": {"instructions": "be \0"}}, "session.instructions: holds the character"),
+        ({"type": "session.update", "session": {"instructions": ["a"]}}, 'is ["a"]; must be str or null'),
+        ({"type": "conversation.item.create", "item": {**user("hi"), "id": ["a"]}}, "item.id: is"),
+        ({"type": "conversation.item.create", "item": {**user("hi"), "id": "\ud83d"}}, "item.id: holds half of"),
+        ({"type": "response.create", "response": {"conversation": "none"}}, "response.conversation: is 'none'"),
+        ({"type": "response.create", "response": {"input": []}}, "response.input: is not supported"),
+        ({"type": "response.create", "response": {"max_output_tokens": 0}}, "response.max_output_tokens: is 0"),
+        ({"type": "response.create", "response": {"metadata": {"a": 1}}}, "response.metadata.a: is 1; must be str"),
+        ({"type": ["x"]}, 'type: is ["x"]; must be str'),
         ({"type": "session.update", "session": {"output_modalities": ["audio"]}}, "has no speech"),
         ({"type": "session.update", "session": {"duplex": {"slice_secnds": 1}}}, "slice_secnds: is unknown"),
         *(({"type": "session.update", "session": {"duplex": {name: 10**400}}}, f"{name}: is a number of 401 digits")
@@ -132,5 +165,185 @@ def test_what_cannot_be_done_is_an_error_event(event: Any, words: str):
             assert error.event_id == "mine"
             await connection.conversation.item.create(item=user("hello"))  # it goes on
             await until(connection, "conversation.item.done", seen)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        ([{"type": "response.cancel"}], "response_cancel_not_active"),
+        ([{"type": "response.create"}] * 2, "conversation_already_has_active_response"),
+        ([{"type": "conversation.item.retrieve", "item_id": "x"}], "item_retrieve_invalid_item_id"),
+        ([{"type": "conversation.item.delete", "item_id": "x"}], "item_delete_invalid_item_id"),
+        ([{"type": "conversation.item.truncate", "item_id": "x", "audio_end_ms": 1}], "item_truncate_invalid_item_id"),
+        ([{"type": "conversation.item.create", "item": user("hello", id="a")}] * 2, "item_create_duplicate_item_id"),
+        ([{"type": "input_audio_buffer.commit"}], "input_audio_buffer_commit_empty"),
+        ([{"type": "conversation.item.retrieve"}], "missing_required_parameter"),
+        ([{"type": "response.cancel", "whom": 1}], "unknown_parameter"),
+        ([{"type": "duplex.text.append", "text": 1}], "invalid_type"),
+    ],
+)
+def test_errors_have_the_codes_that_clients_know(events: list[Any], code: str):
+    async def test() -> None:
+        async with serving() as (_, place), client(place).realtime.connect(model="tiny") as connection:
+            for event in events:
+                await connection.send(event | {"event_id": "mine"})
+            error = (await until(connection, "error", [])).error
+            assert (error.code, error.event_id) == (code, "mine")
+
+    run(test)
+
+
+def test_half_a_character_does_not_mute_a_connection():
+    """It came back in an answer, which could not be written: from then on nothing was."""
+
+    async def test() -> None:
+        async with serving() as (_, place), Client.connect(place, "/v1/realtime") as ws:
+            await ws.next("session.created")
+            for text in (
+                '{"type": "session.update", "session": {"instructions": "be \\ud83d"}}',
+                '{"type": "no.such.event", "event_id": "\\ud83d"}',
+                '{"type": "\\ud83d"}',
+                '{"type": "no.such.event", "\\ud83d": 1}',
+            ):
+                await ws.ws.send_str(text)
+                error = (await ws.next())["error"]
+                assert "half of a surrogate pair" in error["message"]
+            await ws.send(type="no.such.event")
+            assert "no event that this server takes" in (await ws.next())["error"]["message"]
+
+    run(test)
+
+
+def test_history_is_in_the_context_at_once():
+    async def test() -> None:
+        async with serving() as (server, place), client(place).realtime.connect(model="tiny") as connection:
+            seen: list[Any] = []
+            slow: Any = {"type": "realtime", "duplex": {"slice_seconds": 60}}  # no tick comes meanwhile
+            await connection.session.update(session=slow)
+            long = "one two three four five six seven eight"
+            items = [user(long), message("assistant", "yes"), message("system", "be kind"), user("and what is it now")]
+            for item in items:
+                await connection.conversation.item.create(item=item)
+                done = await until(connection, "conversation.item.done", seen)
+                assert done.item.role == item["role"]
+            assert await pairs_of(server) == [
+                SlicePair("one two three four five six", None),
+                SlicePair(None, "yes"),
+                SlicePair(None, None),
+            ] or await pairs_of(server) == [
+                SlicePair("one two three four five six", None),
+                SlicePair("seven eight", "yes"),
+                SlicePair(None, None),
+            ]
+            assert "be kind" in await context_of(server)
+            added = [e for e in seen if e.type == "conversation.item.added"]
+            assert [e.previous_item_id for e in added] == [None, *(e.item.id for e in added[:-1])]
+            await connection.conversation.item.delete(item_id=added[2].item.id)  # a system's item can be taken back
+            await until(connection, "conversation.item.deleted", seen)
+            assert "be kind" not in await context_of(server)
+
+    run(test)
+
+
+def test_a_response_is_made_as_it_was_asked_for():
+    async def test() -> None:
+        async with serving() as (server, place), client(place).realtime.connect(model="tiny") as connection:
+            seen: list[Any] = []
+            await connection.session.update(session=SETTINGS | {"instructions": "be kind"})
+            await connection.conversation.item.create(item=user("hello there"))
+            asked: Any = {"instructions": "be rude", "metadata": {"client_event_id": "x"}, "max_output_tokens": 3}
+            await connection.response.create(response=asked)
+            created = await until(connection, "response.created", seen)
+            assert created.response.metadata == {"client_event_id": "x"}
+            assert "be rude" in await context_of(server)
+            done = await until(connection, "response.done", seen)
+            assert done.response.metadata == {"client_event_id": "x"}
+            assert (done.response.status, done.response.status_details.reason) == ("incomplete", "max_output_tokens")
+            usage = done.response.usage
+            assert usage.output_tokens == 3 == usage.total_tokens - usage.input_tokens
+            assert usage.input_tokens > 10
+            for _ in range(100):
+                if "be kind" in (context := await context_of(server)):
+                    break
+                await asyncio.sleep(0.05)
+            assert "be kind" in context
+            assert "be rude" not in context
+            quiet: list[Any] = []
+            for _ in range(5):
+                await until(connection, "duplex.slice", quiet)
+            assert not any(e.type == "response.created" for e in quiet), "it goes on beyond its tokens"
+
+    run(test)
+
+
+def test_instructions_change_in_the_middle_and_tools_lose_nothing():
+    async def test() -> None:
+        async with serving() as (server, place), client(place).realtime.connect(model="tiny") as connection:
+            seen: list[Any] = []
+            await connection.session.update(session=SETTINGS)
+            await connection.conversation.item.create(item=user("hello there"))
+            await until(connection, "conversation.item.done", seen)
+            tool = {"type": "function", "name": "look_up", "description": "Looks up.", "parameters": {"type": "object"}}
+            changed: Any = {"type": "realtime", "instructions": "be brief", "tools": [tool], "tool_choice": "auto",
+                            "audio": {"output": {"voice": "marin"}}}  # fmt: skip
+            await connection.session.update(session=changed)
+            updated = await until(connection, "session.updated", seen)
+            while updated.session.instructions != "be brief":
+                updated = await until(connection, "session.updated", seen)
+            assert updated.session.tools == []  # what is not done is said by name
+            assert updated.session.duplex["unsupported"] == ["audio.output.voice", "tools"]
+            assert "be brief" in await context_of(server)
+
+    run(test)
+
+
+def test_truncation_goes_no_further_than_what_was_said():
+    async def test() -> None:
+        async with serving() as (_, place), client(place).realtime.connect(model="tiny") as connection:
+            seen: list[Any] = []
+            await connection.session.update(session=SETTINGS)
+            await connection.conversation.item.create(item=user("hello there"))
+            await connection.response.create()
+            done = await until(connection, "response.done", seen)
+            item, text = done.response.output[0].id, done.response.output[0].content[0].text
+            for asked, kept in ((10**6, text), (50, None)):
+                await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=asked)
+                truncated = await until(connection, "conversation.item.truncated", seen)
+                assert truncated.audio_end_ms <= min(asked, 100 * len(text))
+                await connection.conversation.item.retrieve(item_id=item)
+                left = (await until(connection, "conversation.item.retrieved", seen)).item.content[0].text
+                assert left == kept or (kept is None and len(left) < len(text) and text.startswith(left))
+
+    run(test)
+
+
+def test_a_conversation_outlives_its_oldest_items():
+    async def test() -> None:
+        async with serving() as (_, place), client(place).realtime.connect(model="tiny") as connection:
+            seen: list[Any] = []
+            for i in range(520):
+                await connection.conversation.item.create(item=message("system", "x", id=f"item_{i}") if i == 0
+                                                          else user("hi", id=f"item_{i}"))  # fmt: skip
+                if i % 100 == 99:  # within the limit of messages a second
+                    await until(connection, "conversation.item.done", seen)
+                    await asyncio.sleep(1)
+            while not (seen and seen[-1].type == "conversation.item.done" and seen[-1].item.id == "item_519"):
+                await until(connection, "conversation.item.done", seen)
+            await connection.conversation.item.retrieve(item_id="item_0")
+            assert (await until(connection, "error", seen)).error.code == "item_retrieve_invalid_item_id"
+            await connection.response.create()
+            await until(connection, "response.created", seen)
+
+    run(test)
+
+
+def test_a_model_that_is_not_there_is_refused():
+    async def test() -> None:
+        async with serving() as (_, place), client(place).realtime.connect(model="gpt-realtime") as connection:
+            error = (await until(connection, "error", [])).error
+            assert error.code == "model_not_found"
+            assert "'tiny'" in error.message
 
     run(test)

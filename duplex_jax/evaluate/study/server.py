@@ -17,8 +17,8 @@ from duplex_jax.evaluate.study.talk import Talk
 from duplex_jax.serve.access import Access, Gate, Handler
 from duplex_jax.serve.app import page_file
 from duplex_jax.serve.connection import Caller, Connection, Sockets, WireLimits, as_object, field
-from duplex_jax.serve.live import Settings
 from duplex_jax.serve.sessions import Sessions
+from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import whole_characters
 
 CODE = "Study-Code"

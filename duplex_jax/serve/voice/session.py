@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from duplex_jax.serve.live import Audio, Speech
+from duplex_jax.serve.events import Audio, Speech
 from duplex_jax.serve.voice.asr import Listener, Recognizer, load_recognizer
 from duplex_jax.serve.voice.speech import Speaker
 from duplex_jax.serve.voice.tts import Synthesizer, load_synthesizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duplex_jax.errors import UserError
-from duplex_jax.serve.live import Voice
+from duplex_jax.serve.events import Voice
 from duplex_jax.serve.voice.asr import Listener, MoonshineRecognizer, load_recognizer
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, resample
 from duplex_jax.serve.voice.measure import bench_speech, gap_at, speech_level, table, word_errors
