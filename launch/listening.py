@@ -3,7 +3,7 @@
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -86,27 +86,28 @@ class ListenFlags:
                 ) from e
         self.listen().close()
 
-    def listen(self) -> socket.socket:
-        """The socket, listening.
+    def listen(self, port: int | None = None) -> socket.socket:
+        """The socket, listening; on another port where one is given.
 
         Raises:
             UserError: the address is not this machine's, or is taken.
         """
+        port = self.port if port is None else port
         try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family = min((f for f, *_ in found), key=lambda f: f != socket.AF_INET)
             both = self.host == "::" and socket.has_dualstack_ipv6()
-            return socket.create_server((self.host, self.port), family=family, dualstack_ipv6=both)
+            return socket.create_server((self.host, port), family=family, dualstack_ipv6=both)
         except OSError as e:
-            raise UserError(f"--host={self.host} --port={self.port}: cannot listen there ({e.strerror or e})") from e
+            raise UserError(f"--host={self.host} --port={port}: cannot listen there ({e.strerror or e})") from e
 
     def url(self, scheme: str, port: int | None = None) -> str:
         """`http` or `ws` and the address, with an `s` where clients speak TLS."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}{'s' if self.has_tls else ''}://{host}:{self.port if port is None else port}"
 
-    def run(self, application: "web.Application", tell: Callable[[int], None]) -> None:
-        """Serves until it is stopped; `tell` is called once with the port, when it listens."""
+    def run(self, application: "web.Application", tell: Callable[[int], None], also: Sequence[int] = ()) -> None:
+        """Serves until it is stopped, on other ports too; `tell` is called once with the port, when it listens."""
         from aiohttp import web
 
         from duplex_jax.serve.access import RUNNING
@@ -120,4 +121,5 @@ class ListenFlags:
                 told.append(words)
                 tell(port)
 
-        web.run_app(application, sock=listener, ssl_context=self._tls, print=once, **RUNNING)
+        others = [self.listen(other) for other in also]
+        web.run_app(application, sock=[listener, *others], ssl_context=self._tls, print=once, **RUNNING)

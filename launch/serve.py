@@ -27,6 +27,13 @@ _REPLICAS = flags.DEFINE_integer(
     "replicas", 1, "Servers behind one port, on the machines of a Ray cluster: needs pip install 'duplex-jax[ray]'.",
     lower_bound=1,
 )  # fmt: skip
+_ORDINARY_PORT = flags.DEFINE_integer(
+    "ordinary_port",
+    None,
+    "Listen here too, for the turn-based mode of the paper's web client, which asks for 8766.",
+    1,
+    65535,
+)
 _VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'duplex-jax[voice]'; by default if it is.")
 
 
@@ -60,7 +67,9 @@ def main(argv: list[str]) -> None:
     with app.ends_at_once():
         app.use_compilation_cache()
         server = build_server(options, lambda text: print(text, flush=True))
-    _LISTEN.run(server.app(), lambda port: _tell(options.name, port))
+    also = () if _ORDINARY_PORT.value is None else (_ORDINARY_PORT.value,)
+    server.ordinary_port = _ORDINARY_PORT.value or server.ordinary_port
+    _LISTEN.run(server.app(), lambda port: _tell(options.name, port), also)
 
 
 def _tell(name: str, port: int) -> None:

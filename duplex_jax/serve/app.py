@@ -8,7 +8,7 @@ from aiohttp import hdrs, web
 from duplex_jax.serve.access import Access, Gate, page_policy
 from duplex_jax.serve.completions import Completions, problem
 from duplex_jax.serve.connection import Connection, Sockets, WireLimits
-from duplex_jax.serve.demo import Demo
+from duplex_jax.serve.demo import ORDINARY_PORT, Demo
 from duplex_jax.serve.metrics import Metrics
 from duplex_jax.serve.protocol import VERSION, Duplex, VoiceFactory
 from duplex_jax.serve.realtime import Realtime
@@ -51,6 +51,8 @@ class Server:
         self.access, self.wire = access or Access(), wire or WireLimits(sockets_per_client=sockets)
         self.slice_seconds, self.make_voice = slice_seconds, make_voice
         self.metrics, self.sockets = Metrics(sessions), Sockets(self.wire)
+        self.ordinary_port = ORDINARY_PORT
+        """Where the paper's client finds turn-based conversations."""
         self._draining = False
 
     def app(self) -> web.Application:
@@ -137,8 +139,11 @@ class Server:
         return await self.sockets.accept(request, talk, ("realtime",))
 
     async def _demo(self, request: web.Request) -> web.StreamResponse:
+        place = request.transport.get_extra_info("sockname") if request.transport else None
+        ordinary = place is not None and place[1] == self.ordinary_port
+
         async def talk(connection: Connection) -> None:
-            await Demo(connection, self.sessions, connection.caller).run()
+            await Demo(connection, self.sessions, connection.caller, ordinary).run()
 
         return await self.sockets.accept(request, talk)
 

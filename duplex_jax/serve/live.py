@@ -459,9 +459,13 @@ class LiveSession:
             self._query.append(user)
         text, seconds = None, 0.0
         if self._query and (user is None or self.settings.clock == "client"):
-            began = time.monotonic()
-            text = await self._answer(" ".join(self._query))
+            began, query = time.monotonic(), " ".join(self._query)
             self._query.clear()
+            try:
+                text = await self._answer(query)
+            except UserError as e:
+                self.emit(Trouble("slice_refused", str(e)))
+                return
             seconds = time.monotonic() - began
         self._turns.append(SlicePair(user, text))
         spoken = Spoken(len(self._turns) - 1, user, text, seconds, time.monotonic() - due)

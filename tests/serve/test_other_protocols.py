@@ -13,6 +13,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import TurnSession
 from duplex_jax.decode.turns import SliceTurns
 from duplex_jax.serve.access import Access
+from duplex_jax.serve.demo import MOST_TOKENS
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.tokenizer import decode
 from tests.serve.alone import alone, script
@@ -96,11 +97,44 @@ def test_the_demo_s_protocol_on_twenty_sessions_at_once():
                         await asyncio.sleep(0.01)  # silence is answered with nothing
             async with aiohttp.ClientSession() as http, http.ws_connect(f"ws://{place}/") as ws:
                 await ws.send_str("<!new_ordinary_session!>")
-                await ws.send_str("what is it")
-                assert await asyncio.wait_for(ws.receive_str(), 60)
+                assert "".join(await ordinary(ws, "what is it")) == reply("what is it", MOST_TOKENS)
 
     def done(live: LiveSession, i: int) -> bool:
         return live.has_row and len(live._seat.session.timeline) == i + 1 and not live._seat.lock.locked()
+
+    run(test)
+
+
+async def ordinary(ws: aiohttp.ClientWebSocketResponse, query: str) -> list[str]:
+    """The pieces of an ordinary answer, as the paper's client awaits them."""
+    await ws.send_str(query)
+    pieces: list[str] = []
+    while (piece := await asyncio.wait_for(ws.receive_str(), 60)) != "<!end!>":
+        pieces.append(piece)
+    return pieces
+
+
+def test_the_ordinary_server_of_the_paper():
+    """Its own port; the answer in pieces, full stops left alone, and an end behind each."""
+
+    async def test() -> None:
+        async with serving() as (server, place), aiohttp.ClientSession() as http:
+            server.ordinary_port = int(place.rpartition(":")[2])
+            async with http.ws_connect(f"ws://{place}/", headers={"Origin": "http://localhost:3000"}) as ws:
+                pieces = await ordinary(ws, "what is it")
+                assert len(pieces) > 1
+                assert "".join(pieces) == reply("what is it", MOST_TOKENS)
+                assert await ordinary(ws, "x" * 3000) == ["<!too_long!>"]
+                assert await ordinary(ws, "and now")  # the conversation goes on
+                await ws.send_str("<!new_ordinary_session!>")
+                assert "".join(await ordinary(ws, "what is it")) != ""
+                await ws.send_str("<!new_session!>")  # duplex after all: no end is sent
+                await ws.send_str("hello there")
+                for _ in range(3):
+                    await ws.send_str("<idle>")
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        assert await asyncio.wait_for(ws.receive_str(), 1) != "<!end!>"
 
     run(test)
 
