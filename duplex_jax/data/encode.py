@@ -11,6 +11,7 @@ import numpy as np
 
 from duplex_jax import timeline
 from duplex_jax.chat import Message
+from duplex_jax.checkpoint.resolve import load_template as load_template
 from duplex_jax.errors import UserError
 from duplex_jax.files import open_lines
 from duplex_jax.template import Code, Template

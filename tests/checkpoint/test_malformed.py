@@ -166,6 +166,19 @@ def test_an_adapter_upon_itself(model: Path, tmp_path: Path):
         resolve(folder)
 
 
+def test_more_tokens_than_rows(model: Path, tmp_path: Path):
+    """Told before tokens of the template are added, which would hide it behind rows of zeros."""
+
+    def add(row: dict[str, Any]) -> None:
+        for token in row["added_tokens"]:
+            token["id"] += 100
+
+    folder = changed(model, tmp_path, "hf/tokenizer.json", add)
+    for template in (None, "compact"):
+        with pytest.raises(UserError, match=r"the tokenizer has \d+ ids and the model \d+ rows; they do not belong"):
+            load_model(folder, template=template)
+
+
 def test_overlapping_tensors(tmp_path: Path):
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     header = json.dumps({"a": entry, "b": entry | {"data_offsets": [4, 12]}}).encode()
