@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import io
 import logging as std_logging
+import math
 import os
 import signal
 import sys
@@ -255,6 +256,21 @@ def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
     if not given or len(set(given)) < len(given):
         raise UserError(f"--{flag}={','.join(given)}: needs some of {', '.join(known)}, and none of them twice")
     return given
+
+
+def numbers(flag: str, given: Sequence[str], kind: type) -> list[Any]:
+    """The value of a flag that takes finite numbers, none of them twice.
+
+    Raises:
+        UserError: none, one twice, or one that is no such number.
+    """
+    try:
+        found = [kind(v) for v in given]
+    except ValueError as e:
+        raise UserError(f"--{flag}={','.join(given)}: {e}; give numbers with commas between them") from e
+    if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)):
+        raise UserError(f"--{flag}={','.join(given)}: needs finite numbers, and none of them twice")
+    return found
 
 
 def no_arguments(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from launch import app
 
 PARTS = {
     "behaviour": "when it speaks and when it is silent, on held-out timelines",
+    "yardsticks": "turn-taking on FLEXI's and TurnSense's sentences, as written and bare",
     "benchmark": "standard benchmarks, by likelihood or generation",
     "fetch": "the benchmarks' files, from the Hugging Face hub",
     "harness": "any task of EleutherAI's lm-evaluation-harness",

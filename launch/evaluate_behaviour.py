@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import math
 import platform
 import shlex
 import sys
@@ -45,23 +44,13 @@ _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of
 _BESIDE = app.paths_flag("beside", "Folders of other runs on the same data, to stand in the table too.")
 
 
-def _numbers(name: str, values: list[str], kind: type) -> list[Any]:
-    try:
-        found = [kind(v) for v in values]
-    except ValueError as e:
-        raise UserError(f"--{name}={','.join(values)}: {e}; give numbers with commas between them") from e
-    if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)):
-        raise UserError(f"--{name}={','.join(values)}: needs finite numbers, and none of them twice")
-    return found
-
-
 def main(argv: list[str]) -> None:
     """Reads the data, asks what was not asked before, scores, writes."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate behaviour needs --model=M, --data=TIMELINES and --out=FOLDER")
-    seeds = _numbers("seeds", _SEEDS.value, int)
-    biases = _numbers("idle_bias", _IDLE_BIAS.value, float)
+    seeds = app.numbers("seeds", _SEEDS.value, int)
+    biases = app.numbers("idle_bias", _IDLE_BIAS.value, float)
     main_bias = 0.0 if 0.0 in biases else biases[0]
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
     out = Path(_OUT.value)
