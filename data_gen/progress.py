@@ -19,7 +19,8 @@ class Progress:
         self.what, self.total, self.every = what, total, every
         self.done = 0
         self._live = sys.stderr.isatty()
-        self._shown = self._start = time.monotonic()
+        self._shown = time.monotonic()
+        self._start, self._first = self._shown, 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -33,16 +34,19 @@ class Progress:
         """Counts `items` more; `note` is shown behind."""
         self.done += items
         now = time.monotonic()
+        if not self._first:  # the first ones took compilation and caches with them, so the rate leaves them out
+            self._start, self._first = now, self.done
         if now - self._shown >= (0.2 if self._live else self.every):
             self._shown = now
             self._show(now, note)
 
     def _show(self, now: float, note: str = "") -> None:
-        rate = self.done / max(now - self._start, 1e-9)
+        rate = (self.done - self._first) / max(now - self._start, 1e-9)
         text = f"{self.done:,} {self.what}"
         if self.total:
             text = f"{self.done:,} of {self.total:,} {self.what} ({self.done / self.total:.0%})"
-        text += f", {rate:,.0f}/s"
+        if rate > 0:
+            text += f", {per_time(rate)}"
         if self.total and rate > 0:
             left = max(0, int((self.total - self.done) / rate))
             text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
@@ -51,3 +55,11 @@ class Progress:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         else:
             logging.info("%s", text)
+
+
+def per_time(rate: float) -> str:
+    """A rate of items a second, by the minute or hour where few come in a second."""
+    for unit, seconds in (("s", 1), ("min", 60)):
+        if rate * seconds >= 2:
+            return f"{rate * seconds:,.0f}/{unit}"
+    return f"{rate * 3600:,.0f}/h"

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 
@@ -25,9 +26,12 @@ def main() -> None:
         print("usage: duplex-jax JOB [--flags]\n")
         for job, text in jobs.items():
             print(f"  {job:10}{text}")
-        print("\nduplex-jax JOB --help lists a job's flags.")
+        print("\nduplex-jax JOB --help lists a job's flags, duplex-jax --version the version.")
         raise SystemExit(0)
     job = sys.argv[1]
+    if job in ("--version", "version"):
+        print(f"duplex-jax {importlib.metadata.version('duplex-jax')}")
+        raise SystemExit(0)
     if job not in jobs:
         near = difflib.get_close_matches(job, jobs, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"the jobs are {', '.join(jobs)}"

@@ -1,10 +1,10 @@
 """`duplex-jax pack`: conversations to fixed-length rows, once, before training."""
 
-import sys
 import time
 
 from absl import flags
 
+from data_gen.progress import Progress
 from launch import app
 
 _INPUT = app.path_flag("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
@@ -28,21 +28,15 @@ def main(argv: list[str]) -> int | None:
 
     app.claim(_OUT.value, beside=True)
     began = time.monotonic()
-    shown = 0.0
+    with Progress("tokens") as shown:
 
-    def progress(tally: Tally) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > (1 if sys.stderr.isatty() else 30):
-            shown = now
-            rate = tally.tokens / max(1e-9, now - began)
-            end = "\r" if sys.stderr.isatty() else "\n"
-            print(f"{tally.rows:,} rows  {tally.tokens:,} tokens  {rate:,.0f} tokens/s", end=end, file=sys.stderr)
+        def progress(tally: Tally) -> None:
+            shown.add(tally.tokens - shown.done, f"{tally.rows:,} rows")
 
-    made = write_packed(
-        _INPUT.value, _OUT.value, _MODEL.value, _LENGTH.value, _TEMPLATE.value, _WORKERS.value, progress,
-        late=_LATE.value,
-    )  # fmt: skip
+        made = write_packed(
+            _INPUT.value, _OUT.value, _MODEL.value, _LENGTH.value, _TEMPLATE.value, _WORKERS.value, progress,
+            late=_LATE.value,
+        )  # fmt: skip
     seconds = time.monotonic() - began
     print(
         f"{_OUT.value}: {made.rows:,} rows of {made.length}, {made.tokens:,} tokens in {made.documents:,} documents "

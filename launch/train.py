@@ -1,13 +1,19 @@
 """`duplex-jax train`: one program for a laptop and a pod; `--mesh` says which."""
 
+import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
 from duplex_jax.errors import UserError
 from launch import app, machine
 from launch.dotted import take_dotted
+
+if TYPE_CHECKING:
+    from duplex_jax.train.config import Config
 
 _CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
 _MESH = app.path_flag("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
@@ -40,6 +46,36 @@ def parse_profile(text: str):
     return Profile(first, last)
 
 
+def as_packed(config: "Config", given: Collection[str]) -> "Config":
+    """A config with the row length and template of the packed data that it trains on.
+
+    Args:
+        config: the run.
+        given: names of fields that flags have set; these are not changed.
+
+    Raises:
+        UserError: packed data that contradict a flag, or each other.
+    """
+    from duplex_jax.data.dataset import MANIFEST, read_manifest
+
+    paths = [path for path in (*config.data.train, *config.data.eval) if (Path(path) / MANIFEST).is_file()]
+    for path, manifest in ((path, read_manifest(path)) for path in paths):
+        for group, field, packed in (("data", "length", manifest.length), ("model", "template", manifest.template)):
+            node, name = getattr(config, group), f"{group}.{field}"
+            wanted = getattr(node, field)
+            if packed == wanted or not wanted:  # a model's own template is compared when its tokenizer is read
+                continue
+            if name in given or path != paths[0]:
+                where = f"--config.{name}" if name in given else f"{name} of {paths[0]}"
+                raise UserError(
+                    f"{path}: was packed with {field} {packed}, and {where} is {wanted}; pack again with "
+                    f"--{field}={wanted}" + (f", or leave --config.{name} out" if name in given else "")
+                )
+            print(f"{path}: was packed with {field} {packed}; the run takes that in place of the config's {wanted}")
+            config = dataclasses.replace(config, **{group: dataclasses.replace(node, **{field: packed})})
+    return config
+
+
 def main(argv: list[str]) -> int | None:
     """Builds config and mesh, joins the other processes, trains."""
     app.no_arguments(argv)
@@ -57,6 +93,7 @@ def main(argv: list[str]) -> int | None:
     if config.model.shape is not None:
         parallel.check_heads(spec, config.model.shape)
     profile = parse_profile(_PROFILE.value)
+    config = as_packed(config, {name for name, _ in _DOTTED})
     machine.start(spec, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     app.use_compilation_cache()  # a run that goes on compiles nothing anew
     import jax

@@ -65,13 +65,13 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     if not config.data.train:
         raise UserError("config.data.train: names no data; --config.data.train=DIR (packed, or a folder of timelines)")
     mesh = parallel.make_mesh(spec)
-    say("\n".join(to_lines(config)))
 
     # What is cheap to look at comes first: tokenizer and data, then shapes, and the weights last.
     template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     sources = [dataset.open_rows(path, template, config.data.length) for path in config.data.train]
     held_out = [dataset.open_rows(path, template, config.data.length) for path in config.data.eval]
     params, model = load_start(config, template)
+    say("\n".join(to_lines(config)))  # behind what may be refused, which is then the only line
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)

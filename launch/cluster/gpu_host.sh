@@ -6,14 +6,10 @@ set -euo pipefail
 CONFIG=${1:?config file} MESH=${2:?mesh} WORKDIR=${3:?working folder}
 shift 3
 
-# Memory: XLA takes it once; what is left serves cuDNN and NCCL.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 # Collectives run beside the products that do not need them: FSDP's gathers are hidden behind the layer before.
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 # Programs compiled once are found again after a restart.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$WORKDIR/compiled}
-# NCCL over NVLink needs no more than this; its default takes memory for links that are not there.
-export NCCL_NVLS_ENABLE=0
 
 tries=0
 while true; do

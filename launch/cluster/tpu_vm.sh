@@ -10,8 +10,11 @@ CONFIG=${1:?config file} MESH=${2:?mesh} WORKDIR=${3:?working folder}
 shift 3
 : "${PROJECT:?Google Cloud project}" "${ZONE:?zone with that accelerator}" "${BUCKET:?bucket with the data}"
 NAME=${NAME:-duplex-jax-$MESH}
+PAUSE=${PAUSE:-30}         # seconds between looks and tries
+MAX_TRIES=${MAX_TRIES:-5}  # set-ups or runs that may fail in a row before the slice, which is paid for, is given back
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 case $MESH in
+  v5e-*x*) echo "tpu_vm.sh: mesh $MESH has several slices; launch/cluster/jobset.yaml starts those" >&2; exit 2 ;;
   v4-*) TYPE=$MESH RUNTIME=tpu-ubuntu2204-base ;;
   v5e-*) TYPE=v5litepod-${MESH#v5e-} ;;
   v5p-*) TYPE=$MESH RUNTIME=v2-alpha-tpuv5 ;;
@@ -25,27 +28,48 @@ state() {
     --format='value(state.state)' 2>/dev/null || true
 }
 
+give_back() {
+  gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet
+}
+
+# One more failure in a row; the last one gives the slice back.
+failed() {
+  tries=$((tries + 1))
+  echo "tpu_vm.sh: $1 failed ($tries of $MAX_TRIES)" >&2
+  if [ "$tries" -ge "$MAX_TRIES" ]; then give_back; exit 1; fi
+  sleep "$PAUSE"
+}
+
+set_up() {
+  gcloud compute tpus tpu-vm scp --recurse configs dist "$NAME":~/ --project="$PROJECT" --zone="$ZONE" --worker=all &&
+    # The images have Python 3.10; uv brings its own.
+    everywhere "{ test -x ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
+      ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/duplex &&
+      ~/.local/bin/uv pip install --quiet --python ~/duplex/bin/python \"\$(ls ~/dist/duplex_jax-*.whl)[tpu]\" &&
+      mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; }"
+}
+
 everywhere() {
   gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker=all --command="$1"
 }
 
 printf -v EXTRA '%q ' "$@"
+tries=0
+rm -rf dist && python3 -m pip wheel --quiet --no-deps --wheel-dir dist .  # this checkout; hosts install it
 while true; do
   case $(state) in
     ACTIVE) ;;
     SUSPENDED | FAILED)
-      gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet
+      give_back
       continue ;;
     "")
       # shellcheck disable=SC2086
       gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --project="$PROJECT" --zone="$ZONE" \
         --accelerator-type="$TYPE" --runtime-version="$RUNTIME" $SPOT
       continue ;;
-    *) sleep 30; continue ;;
+    *) sleep "$PAUSE"; continue ;;
   esac
-  everywhere "python3 -m venv ~/duplex && ~/duplex/bin/pip install -q 'duplex-jax[tpu]'" || { sleep 30; continue; }
-  everywhere "mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; }"
-  gcloud compute tpus tpu-vm scp --recurse configs "$NAME":~/ --project="$PROJECT" --zone="$ZONE" --worker=all
+  set_up || { failed "setting up the hosts"; continue; }
   code=0
   # Asynchronous collectives overlap FSDP's gathers with the layer before; the scoped memory is what splash attention
   # wants for its blocks.
@@ -56,6 +80,8 @@ while true; do
     ~/duplex/bin/duplex-jax train --config=$CONFIG --mesh=$MESH --workdir=$WORKDIR $EXTRA" || code=$?
   case $code in
     0 | 2 | 3) exit "$code" ;;
-    *) sleep 30 ;;  # 75, a preemption, or a lost connection: go on from the last checkpoint
+    75) tries=0; sleep "$PAUSE" ;;  # told to stop and saved: go on
+    *)  # a preemption, a lost connection, or a crash: go on from the last checkpoint
+      if [ "$(state)" = ACTIVE ]; then failed "the run (exit code $code)"; else tries=0; fi ;;
   esac
 done
