@@ -39,10 +39,11 @@ class Encoding:
 
 
 def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.SlicePair], list[int]]:
-    """Lets a share of the answers that begin with the query's last words begin one pair later.
+    """Lets a share of the answers that begin with the query's last words begin one to four pairs later.
 
-    A model that never saw an answer come late takes its own missed moment for the end of the matter and stays silent.
-    The silence that is put in front of a late answer is context and no target: it teaches how to go on, not to wait.
+    A model that never saw an answer come late treats a missed turn as the end of the exchange and stays silent. The
+    silence in front of a late answer is context and no target: it teaches that silence behind a request is a cue to
+    answer, not that the assistant waits.
 
     Returns:
         The pairs, and the indices of those that were put in. The draws depend on the timeline alone.
@@ -55,8 +56,10 @@ def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.Sli
     speaking = False
     for pair in row.pairs:
         if pair.user is not None and pair.assistant is not None and not speaking and random_source.random() < share:
-            silent.append(len(pairs))
-            pairs += [timeline.SlicePair(pair.user, None), timeline.SlicePair(None, pair.assistant)]
+            missed = random_source.choices((1, 2, 3, 4), (8, 4, 2, 1))[0]
+            silent += range(len(pairs), len(pairs) + missed)
+            pairs += [timeline.SlicePair(pair.user, None), *[timeline.SlicePair(None, None)] * (missed - 1)]
+            pairs.append(timeline.SlicePair(None, pair.assistant))
         else:
             pairs.append(pair)
         speaking = pair.assistant is not None
