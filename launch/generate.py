@@ -20,6 +20,7 @@ from data_gen.converse import make_recipe as make_converse_recipe
 from data_gen.dialogues import Selection, count_dialogues
 from data_gen.engines import make_engine
 from data_gen.pipeline import Summary, generate, make_recipe, parse_shares
+from data_gen.progress import Progress
 from data_gen.rewriter import Sampling
 from data_gen.stats import read_stats, table, write_histograms
 from data_gen.transitions import Transitions
@@ -41,6 +42,12 @@ _CONVERSE = flags.DEFINE_integer(
     "converse", None, "Have --rewriter_model answer everyday questions: so many dialogues, to --out=FILE.jsonl.",
     lower_bound=1,
 )  # fmt: skip
+_WRITE = flags.DEFINE_integer(
+    "write", None, "Have --model write so many dialogues by itself, users' messages too: OUT/spoken and OUT/plain.",
+    lower_bound=1,
+)  # fmt: skip
+_WRITER = flags.DEFINE_string("model", None, "With --write: a chat model, as every job takes it.")
+_ROWS = flags.DEFINE_integer("rows", 32, "With --write: dialogues at once.", lower_bound=1)
 
 _CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")
 _SHARES = flags.DEFINE_list("shares", [], "NAME=NUMBER,...: timelines for each source dialogue; Table 1's by default.")
@@ -92,6 +99,8 @@ def main(argv: list[str]) -> int:
         return _stats(Path(_STATS.value))
     if _CONVERSE.value:
         return _converse(_CONVERSE.value)
+    if _WRITE.value:
+        return _write(_WRITE.value)
     if not _OUT.value or (not _INPUT.value and _BATCH.value not in ("submit", "collect")):
         raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, or --stats=FOLDER)")
     out = Path(_OUT.value)
@@ -145,6 +154,35 @@ def _converse(number: int) -> int:
         f"{out}: {summary.dialogues:,} dialogues of {summary.rounds:,} rounds from {summary.openings:,} openings; "
         f"ended by a refused answer: {_listed(summary.refused)}; {summary.empty:,} of them at once, and not kept"
     )
+    return 0
+
+
+def _write(count: int) -> int:
+    if not _OUT.value or not _WRITER.value:
+        raise UserError("--write needs --out=FOLDER and --model=MODEL, the chat model that writes")
+    from duplex_jax.checkpoint.registry import load_model
+    from duplex_jax.decode.engine import Engine
+    from launch.self_write import self_write
+
+    out = Path(_OUT.value)
+    check_writable(out / "blocks" / "block")
+    app.claim(out)
+    app.use_compilation_cache()
+    model = load_model(_WRITER.value)
+    # A few rows more for the prompts that all dialogues of a kind begin with.
+    rows, capacity = _ROWS.value + 4, min(2048, model.config.max_position_embeddings)
+    engine = Engine(model.config, model.params, model.template, rows=rows, capacity=capacity, max_slice_tokens=12)
+    done = 0
+    with Progress("dialogues", count) as progress:
+        for tried in self_write(engine, out, count, _SEED.value, _ROWS.value):
+            progress.add(tried - done)
+            done = tried
+    blocks = [json.loads(path.read_text()) for path in sorted((out / "blocks").glob("*.json"))]
+    refused: dict[str, int] = {}
+    for block in blocks:
+        for reason, number in block["refused"].items():
+            refused[reason] = refused.get(reason, 0) + number
+    print(f"{out}: {sum(b['kept'] for b in blocks):,} dialogues; refused: {_listed(refused)}")
     return 0
 
 

@@ -11,6 +11,7 @@ JOBS = {
     "generate": "make Duplex-UltraChat timelines from turn-based dialogues; check and describe a dataset",
     "pack": "encode timelines once into packed fixed-length rows",
     "train": "sharded training on packed rows",
+    "adapt": "make any chat model duplex from its own words: write, generate, pack, train, measure, export",
     "compile": "compile a training step for hardware that is not here, and say whether it fits",
     "convert": "read any supported checkpoint and write it for transformers, Orbax or llama.cpp",
     "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",

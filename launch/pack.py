@@ -15,7 +15,7 @@ _MODEL = app.path_flag(
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")
 _TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; the tokenizer's own by default.")
 _LATE = flags.DEFINE_float(
-    "late", 0.0, "Of a timeline's answers, the share that begins one to four pairs late, behind silence that is no target.",
+    "late", 0.0, "Share of a timeline's answers that begin one to four pairs late, behind silence that is no target.",
     0.0, 1.0,
 )  # fmt: skip
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that encode.", lower_bound=1)

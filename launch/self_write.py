@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from data_gen.questions import openings
-from data_gen.self_written import Ask, Refused, Words, Written, plan
+from data_gen.self_written import KINDS, Ask, Refused, Words, Written, plan
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.writing import Draw, Drawn, write
@@ -47,22 +47,33 @@ def _writer(template: Template, talk: Generator[Ask, Words, Written]) -> Generat
 
 
 def self_write(engine: Engine, out: Path, count: int, seed: int, rows: int) -> Iterator[int]:
-    """Writes `count` dialogues' blocks of `out/dialogues-NNNNN.jsonl`; yields how many are tried after each block."""
+    """Writes `count` dialogues in blocks; yields how many were tried after each block.
+
+    Brief, spoken dialogues go to `out/spoken`, those in the model's usual manner to `out/plain`, both as
+    `dialogues-NNNNN.jsonl` in UltraChat's layout; a block whose counts are in `out/blocks` is not written again.
+
+    Args:
+        engine: of the model; it needs a few more rows than are written at once.
+        out: the folder.
+        count: dialogues that are tried; those whose words cannot be used are left out.
+        seed: random seed.
+        rows: dialogues at once.
+    """
     starts = list(openings(seed))
     for block in range(-(-count // BLOCK)):
-        path = out / f"dialogues-{block:05d}.jsonl"
         numbers = range(block * BLOCK, min(count, (block + 1) * BLOCK))
-        if not path.exists():
+        done = out / "blocks" / f"block-{block:05d}.json"
+        if not done.exists():
             writers = ((n, _writer(engine.template, plan(n, seed, starts))) for n in numbers)
-            made = dict(write(engine, writers, rows))
-            refused = collections.Counter(r for r in made.values() if isinstance(r, str))
-            lines = [
-                json.dumps({"id": f"self-{seed}-{n:06d}", "kind": w.kind, "data": w.said, "again": w.again})
-                for n, w in sorted(made.items())
-                if isinstance(w, Written)
-            ]
-            with atomic_write(out / f"refused-{block:05d}.json") as f:
-                json.dump(dict(refused.most_common()), f)
-            with atomic_write(path) as f:
-                f.write("".join(line + "\n" for line in lines))
+            made = dict(sorted(write(engine, writers, rows)))
+            kept = {n: w for n, w in made.items() if isinstance(w, Written)}
+            for folder, brief in (("spoken", True), ("plain", False)):
+                with atomic_write(out / folder / f"dialogues-{block:05d}.jsonl") as f:
+                    for n, w in kept.items():
+                        if KINDS[w.kind][1].brief == brief:
+                            row = {"id": f"self-{seed}-{n:06d}", "kind": w.kind, "data": w.said, "again": w.again}
+                            f.write(json.dumps(row) + "\n")
+            refused = collections.Counter(reason for reason in made.values() if isinstance(reason, str))
+            with atomic_write(done) as f:
+                json.dump({"kept": len(kept), "refused": dict(refused.most_common())}, f)
         yield numbers.stop

@@ -1,0 +1,344 @@
+"""`duplex-jax adapt`: any chat model made duplex from its own words, in stages that can be stopped and go on.
+
+  write      the model writes dialogues by itself, users' messages too             OUT/written
+  timelines  they are cut into slices, in all categories, half of them as spoken   OUT/timelines
+  pack       timelines and turns become rows of tokens                             OUT/packed
+  train      a stable phase, then the decay                                        OUT/stable, OUT/decay
+  measure    behaviour on held-out timelines, and yardsticks where given           OUT/behaviour, OUT/yardsticks
+  export     the model or adapter, with a card that holds what was measured        OUT/model
+
+Every stage is a command of another job, printed before it runs, and may be run alone.
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from data_gen.dialogues import count_dialogues
+from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_write
+from launch import app
+from launch.dotted import take_dotted
+
+STAGES = ("write", "timelines", "pack", "train", "measure", "export")
+
+_MODEL = flags.DEFINE_string("model", None, "The chat model: a folder, a file, hf:owner/name, or a known name.")
+_OUT = flags.DEFINE_string("out", None, "Folder of everything; a run that was stopped goes on there.")
+_HOURS = flags.DEFINE_float("hours", None, "Time for writing and training, instead of --tokens.", lower_bound=0.01)
+_TOKENS = flags.DEFINE_float("tokens", 3e6, "Tokens to train on.", lower_bound=1)
+_DIALOGUES = flags.DEFINE_list("dialogues", [], "Your own dialogues, beside those that the model writes.")
+_CONFIG = flags.DEFINE_string("config", "configs/adapt_lora.py", "Of the training; --config.a.b=value changes it.")
+_MESH = flags.DEFINE_string("mesh", "cpu1", "Where to train: a mesh of configs/mesh/, or a Python file.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
+_COUNT = flags.DEFINE_integer("count", 0, "Dialogues to write; by default one for every 600 tokens.", lower_bound=0)
+_ROWS = flags.DEFINE_integer("rows", 32, "Dialogues written at once.", lower_bound=1)
+_SPOKEN = flags.DEFINE_float("spoken", 0.5, "Share of timelines with users as recognisers write.", 0.0, 1.0)
+_YARDSTICKS = flags.DEFINE_string("yardsticks", "", "Folder of `evaluate yardsticks`; empty leaves them out.")
+_STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
+
+_DOTTED: list[tuple[str, str]] = []
+# Timelines for each dialogue that was written, by category.
+_SHARES = {
+    "basic": 2.0, "topic_interweaving": 0.4, "generation_termination": 2.0, "regeneration": 1.5, "dialogue_reset": 0.3,
+    "back_on_topic": 0.8, "backchannel": 1.2, "hesitation": 1.2, "silence": 0.4, "opening": 0.4,
+}  # fmt: skip
+# Rows of spoken timelines, of the model's usual answers in slices, and of the same in turns.
+_WEIGHTS = {"spoken": 0.7, "plain": 0.2, "turns": 0.1}
+# Of --hours: for writing, for the stable phase; the rest is for the decay.
+_TIMES = {"write": 0.35, "stable": 0.45, "decay": 0.2}
+# Fewer dialogues of a kind cannot be split into those that are trained on and those that are held out.
+_FEWEST = 40
+_EXIT_AGAIN = 75  # of `train`, when it was told to stop and has saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command of a stage.
+
+    Attributes:
+        name: by which it is known to be done.
+        argv: behind `duplex-jax`.
+        seconds: it is told to stop after so long; 0 for never. What it has done by then is used.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    seconds: float = 0.0
+
+
+class Journal:
+    """What is done in a folder, kept in `OUT/adapt.json`: a run that was killed begins behind it.
+
+    Raises:
+        UserError: the folder holds a run of other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, object]):
+        self._path = out / "adapt.json"
+        self._state: dict[str, dict] = {"settings": settings, "done": {}, "seconds": {}}
+        if self._path.exists():
+            try:
+                self._state = json.loads(self._path.read_text(encoding="utf-8"))
+                before = self._state["settings"]
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{self._path}: cannot be read ({e}); give another --out") from e
+            for name, value in json.loads(json.dumps(settings)).items():
+                if before.get(name) != value:
+                    raise UserError(
+                        f"--out={out}: holds a run with --{name}={before.get(name)}, and this one has {value}; "
+                        "give the same flags to go on, or another --out"
+                    )
+
+    def is_done(self, name: str) -> bool:
+        return name in self._state["done"]
+
+    def spent(self, name: str) -> float:
+        """Seconds that a command has run so far, in all runs."""
+        return self._state["seconds"].get(name, 0.0)
+
+    def note(self, name: str, seconds: float, done: bool) -> None:
+        """Writes down that a command ran for a while."""
+        self._state["seconds"][name] = self.spent(name) + seconds
+        if done:
+            self._state["done"][name] = True
+        with atomic_write(self._path) as f:
+            json.dump(self._state, f, indent=1)
+
+
+def run(command: Command, journal: Journal) -> None:
+    """Runs a command to its end, or to the end of its time.
+
+    Raises:
+        UserError: it failed.
+    """
+    if journal.is_done(command.name):
+        return
+    print(f"--- {command.name}: duplex-jax {' '.join(command.argv)}", flush=True)
+    began, told = time.monotonic(), False
+    left = command.seconds - journal.spent(command.name) if command.seconds else None
+    process = subprocess.Popen([sys.executable, "-m", "launch.main", *command.argv])
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=1.0)
+                break
+            except subprocess.TimeoutExpired:
+                if left is not None and not told and time.monotonic() - began > left:
+                    process.send_signal(signal.SIGTERM)
+                    told = True
+    except KeyboardInterrupt:
+        process.wait()
+        journal.note(command.name, time.monotonic() - began, done=False)
+        raise
+    done = code == 0 or (told and code in (_EXIT_AGAIN, -signal.SIGTERM))
+    journal.note(command.name, time.monotonic() - began, done)
+    if not done:
+        raise UserError(f"{command.name}: duplex-jax {command.argv[0]} ended with code {code}; its last line says why")
+
+
+def commands(stage: str, out: Path) -> Iterator[Command]:
+    """What a stage runs; later commands may need what earlier ones have made."""
+    makers = (_write, _timelines, _pack, _train, _measure, _export)
+    yield from makers[STAGES.index(stage)](out)
+
+
+def _seconds(part: str) -> float:
+    return _HOURS.value * 3600 * _TIMES[part] if _HOURS.value else 0.0
+
+
+def _write(out: Path) -> Iterator[Command]:
+    count = _COUNT.value or (1_000_000 if _HOURS.value else max(256, int(_TOKENS.value // 600)))
+    yield Command(
+        "write",
+        ("generate", f"--write={count}", f"--model={_MODEL.value}", f"--out={out / 'written'}", f"--seed={_SEED.value}",
+         f"--rows={_ROWS.value}"),
+        _seconds("write"),
+    )  # fmt: skip
+
+
+def _inputs(out: Path) -> dict[str, Path]:
+    """Folders of dialogues by how they are spoken: the model's own, where it wrote enough of them, and the user's."""
+    written = {name: out / "written" / name for name in ("spoken", "plain")}
+    found = {name: path for name, path in written.items() if (count_dialogues(path) or 0) >= _FEWEST}
+    return found | {f"own{i}": Path(path) for i, path in enumerate(_DIALOGUES.value)}
+
+
+def _packed(out: Path) -> dict[str, Path]:
+    """What is packed: timelines of all inputs, and the model's usual answers as turns."""
+    found = {name: out / "timelines" / "train" / name for name in _inputs(out)}
+    return found | ({"turns": out / "written" / "plain"} if "plain" in found else {})
+
+
+def _timelines(out: Path) -> Iterator[Command]:
+    for name, path in _inputs(out).items():
+        plain = name == "plain"
+        shares = {"basic": 1.0, "generation_termination": 0.2} if plain else _SHARES
+        for part, fold in (("train", "-0/10"), ("held_out", "0/10")):
+            yield Command(
+                f"timelines {name} {part}",
+                ("generate", f"--input={path}", f"--out={out / 'timelines' / part / name}", f"--seed={_SEED.value}",
+                 f"--categories={','.join(shares)}", "--shares=" + ",".join(f"{k}={v}" for k, v in shares.items()),
+                 "--max_idle_pairs=3", "--transitions=both", f"--spoken={_SPOKEN.value}", f"--fold={fold}",
+                 f"--tokenizer={_MODEL.value}", *([] if plain else ["--spoken_words=70"])),
+            )  # fmt: skip
+
+
+def _pack(out: Path) -> Iterator[Command]:
+    length = _config_of("data.length")
+    for name, path in _packed(out).items():
+        yield Command(
+            f"pack {name}",
+            ("pack", f"--input={path}", f"--out={out / 'packed' / name}", f"--model={_MODEL.value}",
+             f"--template={_config_of('model.template') or 'compact'}", f"--length={length}",
+             *([] if name == "turns" else ["--late=0.3"])),
+        )  # fmt: skip
+
+
+def _config_of(field: str):
+    from duplex_jax.train import config as configs
+
+    value = configs.override(configs.load_config(_CONFIG.value), _DOTTED)
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _train(out: Path) -> Iterator[Command]:
+    names = list(_packed(out))
+    own = [n for n in names if n not in _WEIGHTS]
+    # Dialogues of the user's own share the rows of spoken timelines.
+    weights = {n: _WEIGHTS.get(n, 0.0) for n in names} | {n: 0.35 / len(own) for n in own}
+    if own and "spoken" in weights:
+        weights["spoken"] = 0.35
+    tokens_of_step = _config_of("data.length") * _config_of("data.batch")
+    steps = 1_000_000 if _HOURS.value else max(30, int(_TOKENS.value // tokens_of_step))
+    decay = max(10, steps // 3)
+    common = (
+        "train", f"--config={_CONFIG.value}", f"--mesh={_MESH.value}",
+        *(f"--config.{name}={value}" for name, value in _DOTTED),
+        f"--config.model.source={_MODEL.value}",
+        "--config.data.train=" + ",".join(str(out / "packed" / n) for n in names),
+        "--config.data.weights=" + ",".join(f"{weights[n]:.3g}" for n in names),
+    )  # fmt: skip
+    # The stable phase ends a step before the run would: its last checkpoint is where the decay begins.
+    yield Command(
+        "stable",
+        (*common, f"--workdir={out / 'stable'}", f"--config.optim.steps={steps - decay + 1}",
+         "--config.optim.decay_steps=1", "--config.checkpoint.export=False"),
+        _seconds("stable"),
+    )  # fmt: skip
+    last = _last_step(out / "stable", steps - decay)
+    if _HOURS.value:
+        decay = max(10, int(last * _TIMES["decay"] / _TIMES["stable"]))
+    yield Command(
+        "decay",
+        (*common, f"--workdir={out / 'decay'}", f"--config.optim.decay_from={out / 'stable'}@{last}",
+         "--config.optim.decay=linear", f"--config.optim.decay_steps={decay}", "--config.optim.final=0.02"),
+    )  # fmt: skip
+
+
+def _last_step(workdir: Path, most: int) -> int:
+    """The newest checkpoint of the stable phase."""
+    from duplex_jax.train.checkpoints import FOLDER
+
+    steps = [int(p.name) for p in (workdir / FOLDER).glob("[0-9]*") if p.name.isdigit() and int(p.name) <= most]
+    return max(steps, default=most)
+
+
+def _measure(out: Path) -> Iterator[Command]:
+    model = out / "decay" / "export"
+    yield Command(
+        "behaviour",
+        ("evaluate", "behaviour", f"--model={model}", f"--data={out / 'timelines' / 'held_out'}", "--limit=200",
+         "--rows=16", f"--out={out / 'behaviour'}"),
+    )  # fmt: skip
+    if _YARDSTICKS.value:
+        yield Command(
+            "yardsticks",
+            (
+                "evaluate",
+                "yardsticks",
+                f"--model={model}",
+                f"--data={_YARDSTICKS.value}",
+                f"--out={out / 'yardsticks'}",
+            ),
+        )
+
+
+def _export(out: Path) -> Iterator[Command]:
+    measured = [str(out / name) for name in ("behaviour", "yardsticks") if (out / name).is_dir()]
+    if measured:
+        yield Command("report", ("evaluate", "report", *measured, f"--out={out / 'report'}"))
+    target = out / "model"
+    if not target.exists():
+        with_card = out / ".model"
+        shutil.rmtree(with_card, ignore_errors=True)
+        shutil.copytree(out / "decay" / "export", with_card)
+        (with_card / "README.md").write_text(card(out), encoding="utf-8")
+        with_card.rename(target)
+
+
+def card(out: Path) -> str:
+    """The model card: what it is, how it was made, and what was measured."""
+    blocks = [json.loads(p.read_text()) for p in sorted((out / "written" / "blocks").glob("*.json"))]
+    tables = [p.read_text(encoding="utf-8") for name in ("behaviour", "yardsticks")
+              for p in sorted((out / name).glob("*.md"))]  # fmt: skip
+    return "\n".join([
+        f"# {Path(_MODEL.value).name}, duplex", "",
+        f"`{_MODEL.value}` taught to converse in time slices of two seconds, from dialogues that it wrote itself "
+        f"({sum(b['kept'] for b in blocks):,} of them, users' messages included)"
+        + (" and dialogues of its trainer's own." if _DIALOGUES.value else "; its licence is its base's."),
+        "", "    duplex-jax adapt " + " ".join(_again()), "", "## Figures", "", *tables, "",
+    ])  # fmt: skip
+
+
+def _again() -> list[str]:
+    """The flags of this run, where they are not the defaults."""
+    given = [f"--{name}={flags.FLAGS[name].serialize().partition('=')[2]}" for name in
+             ("model", "hours", "tokens", "dialogues", "config", "mesh", "seed", "count", "spoken")
+             if flags.FLAGS[name].present]  # fmt: skip
+    return given + [f"--config.{name}={value}" for name, value in _DOTTED]
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the stages that are not done."""
+    app.no_arguments(argv)
+    if not (_MODEL.value and _OUT.value):
+        raise UserError("adapt needs --model=MODEL, a chat model, and --out=FOLDER")
+    chosen = app.names("stages", _STAGES.value, STAGES)
+    for path in [*_DIALOGUES.value, *([_YARDSTICKS.value] if _YARDSTICKS.value else [])]:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder; --dialogues and --yardsticks name what is there")
+    _config_of("name")  # a wrong config is told before anything is written
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    app.claim(out)
+    settings = {
+        name: flags.FLAGS[name].value for name in ("model", "hours", "tokens", "dialogues", "mesh", "seed", "spoken")
+    }
+    journal = Journal(out, settings | {"config": _CONFIG.value, "dotted": [list(d) for d in _DOTTED]})
+    for stage in STAGES:
+        if stage in chosen:
+            for command in commands(stage, out):
+                run(command, journal)
+    print(f"{out / 'model'}: duplex-jax chat --model={out / 'model'}")
+    return 0
+
+
+def start() -> None:
+    """Runs the job."""
+    sys.argv[1:], dotted = take_dotted(sys.argv[1:])
+    _DOTTED.extend(dotted)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    start()
