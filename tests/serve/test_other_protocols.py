@@ -201,8 +201,13 @@ def test_null_is_as_if_a_field_were_not_there():
             nothing = dict.fromkeys(
                 ("tools", "tool_choice", "stop", "seed", "stream", "logprobs", "n", "top_p", "user")
             )
-            body = {"messages": [{"role": "user", "content": "what is it"}], "temperature": 0, **nothing,
-                    "max_completion_tokens": None, "max_tokens": 3}  # fmt: skip
+            body = {
+                "messages": [{"role": "user", "content": "what is it"}],
+                "temperature": 0,
+                **nothing,
+                "max_completion_tokens": None,
+                "max_tokens": 3,
+            }
             answer = await (await http.post(f"http://{place}/v1/chat/completions", json=body)).json()
             assert answer["usage"]["completion_tokens"] == 3
             assert answer["choices"][0]["finish_reason"] == "length"
@@ -226,8 +231,9 @@ def test_every_error_is_json():
                 (400, "POST", "/v1/chat/completions", "application/json; charset=punycode"),
             ):
                 headers = {"Content-Type": kind} if kind else {}
-                answer = await http.request(method, base + path, data=body if method == "POST" else None,
-                                            headers=headers)  # fmt: skip
+                answer = await http.request(
+                    method, base + path, data=body if method == "POST" else None, headers=headers
+                )
                 assert answer.status == wanted, (path, kind)
                 assert (await answer.json())["error"]["message"]
             for data in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": 1e999}', b'{"seed": NaN}'):

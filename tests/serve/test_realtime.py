@@ -286,8 +286,13 @@ def test_instructions_change_in_the_middle_and_tools_lose_nothing():
             await connection.conversation.item.create(item=user("hello there"))
             await until(connection, "conversation.item.done", seen)
             tool = {"type": "function", "name": "look_up", "description": "Looks up.", "parameters": {"type": "object"}}
-            changed: Any = {"type": "realtime", "instructions": "be brief", "tools": [tool], "tool_choice": "auto",
-                            "audio": {"output": {"voice": "marin"}}}  # fmt: skip
+            changed: Any = {
+                "type": "realtime",
+                "instructions": "be brief",
+                "tools": [tool],
+                "tool_choice": "auto",
+                "audio": {"output": {"voice": "marin"}},
+            }
             await connection.session.update(session=changed)
             updated = await until(connection, "session.updated", seen)
             while updated.session.instructions != "be brief":
@@ -324,8 +329,9 @@ def test_a_conversation_outlives_its_oldest_items():
         async with serving() as (_, place), client(place).realtime.connect(model="tiny") as connection:
             seen: list[Any] = []
             for i in range(520):
-                await connection.conversation.item.create(item=message("system", "x", id=f"item_{i}") if i == 0
-                                                          else user("hi", id=f"item_{i}"))  # fmt: skip
+                await connection.conversation.item.create(
+                    item=message("system", "x", id=f"item_{i}") if i == 0 else user("hi", id=f"item_{i}")
+                )
                 if i % 100 == 99:  # within the limit of messages a second
                     await until(connection, "conversation.item.done", seen)
                     await asyncio.sleep(1)
