@@ -259,7 +259,7 @@ export class Lanes {
     else (c.moveTo(0, middle), c.lineTo(this.width, middle));
     c.stroke();
     const tags = this.down
-      ? [["You", 6, 4, "you"], ["Assistant", middle + 6, 4, "it"], ["now", this.width - 40, this.along * NOW - 9, "fore"]]
+      ? [["You", 6, 4, "you"], ["Assistant", middle + 6, 4, "it"], ["now", middle - 44, this.along * NOW - 9, "fore"]]
       : [["You", 10, 26, "you"], ["Assistant", 10, this.height - 26, "it"], ["now", this.along * NOW - 17, 2, "fore"]];
     c.font = "600 12px system-ui, sans-serif";
     if (this.down) {
