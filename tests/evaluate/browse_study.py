@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duplex_jax.evaluate.study.plan import ASPECTS
-from tests.serve.browse import Server, chromium
+from tests.serve.browse import AXE_FINDS, Server, axe, chromium
 
 WORDS = "And now?"
 JOB = ("launch.main", "evaluate", "study", "serve")
@@ -34,6 +34,7 @@ class Browser:
         """A browser that knows nothing of what was before."""
         self.page = self.browser.new_context(viewport={"width": 900, "height": 800}).new_page()
         self.page.set_default_timeout(60_000)
+        self.page.add_init_script(axe())
         self.page.on("pageerror", lambda e: self.problems.append(str(e)))
         self.page.goto(f"http://localhost:{self.port}/")
 
@@ -42,11 +43,15 @@ class Browser:
         self.page.context.close()
 
     def shows(self, heading: str) -> None:
-        """Waits for a step, by its heading, and looks at it on a phone too."""
+        """Waits for a step, by its heading; looks at it on a phone too, and with axe-core in light and in dark."""
         self.page.wait_for_selector(f"section:not([hidden]) h2:text-is('{heading}')")
         self.page.set_viewport_size({"width": 360, "height": 640})
         assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), heading
         self.page.set_viewport_size({"width": 900, "height": 800})
+        for scheme in ("dark", "light"):
+            self.page.emulate_media(color_scheme=scheme)
+            found = self.page.evaluate(AXE_FINDS)
+            assert not found, (heading, scheme, found)
 
     def tells(self, words: str) -> None:
         """Waits for a line of the page's status."""

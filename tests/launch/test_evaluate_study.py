@@ -76,6 +76,7 @@ def test_report(study: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_two_browsers_from_consent_to_report(tmp_path: Path):
     pytest.importorskip("playwright", reason="needs pip install playwright")
+    pytest.importorskip("axe_playwright_python", reason="needs pip install axe-playwright-python")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("needs Chromium: apt-get install chromium")
     for name, seed in (("a", 0), ("b", 2)):

@@ -122,8 +122,11 @@ class Relay:
         self._loop.call_soon_threadsafe(cut)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.cut()
+        self._loop.call_soon_threadsafe(self._server.close)
+        self._loop.call_soon_threadsafe(self._loop.call_later, 0.2, self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 # Runs in every page before its own scripts: what moved without the user's doing, tracks and sockets that were opened.
@@ -142,6 +145,7 @@ if (given) navigator.mediaDevices.getUserMedia = async (asked) => {
   return stream;
 };
 """
+AXE_FINDS = "axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes.map((n) => n.html)))"
 GREEDY = """try { localStorage.setItem("duplex_jax", '{"temperature": "0"}') } catch {}"""
 SIZES = {"wide": (1280, 800), "phone": (390, 844)}
 
@@ -225,9 +229,7 @@ class Visit:
                 self.page.wait_for_timeout(60)  # the lanes draw themselves once more
                 self.page.screenshot(path=self.out / f"{name}_{size}_{scheme}.png")
             if check:
-                found = self.page.evaluate(
-                    "axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes.map((n) => n.html)))"
-                )
+                found = self.page.evaluate(AXE_FINDS)
                 self.violations[f"{name}_{size}_{scheme}"] = found
         self.page.emulate_media(color_scheme="light")
         self.page.set_viewport_size(dict(zip(("width", "height"), SIZES["wide"], strict=True)))
