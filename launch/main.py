@@ -16,6 +16,7 @@ JOBS = {
     "convert": "read any supported checkpoint and write it for transformers, Orbax or llama.cpp",
     "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",
     "serve": "the real-time server",
+    "doctor": "check this machine: devices, rates, a sharded step, a save, one slice",
     "bench": "measure decode, evaluate, train, data, generate, serve",
 }
 
