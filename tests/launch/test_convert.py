@@ -70,7 +70,11 @@ def missing(folder: Path) -> Path:
         (missing, ("nowhere': no such file or folder; give a folder",)),
     ],
 )
-def test_bad_model(folder: Path, tmp_path: Path, damage: Callable[[Path], Path], words: tuple[str, ...]):
+def test_bad_model(
+    folder: Path, reference: Path, tmp_path: Path, damage: Callable[[Path], Path], words: tuple[str, ...]
+):
+    for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
+        shutil.copyfile(reference / "minicpm-tokenizer" / name, folder / name)
     done = convert(f"--model={damage(folder)}", f"--out={tmp_path}/out")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -84,7 +88,10 @@ def test_bad_model(folder: Path, tmp_path: Path, damage: Callable[[Path], Path],
     [
         (("--model=x", "--out=/proc/none/out"), "/proc/none/out: cannot write there"),
         (("--model=x", "--out=y", "--fromat=hf"), "Unknown command line flag 'fromat'"),
-        (("--model=x", "--out=y", "--format=onnx"), "--format=onnx: value should be one of <hf|orbax|gguf|adapter>"),
+        (
+            ("--model=x", "--out=y", "--format=onnx"),
+            "--format=onnx: value should be one of <hf|orbax|gguf|adapter|peft>",
+        ),
         (("--model=x", "--out=y", "--format=gguf"), "--out=y: --format=gguf writes a file; give a name that ends in"),
         (("--model=x", "--out=y.gguf", "--format=gguf", "--dtype=q4_0"), "one of float32, float16, bfloat16, q8_0"),
         (("--model=x", "--out=y", "--format=adapter", "--template=compact"), "keeps the template"),
