@@ -180,6 +180,8 @@ class Gate:
             return self.problem(413, f"the body is over {self.wire.message_bytes} bytes")
         try:
             return await handler(request)
+        except ConnectionError:  # the client left before it could be answered; nobody reads this
+            return self.problem(400, "the client has left")
         except web.HTTPClientError as e:
             response = self.problem(e.status, e.text or e.reason)
             response.headers.extend({k: v for k, v in e.headers.items() if k == hdrs.ALLOW})
