@@ -186,7 +186,7 @@ class Gate:
             response = self.problem(e.status, e.text or e.reason)
             response.headers.extend({k: v for k, v in e.headers.items() if k == hdrs.ALLOW})
             return response
-        except (web.HTTPException, ConnectionError):
+        except web.HTTPException:
             raise
         except Exception:
             _log.exception("%s %s failed", request.method, request.path)
