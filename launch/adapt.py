@@ -292,7 +292,7 @@ def card(out: Path) -> str:
     tables = [p.read_text(encoding="utf-8") for name in ("behaviour", "yardsticks")
               for p in sorted((out / name).glob("*.md"))]  # fmt: skip
     return "\n".join([
-        f"# {Path(_MODEL.value).name}, duplex", "",
+        f"# {Path(str(_MODEL.value)).name}, duplex", "",
         f"`{_MODEL.value}` taught to converse in time slices of two seconds, from dialogues that it wrote itself "
         f"({sum(b['kept'] for b in blocks):,} of them, users' messages included)"
         + (" and dialogues of its trainer's own." if _DIALOGUES.value else "; its licence is its base's."),

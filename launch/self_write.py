@@ -22,13 +22,16 @@ QUERIES, ANSWERS = Sampling(temperature=0.9, top_p=0.9), Sampling(temperature=0.
 def _front(template: Template, ask: Ask) -> tuple[list[int], int]:
     """Ids in front of the words that are asked for, and how many of them depend on no word of the conversation."""
     messages = list(ask.messages)
-    system = messages[:1] if messages and messages[0][0] == "system" else []
-    shared = template.turn_start(system[0][1] if system else None)
+    shared = _before_user(template, [m for m in messages[:1] if m[0] == "system"])
     if ask.role == "assistant":
         return template.turn_prompt(messages), len(shared)
+    return _before_user(template, messages) + template.tokenizer.encode(ask.begin), len(shared)
+
+
+def _before_user(template: Template, messages: list[tuple[str, str]]) -> list[int]:
+    """What the chat template puts in front of the user's next message."""
     a, b = (template.turn_prompt([*messages, ("user", x)]) for x in ("A", "B"))
-    same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return a[:same] + template.tokenizer.encode(ask.begin), len(shared)
+    return a[: next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)]
 
 
 def _writer(template: Template, talk: Generator[Ask, Words, Written]) -> Generator[Draw, Drawn, Written | str]:
