@@ -3,26 +3,18 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
+from duplex_jax.conversations import JOINT, is_chat, parse_chat
 from duplex_jax.errors import UserError
-from duplex_jax.files import open_lines
+from duplex_jax.records import BadRow, load_json, read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-# ShareGPT's and chat-template names for the two who talk; a system prompt belongs to neither and is left out.
-_ROLES = {
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "system": "system",
-}  # fmt: skip
 _COLUMNS = ("id", "prompt_id", "data", "messages", "conversations", "again")
 # What nobody says: code, tables, links, markup.
 _UNSPOKEN = re.compile(r"[`{}<>|=\\^~]|https?:|\*\*|__|\(\)|^#", re.MULTILINE)
@@ -94,12 +86,8 @@ class Selection:
 EVERYTHING = Selection()
 
 
-class BadRow(UserError):
-    """A row that is no dialogue; the message names the field and what would be right."""
-
-
 def parse_dialogue(row: Any, where: str) -> Dialogue:
-    """One row of any of the three layouts.
+    """One row of any layout that `conversations.parse_chat` reads.
 
     Args:
         row: `{"id", "data": [text, ...]}` (UltraChat, user first), `{"prompt_id", "messages": [{"role", "content"}]}`
@@ -107,39 +95,36 @@ def parse_dialogue(row: Any, where: str) -> Dialogue:
         where: file and line: the id of a row that has none.
 
     Returns:
-        Its rounds. A last query that nobody answered is left out, and so is a system prompt.
+        Its rounds. A last query that nobody answered is left out, and so is a system prompt; messages of one side in a
+        row are joined by an empty line.
 
     Raises:
         BadRow: names the field.
     """
     if not isinstance(row, dict):
         raise BadRow("must be a JSON object")
-    if "data" in row:
-        messages = _ultrachat(row["data"])
-    elif "messages" in row:
-        messages = _roles("messages", row["messages"], "role", "content")
-    elif "conversations" in row:
-        messages = _roles("conversations", row["conversations"], "from", "value")
-    elif "output" in row:
-        raise BadRow("output: is a timeline already; a turn-based dialogue has data, messages or conversations")
-    else:
+    if not is_chat(row):
+        if "output" in row:
+            raise BadRow("output: is a timeline already; a turn-based dialogue has data, messages or conversations")
         raise BadRow("has none of the fields data (UltraChat), messages (ultrachat_200k), conversations (ShareGPT)")
-    if messages and messages[0][1] == "system":
-        messages = messages[1:]
-    texts = []
-    for i, (field, role, text) in enumerate(messages):
-        expected = ("user", "assistant")[i % 2]
-        if role != expected:
-            raise BadRow(f"{field}: is by {role} where {expected} comes next")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise BadRow(f"{field}: half of a surrogate pair; write whole characters")
-        if not text.strip():
-            raise BadRow(f"{field}: is empty")
-        texts.append(text.strip())
+    chat = parse_chat(row)
+    turns: list[tuple[str, str]] = []
+    for field, role, text in chat.messages:
+        if role == "system":
+            if turns:
+                raise BadRow(f"{field}: is by system in the middle of a dialogue, and a timeline has no place for it")
+            continue
+        if turns and turns[-1][0] == role:
+            turns[-1] = role, turns[-1][1] + JOINT + text.strip()
+        elif not turns and role != "user":
+            raise BadRow(f"{field}: is by {role} where user comes next")
+        else:
+            turns.append((role, text.strip()))
+    texts = [text for _, text in turns]
     if len(texts) < 2:
         raise BadRow("holds no query with an answer")
-    name = next((row[k] for k in ("id", "prompt_id") if isinstance(row.get(k), str | int) and row[k] != ""), where)
-    return Dialogue(str(name), tuple(zip(texts[::2], texts[1::2], strict=False)), _again(row.get("again")))
+    rounds = tuple(zip(texts[::2], texts[1::2], strict=False))
+    return Dialogue(chat.id or where, rounds, _again(row.get("again")))
 
 
 def _again(items: Any) -> tuple[str | None, ...]:
@@ -148,32 +133,6 @@ def _again(items: Any) -> tuple[str | None, ...]:
     if not isinstance(items, list) or not all(i is None or (isinstance(i, str) and i.strip()) for i in items):
         raise BadRow("again: must be a list of second answers, one a round, null where there is none")
     return tuple(i and i.strip() for i in items)
-
-
-def _ultrachat(data: Any) -> list[tuple[str, str, str]]:
-    if not isinstance(data, list):
-        raise BadRow(f"data: must be a list of strings, not {type(data).__name__}")
-    for i, text in enumerate(data):
-        if not isinstance(text, str):
-            raise BadRow(f"data[{i}]: must be a string, not {type(text).__name__}")
-    return [(f"data[{i}]", ("user", "assistant")[i % 2], text) for i, text in enumerate(data)]
-
-
-def _roles(name: str, items: Any, role_key: str, text_key: str) -> list[tuple[str, str, str]]:
-    if not isinstance(items, list):
-        raise BadRow(f"{name}: must be a list of objects, not {type(items).__name__}")
-    messages = []
-    for i, item in enumerate(items):
-        field = f"{name}[{i}]"
-        if not isinstance(item, dict):
-            raise BadRow(f"{field}: must be an object with {role_key} and {text_key}")
-        role = _ROLES.get(str(item.get(role_key)))
-        if role is None:
-            raise BadRow(f"{field}.{role_key}: {item.get(role_key)!r} is none of {', '.join(_ROLES)}")
-        if not isinstance(item.get(text_key), str):
-            raise BadRow(f"{field}.{text_key}: must be a string, not {type(item.get(text_key)).__name__}")
-        messages.append((f"{field}.{text_key}", role, item[text_key]))
-    return messages
 
 
 def input_files(path: str | Path) -> list[Path]:
@@ -234,49 +193,28 @@ def read_dialogues(path: str | Path, on_bad: Callable[[str, str], None]) -> Iter
     path = Path(path)
     for file in input_files(path):
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-        for n, row in enumerate(rows, 1):
-            where = f"{name}:{n}"
-            if row is None:  # a blank line
-                continue
+        for place, row in _parquet_rows(file) if file.suffix == ".parquet" else read_lines(file):
+            where = name + place.removeprefix(str(file))
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                dialogue = parse_dialogue(row, where)
+                dialogue = parse_dialogue(load_json(row) if isinstance(row, bytes) else row, where)
             except BadRow as e:
                 on_bad(where, str(e))
                 continue
             yield dialogue
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
-    """Each line's object, None for a blank line, or what is wrong with it."""
-    with open_lines(file) as f:
-        try:
-            for n, line in enumerate(f):
-                if n == 0 and line.lstrip()[:1] == b"[":
-                    raise UserError(f"{file}: is one JSON list; write one object a line (jq -c '.[]')")
-                try:
-                    yield json.loads(line.decode("utf-8")) if line.strip() else None
-                except UnicodeDecodeError as e:
-                    yield BadRow(f"not UTF-8 (byte {e.start})")
-                except json.JSONDecodeError as e:
-                    yield BadRow(f"not JSON ({e.msg} at column {e.colno})")
-                except RecursionError:
-                    yield BadRow("JSON nested too deeply")
-        except (OSError, EOFError, zstandard.ZstdError) as e:
-            raise UserError(f"{file}: cannot be read to its end ({e}); fetch it again") from e
-
-
-def _parquet_rows(file: Path) -> Iterator[Any]:
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with _open_parquet(file) as table:
         columns = [c for c in _COLUMNS if c in table.schema_arrow.names]
         if not set(columns) & {"data", "messages", "conversations"}:
             raise UserError(f"{file}: has no column data, messages or conversations")
+        number = 0
         try:
             for batch in table.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-        except OSError as e:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}:{number}", row
+        except (OSError, ValueError) as e:  # pyarrow's errors are one or the other
             raise UserError(f"{file}: cannot be read to its end ({e}); fetch it again") from e
 
 

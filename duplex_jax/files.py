@@ -219,13 +219,19 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+# A block of four bytes can stand for 128 KiB: so few at a time decompress into 16 MiB at most.
+_ZSTD_CHUNK = 512
+_LARGEST_WINDOW = 128 << 20
+
+
 class _ZstdFrames(io.RawIOBase):
     """Decompresses every frame of a file; the library's own reader takes a cut-off file for its end."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw = raw
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -233,14 +239,14 @@ class _ZstdFrames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = unused or self._raw.read(1 << 16)
+            chunk = unused or self._raw.read(_ZSTD_CHUNK)
             if self._frame is None or self._frame.eof:
                 if not chunk:
                     return 0
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = self._zstd.decompressobj()
             elif not chunk:
                 raise EOFError("it is cut off")
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
         n = min(len(buffer), len(self._ready))
         buffer[:n], self._ready = self._ready[:n], self._ready[n:]
         return n

@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
-
-from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write, open_lines
+from duplex_jax.files import atomic_write
+from duplex_jax.records import BadRow, load_json, read_lines
 
 IDLE = "<idle>"
 CATEGORIES = (
@@ -71,13 +69,17 @@ class Timeline:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class TimelineError(UserError):
+class TimelineError(BadRow):
     """A line that is no timeline; the message names file, line and field."""
 
 
 def whole_characters(text: str) -> bool:
     """Whether a text can be written as UTF-8: JSON and command lines may bring half of a surrogate pair."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_content(text: str | None) -> str:
@@ -158,6 +160,8 @@ def from_row(row: Any) -> Timeline:
         if not isinstance(value, kind):
             raise TimelineError(f"{name}: must be of type {kind.__name__}, not {type(value).__name__}")
         fields[name] = value
+        if not whole_characters(json.dumps(value, ensure_ascii=False)):
+            raise TimelineError(f"{name}: half of a surrogate pair; write whole characters")
     events = row.get("events")
     if events is None:
         events = []
@@ -172,25 +176,21 @@ def _event(e: Any, i: int, n: int) -> Event:
         raise TimelineError(f'events[{i}]: must be {{"kind": string, "pair": integer}}')
     if not 0 <= e["pair"] < n:
         raise TimelineError(f"events[{i}].pair: {e['pair']} is not in 0..{n - 1}")
+    if not whole_characters(e["kind"]):
+        raise TimelineError(f"events[{i}].kind: half of a surrogate pair; write whole characters")
     return Event(e["kind"], e["pair"])
 
 
 def parse_line(line: bytes, where: str) -> Timeline:
     """Reads one JSONL line; `where` ("file:line") opens the message of the error it raises."""
     try:
-        return from_row(json.loads(line.decode("utf-8").rstrip("\r\n")))
-    except UnicodeDecodeError as e:
-        raise TimelineError(f"{where}: not UTF-8 (byte {e.start}); save the file as UTF-8") from e
-    except json.JSONDecodeError as e:
-        raise TimelineError(f"{where}: not JSON ({e.msg} at column {e.colno}); one JSON object a line") from e
-    except RecursionError as e:
-        raise TimelineError(f"{where}: not JSON that can be read (nested too deeply)") from e
-    except TimelineError as e:
+        return from_row(load_json(line))
+    except BadRow as e:
         raise TimelineError(f"{where}: {e}") from None
 
 
 def read_timelines(path: str | Path, on_error: Callable[[TimelineError], None] | None = None) -> Iterator[Timeline]:
-    """Streams the timelines of a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file.
+    """Streams the timelines of a file; `records.read_lines` says of which forms.
 
     Args:
         path: the file. Blank lines are skipped.
@@ -198,23 +198,17 @@ def read_timelines(path: str | Path, on_error: Callable[[TimelineError], None] |
 
     Raises:
         TimelineError: a bad line, named by file, line and field.
-        UserError: the file is missing or cannot be decompressed.
+        UserError: the file is missing or cannot be read to its end.
     """
-    with open_lines(path) as f:
+    for where, line in read_lines(path):
         try:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    timeline = parse_line(line, f"{path}:{n}")
-                except TimelineError as e:
-                    if on_error is None:
-                        raise
-                    on_error(e)
-                    continue
-                yield timeline
-        except (OSError, EOFError, zstandard.ZstdError) as e:
-            raise UserError(f"{path}: cannot be read to its end ({e}); fetch or write it again") from e
+            timeline = parse_line(line, where)
+        except TimelineError as e:
+            if on_error is None:
+                raise
+            on_error(e)
+            continue
+        yield timeline
 
 
 def dump_line(timeline: Timeline) -> str:

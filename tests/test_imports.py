@@ -11,12 +11,13 @@ PACKAGES = ("duplex_jax", "data_gen", "configs", "launch")
 
 # Lower floors first; a file may import its own floor and those below it.
 FLOORS = (
-    {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.schema", "duplex_jax.sources"},
+    {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.records", "duplex_jax.schema", "duplex_jax.sources"},
     {
         "duplex_jax.tokenizer",
         "duplex_jax.gguf_vocabulary",
         "duplex_jax.chat",
         "duplex_jax.timeline",
+        "duplex_jax.conversations",
         "duplex_jax.template",
         "duplex_jax.slicing",
     },

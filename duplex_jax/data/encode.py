@@ -1,19 +1,18 @@
 """Conversations to documents: timelines through the template, turn-based chats as the mixed-in SFT data."""
 
 import dataclasses
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from duplex_jax import timeline
 from duplex_jax.chat import Message
 from duplex_jax.checkpoint.resolve import load_template as load_template
+from duplex_jax.conversations import parse_conversation
 from duplex_jax.errors import UserError
-from duplex_jax.files import open_lines
+from duplex_jax.records import load_json, read_lines
 from duplex_jax.template import Code, Template
 
 TURN_BASED, UNCATEGORISED = "turn_based", "uncategorised"
@@ -149,30 +148,6 @@ def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: 
     return parts, lost
 
 
-def parse_chat(row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    """Messages of `{"messages": [{"role", "content"}, ...]}` or of UltraChat's `{"data": [question, answer, ...]}`.
-
-    Raises:
-        UserError: names the file, the line and the field.
-    """
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"{where}: messages: must be a list of messages, and not empty")
-        for i, m in enumerate(messages):
-            if (
-                not isinstance(m, dict)
-                or m.get("role") not in ("system", "user", "assistant")
-                or not isinstance(m.get("content"), str)
-            ):
-                raise UserError(f"{where}: messages[{i}]: must have a role (system, user, assistant) and a content")
-        return [(m["role"], m["content"]) for m in messages]
-    data = row["data"]
-    if not isinstance(data, list) or not data or not all(isinstance(m, str) for m in data):
-        raise UserError(f"{where}: data: must be a list of texts, question and answer in turn")
-    return [(("user", "assistant")[i % 2], text) for i, text in enumerate(data)]
-
-
 def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
     """A timeline as parts of at most `length` tokens, cut between pairs; each part opens as the conversation did.
 
@@ -216,21 +191,15 @@ def encode_line(
     Raises:
         UserError: neither, or broken; names the file, the line and the field.
     """
-    if b'"output"' not in line:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not JSON ({e}); one JSON object a line") from e
-        if isinstance(row, dict) and ("messages" in row or "data" in row):
-            messages = parse_chat(row, where)
-            try:
-                parts, lost = chat_parts(template, messages, length)
-            except UserError as e:
-                raise UserError(f"{where}: {e}") from None
-            return parts, lost, row.get("category") or TURN_BASED
-    encoding = encode_timeline(template, timeline.parse_line(line, where), late)
-    parts, lost = timeline_parts(encoding, length)
-    return parts, lost, encoding.category
+    try:
+        row = parse_conversation(load_json(line))
+        if isinstance(row, timeline.Timeline):
+            encoding = encode_timeline(template, row, late)
+            return *timeline_parts(encoding, length), encoding.category
+        messages = [(role, text) for _, role, text in row.messages]
+        return *chat_parts(template, messages, length), row.category or TURN_BASED
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def input_files(path: str | Path) -> list[Path]:
@@ -252,12 +221,6 @@ def input_files(path: str | Path) -> list[Path]:
 
 
 def input_lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """(where, line) of every line that is not blank."""
+    """(where, line) of every line that is not blank; see `records.read_lines`."""
     for file in files:
-        with open_lines(file) as lines:
-            try:
-                for n, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{file}:{n}", line
-            except (OSError, EOFError) as e:
-                raise UserError(f"{file}: cannot be read to its end ({e}); fetch or write it again") from e
+        yield from read_lines(file)
