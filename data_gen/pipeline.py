@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -204,10 +203,10 @@ def read_manifest(shard: Path) -> dict[str, Any] | None:
     """A shard's manifest; None where there is none that belongs to the file as it is."""
     try:
         manifest = json.loads(manifest_path(shard).read_text(encoding="utf-8"))
-        size = shard.stat().st_size if manifest["rows"] else 0
+        data = shard.read_bytes() if manifest["rows"] else b""
+        return manifest if manifest["sha256"] == hashlib.sha256(data).hexdigest() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if manifest.get("bytes") == size else None
 
 
 @contextlib.contextmanager
@@ -215,9 +214,8 @@ def _locked(out: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, and sweeps it."""
     with locked(out / ".lock", out):
         # What an earlier run was writing when it was killed.
-        for path in out.rglob(".*"):
-            if re.fullmatch(r"\..+\.(jsonl|zst|json|tsv|md)\.[a-z0-9_]{8}", path.name):
-                path.unlink(missing_ok=True)
+        for path in out.rglob(".*.partial"):
+            path.unlink(missing_ok=True)
         yield
 
 

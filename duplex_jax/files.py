@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written aside, then renamed; and readers that undo compression."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gzip
@@ -99,6 +100,57 @@ def set_default_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+_ASIDE = ".partial"
+
+
+@contextlib.contextmanager
+def _aside(path: Path, folder: bool) -> Iterator[Path]:
+    """An empty file or folder beside `path`, locked while this process has it; gone at the end.
+
+    What killed processes left in that folder is removed first: nobody holds its lock.
+    """
+    for old in path.parent.glob(f".*{_ASIDE}"):
+        with contextlib.suppress(OSError):
+            held = os.open(old, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(old)
+            finally:
+                os.close(held)
+    names: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": _ASIDE}
+    name = Path(tempfile.mkdtemp(**names) if folder else _closed(*tempfile.mkstemp(**names)))
+    held = os.open(name, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        set_default_mode(name)  # made private
+        yield name
+    finally:
+        _remove(name)
+        os.close(held)
+
+
+def _closed(descriptor: int, name: str) -> str:
+    os.close(descriptor)
+    return name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Gives an empty file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
@@ -107,17 +159,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         UserError: the place cannot be written, or the disk is full.
     """
     path = check_writable(path)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(fd)
     try:
-        set_default_mode(Path(name))  # mkstemp makes private files
-        yield Path(name)
-        os.replace(name, path)
+        with _aside(path, folder=False) as aside:
+            yield aside
+            _sync(aside)
+            os.replace(aside, path)
+            _sync(path.parent)
     except OSError as e:
         raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
 
 
 @contextlib.contextmanager
@@ -202,21 +251,31 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         UserError: as `check_folder`, or the disk is full.
     """
     path = check_folder(path, overwrite)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        set_default_mode(aside)
-        yield aside
-        old = None
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old)
-        os.replace(aside, path)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        with _aside(path, folder=True) as aside:
+            yield aside
+            for part in aside.rglob("*"):
+                _sync(part)
+            _sync(aside)
+            if path.is_dir():
+                _exchange(aside, path)  # what was there is removed as the one aside
+            else:
+                os.replace(aside, path)
+            _sync(path.parent)
     except OSError as e:
         raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Exchanges the names of two folders; at every moment there is one of each name where the system can do that."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return
+    beside = new.with_name(f"{new.name}.old{_ASIDE}")
+    os.replace(old, beside)
+    os.replace(new, old)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 # A block of four bytes can stand for 128 KiB: so few at a time decompress into 16 MiB at most.

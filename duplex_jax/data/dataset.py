@@ -1,13 +1,13 @@
 """A packed dataset: shards of rows in ArrayRecord and a manifest that says what they are; its writer and its reader."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from duplex_jax.data import encode, rows
 from duplex_jax.data.packing import pack
 from duplex_jax.data.rows import Document, Row
 from duplex_jax.errors import UserError
+from duplex_jax.files import atomic_folder
 from duplex_jax.template import Code, Template
 from duplex_jax.tokenizer import fingerprint
 
@@ -230,8 +231,6 @@ def write_packed(
     Raises:
         UserError: bad input, or `out` exists or cannot be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     check_length(length)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -242,51 +241,71 @@ def write_packed(
     tally = Tally()
     categories: dict[str, int] = {}
     width = rows.token_bytes(tokenizer.vocab_size)
-    partial = out.with_name(f".{out.name}.partial")
-    shards: list[Shard] = []
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with atomic_folder(out) as partial:
         documents = encode_files(path, made, model, length, workers, tally, categories, late)
-        packed = pack(documents, length)
-        while True:
-            name = f"rows-{len(shards):05d}.arrayrecord"
-            batch = islice(packed, ROWS_PER_SHARD)
-            first = next(batch, None)
-            if first is None:
-                break
-            # One record a chunk: any row is read without its neighbours.
-            writer = ArrayRecordWriter(str(partial / name), "group_size:1,zstd:1")
-            try:
-                count = 0
-                for row in (first, *batch):
-                    writer.write(rows.to_bytes(row, width))
-                    tally.add(row)
-                    count += 1
-                    if progress is not None:
-                        progress(tally)
-            finally:
-                writer.close()
-            shards.append(Shard(name, count, (partial / name).stat().st_size, _sha256(partial / name)))
+        shards = _write_shards(partial, pack(documents, length), width, tally, progress)
         if not shards:
             raise UserError(f"{path}: no conversation in {len(files)} file(s); nothing to pack")
         manifest = Manifest(
-            format=FORMAT, length=length, rows=tally.rows, tokens=tally.tokens, documents=tally.documents,
-            conversations=tally.conversations, split=tally.split, left_out=tally.left_out, decisions=tally.decisions,
-            template=made.name, tokenizer=fingerprint(tokenizer), vocab_size=tokenizer.vocab_size, model=model,
-            categories=list(categories), category_tokens=[tally.category_tokens.get(i, 0) for i in categories.values()],
-            hash=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()[:16], shards=shards,
+            format=FORMAT,
+            length=length,
+            rows=tally.rows,
+            tokens=tally.tokens,
+            documents=tally.documents,
+            conversations=tally.conversations,
+            split=tally.split,
+            left_out=tally.left_out,
+            decisions=tally.decisions,
+            template=made.name,
+            tokenizer=fingerprint(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            model=model,
+            categories=list(categories),
+            category_tokens=[tally.category_tokens.get(i, 0) for i in categories.values()],
+            hash=hashlib.sha256("".join(s.sha256 for s in shards).encode()).hexdigest()[:16],
+            shards=shards,
             late=late,
-        )  # fmt: skip
+        )
         (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as e:
-        raise UserError(f"{out}: cannot write ({e.strerror or e}); nothing was left behind") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _write_shards(
+    folder: Path, packed: Iterable[list[Document]], width: int, tally: Tally, progress: Any
+) -> list[Shard]:
+    """Writes rows into shards of `ROWS_PER_SHARD`; counts each row in `tally` and reports it to `progress`.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    shards: list[Shard] = []
+    packed = iter(packed)
+    while (first := next(packed, None)) is not None:
+        path = folder / f"rows-{len(shards):05d}.arrayrecord"
+        # One record a chunk: any row is read without its neighbours.
+        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+        count = 0
+        try:
+            for row in chain([first], islice(packed, ROWS_PER_SHARD - 1)):
+                _or_full(path, writer.write, rows.to_bytes(row, width))
+                tally.add(row)
+                count += 1
+                if progress is not None:
+                    progress(tally)
+        finally:
+            _or_full(path, writer.close)
+        shards.append(Shard(path.name, count, path.stat().st_size, _sha256(path)))
+    return shards
+
+
+def _or_full(path: Path, call: Callable[..., Any], *args: Any) -> None:
+    """Calls the record writer, which tells of a full disk by a RuntimeError."""
+    try:
+        call(*args)
+    except RuntimeError as e:
+        raise OSError(errno.ENOSPC, f"{path.name} cannot be written: {e}") from e
 
 
 def _sha256(path: Path) -> str:

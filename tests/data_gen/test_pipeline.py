@@ -83,7 +83,10 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path, dialogue_file: Path
         (out / name).unlink()  # a shard without its manifest is not finished
     for name in rng.sample([n for n in whole if n.endswith(".jsonl")], 5):
         (out / name).write_bytes(whole[name][:100])  # nor is one of another size
-    (out / "basic/.basic-00001.jsonl.abcd1234").write_text("what a killed run left")
+    # Nor is one with a flipped bit.
+    name = rng.choice([n for n in whole if n.endswith(".jsonl")])
+    (out / name).write_bytes(whole[name][:-3] + bytes([whole[name][-3] ^ 1]) + whole[name][-2:])
+    (out / "basic/.basic-00001.jsonl.abcd1234.partial").write_text("what a killed run left")
     (out / "dataset.json").unlink()
     run(dialogue_file, out, tokenizer, workers=2)
     assert contents(out) == whole
