@@ -15,11 +15,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from data_gen.cache import ERROR, Reply, ReplyCache, settle
-from data_gen.client import make_api, read_reply
-from data_gen.rewriter import Answer, Request
+from data_gen.rewriter import Request
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write
+from duplex_jax.llm.cache import ERROR, Answer, Reply, ReplyCache, settle
+from duplex_jax.llm.client import make_api, read_reply
 
 # OpenAI's limits for one file.
 MAX_REQUESTS = 50_000

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from data_gen import spoken
-from data_gen.pipeline import Answers, Stopped, manifest_path
+from data_gen.pipeline import Answers, manifest_path
 from data_gen.progress import Progress
 from data_gen.questions import Opening, fingerprint, openings, turns
 from data_gen.rewriter import Request, Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, locked
+from duplex_jax.llm.client import Stopped
 
 # How often a dialogue has one round, two, three, four.
 ROUNDS = (0.25, 0.35, 0.25, 0.15)

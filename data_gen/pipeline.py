@@ -29,10 +29,12 @@ from data_gen.categories import CATEGORIES
 from data_gen.dialogues import EVERYTHING, Dialogue, Selection, fingerprint, read_dialogues
 from data_gen.engines import Engine
 from data_gen.progress import Progress
-from data_gen.rewriter import Answer, Request, Sampling
+from data_gen.rewriter import Request, Sampling
 from data_gen.unit import Made, Unit
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, locked
+from duplex_jax.llm.cache import Answer
+from duplex_jax.llm.client import Stopped
 from duplex_jax.tokenizer import Tokenizer
 
 
@@ -155,10 +157,6 @@ class Answers(Protocol):
     def answer(self, requests: Sequence[Request]) -> "Future[dict[str, Answer] | None]":
         """Answers by request key; None where some have to wait for another run."""
         ...
-
-
-class Stopped(Exception):
-    """The run ends early and cleanly: a budget is used up, or the server is gone; the message says so."""
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from data_gen import spoken
 from data_gen.topic import topic
 from data_gen.transitions import FUSE_PROMPT, Transitions
+from duplex_jax.llm.cache import Answer
 
 Rounds = Sequence[tuple[str, str]]
 
@@ -208,14 +209,6 @@ class Request:
     def read(self, text: str, finish_reason: str | None) -> tuple[str, str | None]:
         """The answer as it is used, and why it cannot be; see `read_answer`."""
         return read_answer(self, text, finish_reason)
-
-
-class Answer(NamedTuple):
-    """What became of a request: its text, or why there is none; `model` as the server named itself."""
-
-    text: str | None
-    reason: str = ""
-    model: str = ""
 
 
 class Pending(Exception):

@@ -13,8 +13,9 @@ from data_gen.categories import CATEGORIES
 from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.hearing import draw_style
-from data_gen.rewriter import Answer, LeftOut, ModelRewriter, Pending, Request, Rewriter, Sampling, TemplateRewriter
+from data_gen.rewriter import LeftOut, ModelRewriter, Pending, Request, Rewriter, Sampling, TemplateRewriter
 from data_gen.transitions import Transitions
+from duplex_jax.llm.cache import Answer
 from duplex_jax.timeline import dump_line
 from duplex_jax.tokenizer import Tokenizer
 

@@ -12,9 +12,6 @@ from typing import Any
 
 from absl import flags
 
-from data_gen.cache import ReplyCache
-from data_gen.client import Client
-from data_gen.pipeline import Stopped
 from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -27,6 +24,8 @@ from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
+from duplex_jax.llm.cache import ReplyCache
+from duplex_jax.llm.client import Client, Stopped
 from launch import app
 from launch.requests import RequestFlags
 

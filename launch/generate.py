@@ -11,10 +11,8 @@ from pathlib import Path
 from absl import flags
 
 from data_gen.batch import BatchWriter, collect, submit
-from data_gen.cache import ReplyCache
 from data_gen.categories import CATEGORIES
 from data_gen.check import check_dataset
-from data_gen.client import Client
 from data_gen.converse import converse
 from data_gen.converse import make_recipe as make_converse_recipe
 from data_gen.dialogues import Selection, count_dialogues
@@ -27,6 +25,8 @@ from data_gen.transitions import Transitions
 from data_gen.unit import Context, make_unit
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.llm.cache import ReplyCache
+from duplex_jax.llm.client import Client
 from duplex_jax.tokenizer import resolve_tokenizer
 from launch import app
 from launch.requests import RequestFlags

@@ -5,9 +5,9 @@ from typing import Any
 
 from absl import flags
 
-from data_gen.cache import ReplyCache
-from data_gen.client import Budget, Client
 from duplex_jax.errors import UserError
+from duplex_jax.llm.cache import ReplyCache
+from duplex_jax.llm.client import Budget, Client
 from launch import app
 
 

@@ -20,6 +20,7 @@ FLOORS = (
         "duplex_jax.conversations",
         "duplex_jax.template",
         "duplex_jax.slicing",
+        "duplex_jax.llm",
     },
     {"duplex_jax.native"},
     {"duplex_jax.model"},
@@ -113,6 +114,11 @@ def test_imports_point_down(path: Path):
         ("data_gen.pipeline", "duplex_jax.checkpoint.registry", False),
         ("launch.generate", "data_gen.pipeline", True),
         ("duplex_jax.train.loop", "data_gen.pipeline", False),
+        ("data_gen.batch", "duplex_jax.llm.client", True),
+        ("duplex_jax.evaluate.judge.judging", "duplex_jax.llm.client", True),
+        ("duplex_jax.serve.live", "duplex_jax.llm.client", True),
+        ("duplex_jax.llm.client", "data_gen.rewriter", False),
+        ("duplex_jax.llm.client", "duplex_jax.decode.engine", False),
     ],
 )
 def test_the_rule_itself(importer: str, imported: str, allowed: bool):

@@ -14,14 +14,14 @@ from fake_server import FakeServer
 from made_up import make_dialogue
 
 from data_gen.batch import BatchWriter, collect, submit
-from data_gen.cache import Reply, ReplyCache
-from data_gen.client import GIVE_UP_AFTER, Budget, Client
 from data_gen.engines import make_engine
-from data_gen.pipeline import Answers, Stopped, Summary, generate, make_recipe, parse_shares
+from data_gen.pipeline import Answers, Summary, generate, make_recipe, parse_shares
 from data_gen.rewriter import Request, Sampling
 from data_gen.transitions import FUSE_PROMPT
 from data_gen.unit import Context, make_unit
 from duplex_jax.errors import UserError
+from duplex_jax.llm.cache import Reply, ReplyCache
+from duplex_jax.llm.client import GIVE_UP_AFTER, Budget, Client, Stopped
 from duplex_jax.timeline import read_timelines
 from duplex_jax.tokenizer import Tokenizer
 

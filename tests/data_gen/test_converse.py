@@ -15,13 +15,13 @@ from fake_server import FakeServer
 from made_up import sentence
 
 from data_gen import spoken
-from data_gen.cache import ReplyCache
-from data_gen.client import Client
 from data_gen.converse import ROUNDS, Recipe, Summary, converse, make_recipe
 from data_gen.dialogues import read_dialogues
 from data_gen.questions import openings
 from data_gen.rewriter import Sampling
 from duplex_jax.errors import UserError
+from duplex_jax.llm.cache import ReplyCache
+from duplex_jax.llm.client import Client
 
 SAMPLING = Sampling("m", 0.2)
 

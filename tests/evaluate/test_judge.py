@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_gen.cache import ReplyCache
-from data_gen.client import Client
 from duplex_jax.checkpoint.registry import save_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
@@ -26,6 +24,8 @@ from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_senten
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside
 from duplex_jax.evaluate.judge.tasks import RULED, TASKS, Questions, read_questions
 from duplex_jax.evaluate.judge.verdicts import json_score, rating, winner
+from duplex_jax.llm.cache import ReplyCache
+from duplex_jax.llm.client import Client
 from duplex_jax.timeline import SlicePair
 from tests.data_gen.fake_server import FakeServer
 from tests.launch.test_evaluate_behaviour import run

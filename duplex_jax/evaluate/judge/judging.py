@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.judge import rules
@@ -14,6 +13,8 @@ from duplex_jax.evaluate.judge.prompts import Filled, Prompts, ask_about, ask_wh
 from duplex_jax.evaluate.judge.tasks import Questions
 from duplex_jax.evaluate.judge.verdicts import READERS
 from duplex_jax.files import atomic_write
+from duplex_jax.llm.cache import Answer
+from duplex_jax.llm.client import Client
 from duplex_jax.slicing import count_words
 
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
@@ -110,27 +111,6 @@ class JudgeRequest:
         return text, {"length": "reply cut short", "content_filter": "refusal"}.get(finish_reason, fault)
 
 
-class JudgeAnswer(Protocol):
-    """What became of a request: the judge's words, or why there are none, and the model that the server says it ran."""
-
-    @property
-    def text(self) -> str | None: ...
-
-    @property
-    def reason(self) -> str: ...
-
-    @property
-    def model(self) -> str: ...
-
-
-class Judge(Protocol):
-    """Whoever answers requests; keeps what was answered, and asks it no second time."""
-
-    def answer(self, requests: Sequence[JudgeRequest]) -> Future[Any]:
-        """Answers by key, each a `JudgeAnswer`; None where the server never replied to one of them."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What was found of one answer.
@@ -161,8 +141,8 @@ class NoReply(Exception):
 
 
 def settle(
-    requests: Sequence[tuple[Any, JudgeRequest]], judge: Judge, done: Callable[[int], None]
-) -> Iterable[tuple[Any, JudgeAnswer]]:
+    requests: Sequence[tuple[Any, JudgeRequest]], judge: Client, done: Callable[[int], None]
+) -> Iterable[tuple[Any, Answer]]:
     """Has requests answered, all at once; gives (name, answer) in their order.
 
     Raises:
@@ -170,7 +150,7 @@ def settle(
     """
     # All are handed over before the first is waited for.
     waiting = [(name, request.key, judge.answer([request])) for name, request in requests]
-    found: list[tuple[Any, JudgeAnswer]] = []
+    found: list[tuple[Any, Answer]] = []
     for name, key, future in waiting:
         answers = future.result()
         done(1)
@@ -183,7 +163,7 @@ def settle(
 
 def judge_answers(
     task: str, questions: Questions, answers: Mapping[int, Sequence[str]], prompts: Prompts, model: JudgeModel,
-    judge: Judge, done: Callable[[int], None],
+    judge: Client, done: Callable[[int], None],
 ) -> list[Verdict]:  # fmt: skip
     """Has a judge score every answer that was asked for.
 
@@ -230,7 +210,7 @@ def judge_by_rule(questions: Questions, answers: Mapping[int, Sequence[str]]) ->
 
 def judge_pairs(
     questions: Questions, ours: Mapping[int, Sequence[str]], theirs: Mapping[int, Sequence[str]], prompts: Prompts,
-    model: JudgeModel, judge: Judge, done: Callable[[int], None],
+    model: JudgeModel, judge: Client, done: Callable[[int], None],
 ) -> list[tuple[int, int, str]]:  # fmt: skip
     """Has a judge say, in both orders, whose answers to MT-Bench are better.
 

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from data_gen.cache import ERROR, Question, Reply, ReplyCache, settle
-from data_gen.pipeline import Stopped
-from data_gen.rewriter import Answer
 from duplex_jax.errors import UserError
+from duplex_jax.llm.cache import ERROR, Answer, Question, Reply, ReplyCache, settle
 
 # Requests in a row that got no answer after all their retries: then the server is taken to be gone.
 GIVE_UP_AFTER = 20
 _LONGEST_WAIT = 60.0
+
+
+class Stopped(Exception):
+    """The run ends early and cleanly: a budget is used up, or the server is gone; the message says so."""
 
 
 @dataclasses.dataclass(frozen=True)

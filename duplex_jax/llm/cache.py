@@ -5,11 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from data_gen.rewriter import Answer
 from duplex_jax.errors import UserError
 from duplex_jax.files import check_writable
 
 ERROR = "error: "
+
+
+class Answer(NamedTuple):
+    """What became of a request: its text, or why there is none; `model` as the server named itself."""
+
+    text: str | None
+    reason: str = ""
+    model: str = ""
 
 
 class Question(Protocol):
