@@ -1,7 +1,7 @@
 """Where arrays live: one table from logical axes to mesh axes, the meshes, and the checks that they fit a model.
 
 To try another layout, change `RULES` and nothing else. Every weight and activation names its axes once
-(`model.minicpm.declare`, the `shard=` calls); here they meet the hardware.
+(`out_sharding` of the parameters of `model.layers`, the `shard=` calls); here they meet the hardware.
 """
 
 import dataclasses
@@ -270,11 +270,6 @@ def partition(axes: Sequence[str | None]) -> P:
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """The sharding of an array on a mesh from its logical axes."""
     return NamedSharding(mesh, partition(axes))
-
-
-def tree_shardings(mesh: Mesh, axes: Any) -> Any:
-    """Shardings for a tree whose leaves are tuples of logical axes."""
-    return jax.tree.map(lambda a: sharding(mesh, a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

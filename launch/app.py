@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import errno
-import importlib.metadata
 import io
 import logging as std_logging
 import math
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from duplex_jax.errors import UserError
-from duplex_jax.files import local_path, locked
+from duplex_jax.files import locked
 from duplex_jax.model.config import STORES
 from launch import machine
 
@@ -157,68 +156,6 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own variable, which may name a bucket, comes first
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=100000000000:glibc.malloc.trim_threshold=100000000000"
-
-
-def keep_memory() -> None:
-    """Begins the process anew with an allocator that keeps freed memory and asks for large pages; Linux.
-
-    A step on a CPU frees gigabytes and takes them again; page faults were a sixth to a third of the time of a training
-    step and a fifth of that of a decode step of 32 rows. The allocator is mimalloc, or, where that is not installed,
-    glibc's, which keeps blocks of up to 32 MB. To be called before anything heavy is imported. Settings of either by
-    the user stay.
-    """
-    if sys.platform != "linux" or not {"GLIBC_TUNABLES", "MIMALLOC_PURGE_DELAY"}.isdisjoint(os.environ):
-        return
-    if machine.has_accelerator():  # CUDA and libtpu bring what they need, and a step there takes little of the host
-        return
-    os.environ["GLIBC_TUNABLES"] = _TUNABLES
-    mimalloc = _mimalloc()
-    if mimalloc is not None:
-        preloaded = [mimalloc, *os.environ.get("LD_PRELOAD", "").split()]
-        os.environ.update(LD_PRELOAD=" ".join(preloaded), MIMALLOC_PURGE_DELAY="-1", MIMALLOC_ALLOW_LARGE_OS_PAGES="1")
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _mimalloc() -> str | None:
-    """Where the library lies."""
-    try:
-        path = str(importlib.metadata.distribution("cmeel-mimalloc").locate_file("cmeel.prefix/lib/libmimalloc.so"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    # LD_PRELOAD separates files by spaces and colons.
-    return path if os.path.exists(path) and not set(path) & set(" :") else None
-
-
-class _Path(flags.ArgumentParser[str]):
-    """How every flag that names a file, a folder, or a model becomes a path; see `local_path`."""
-
-    def parse(self, argument: str) -> str:
-        try:
-            return local_path(argument)
-        except UserError as e:
-            raise ValueError(str(e)) from e
-
-
-class _Paths(_Path):
-    """Several of them, commas between."""
-
-    def parse(self, argument: Any) -> Any:
-        if isinstance(argument, str):
-            argument = [part.strip() for part in argument.split(",") if part.strip()]
-        return [super(_Paths, self).parse(part) for part in argument]
-
-
-def path_flag(name: str, default: str | None, help: str, **options: Any) -> Any:
-    """A flag that names a file, a folder or a model; takes what `flags.DEFINE_string` takes."""
-    return flags.DEFINE(_Path(), name, default, help, **options)
-
-
-def paths_flag(name: str, help: str) -> Any:
-    """A flag that names some of them, commas between; by default none."""
-    return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","))
 
 
 class StoreFlags:

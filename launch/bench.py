@@ -92,7 +92,6 @@ def table(result: Any, name: str = "") -> list[str]:
 
 def start() -> None:
     """Runs the job."""
-    app.keep_memory()
     app.run(main)
 
 

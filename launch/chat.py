@@ -86,7 +86,7 @@ def _engine(rows: int) -> "Engine":
     model = load_model(name, dtype="auto", template=_TEMPLATE.value, unread=True)
     refuse_typed_markers(model.template)
     return Engine(
-        model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value,
+        model.model, model.template, rows=rows, capacity=_CAPACITY.value,
         weights=_STORES.weights, entries=_STORES.entries,
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         overwrite=_OVERWRITE.value,
     )  # fmt: skip
     logging.info("loaded in %.1f s, written in %.1f s", loaded - start, time.perf_counter() - loaded)
-    dtype = (_DTYPE.value or "float16") if is_gguf else model.params["embed"].dtype.name
+    dtype = (_DTYPE.value or "float16") if is_gguf else model.model.dtype.name
     print(
         f"{_OUT.value}: {model.config.num_params:,} weights, {dtype}, "
         f"vocabulary {model.config.vocab_size}, template {model.template.name}"

@@ -131,7 +131,7 @@ def _ask(
     @functools.cache
     def engine() -> Engine:
         rows = min(_ROWS.value, len(data.chosen))
-        return Engine(model.config, model.params, model.template, rows=rows, capacity=_CAPACITY.value)
+        return Engine(model.model, model.template, rows=rows, capacity=_CAPACITY.value)
 
     samplings = {
         bias: Sampling(sampling.temperature, sampling.top_p, sampling.top_k, bias) for bias in biases
@@ -164,7 +164,6 @@ def _ask(
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

@@ -132,7 +132,6 @@ def _write(form: ModuleType, out: Path, settings: dict[str, Any], found: dict[st
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

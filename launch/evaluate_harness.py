@@ -16,7 +16,6 @@ def start() -> None:
     """Registers the model and hands the arguments to the harness, with `--model duplex_jax` where none is named."""
     if importlib.util.find_spec("lm_eval") is None:
         app.fail("evaluate harness runs EleutherAI's lm-evaluation-harness: pip install 'duplex-jax[harness]'")
-    app.keep_memory()
     given = sys.argv[1:]
     if given[:1] not in ([c] for c in COMMANDS) and given not in (["--help"], ["-h"]):
         given = ["run", *given]

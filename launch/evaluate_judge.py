@@ -206,7 +206,6 @@ def _pairwise(
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

@@ -148,7 +148,6 @@ def _report(db: str) -> None:
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

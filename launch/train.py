@@ -107,7 +107,6 @@ def main(argv: list[str]) -> int | None:
 
 def start() -> None:
     """Runs the job."""
-    app.keep_memory()
     sys.argv[1:], dotted = take_dotted(sys.argv[1:])
     _DOTTED.extend(dotted)
     app.run(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import nnx
 
 from duplex_jax import parallel
 from duplex_jax.errors import UserError
@@ -62,8 +63,8 @@ def test_eight_devices_are_one(rank: int, layouts: list[dict[str, int]]):
 def test_nothing_whole_on_one_device():
     """Every weight but norms is cut along both fsdp and tensor."""
     mesh = jax.sharding.AbstractMesh((1, 1, 8, 2), parallel.AXES)
-    axes = minicpm.logical_axes(plans.SHAPE)
-    for path, names in jax.tree.leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)):
+    for path, weight in nnx.to_flat_state(nnx.state(minicpm.abstract(plans.SHAPE))):
+        names = weight.out_sharding
         spec = jax.sharding.NamedSharding(mesh, parallel.partition(names)).spec
         assert {a for a in spec if a} == (set() if names[-1] == "norm" else {"fsdp", "tensor"}), path
 

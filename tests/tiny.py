@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import MiniCPM
+from duplex_jax.model.tree import Params, from_tree, shapes, to_tree
 from duplex_jax.template import make_template
 from duplex_jax.tokenizer import _UNICODE_TO_BYTE, HFTokenizer
 
@@ -46,12 +48,43 @@ def tiny_model(template: str = "compact", config: ModelConfig = CONFIG, seed: in
 
     All three templates stop on the same two tokens, so one engine's programs serve them all.
     """
-    params = jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(seed)))
-    params["head"] = np.array(params["head"])
-    params["head"][END] *= 2.5
+    model = fresh_model(config, seed)
+    if model.head is not None:
+        head = np.array(model.head.weight[...])
+        head[END] *= 2.5
+        model = with_params(model, head=head)
     tokenizer = byte_tokenizer()
     tokenizer.special["</s>"] = END
-    return LoadedModel("tiny", config, params, tokenizer, make_template(template, tokenizer))
+    return LoadedModel("tiny", model, tokenizer, make_template(template, tokenizer))
+
+
+def fresh_tree(config: ModelConfig, seed: int = 0) -> Params:
+    """Random weights on the host."""
+    leaves, structure = jax.tree.flatten_with_path(shapes(config))
+
+    def draw(path: Any, like: Any, key: jax.Array) -> np.ndarray:
+        if "norm" in jax.tree_util.keystr(path):
+            return np.ones(like.shape, np.float32)
+        return np.asarray(jax.random.normal(key, like.shape) * config.initializer_range)
+
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(structure, [draw(*leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
+
+
+def fresh_model(config: ModelConfig, seed: int = 0) -> MiniCPM:
+    """A model with such weights."""
+    return from_tree(config, fresh_tree(config, seed))
+
+
+def with_params(model: MiniCPM, **changes: np.ndarray) -> MiniCPM:
+    """A model with some weights of its tree, such as `head`, replaced."""
+    return from_tree(model.config, to_tree(model) | changes)
+
+
+def logits_of(config: ModelConfig, params: Params, tokens: Any) -> np.ndarray:
+    """float32 `[B, T, V]` by a plain forward pass in float32."""
+    model = from_tree(config, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    return np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens)))
 
 
 class FreshForward:
@@ -59,19 +92,15 @@ class FreshForward:
 
     def __init__(self, model: LoadedModel):
         self.config = model.config
-        self.params = jax.tree.map(jnp.asarray, model.params)
-        self._compute = jax.jit(self._last)
-
-    def _last(self, params: minicpm.Params, tokens: jax.Array, last: jax.Array) -> jax.Array:
-        hidden = minicpm.forward(self.config, params, tokens)
-        return minicpm.logits(self.config, params, hidden[0, last])
+        self._model = jax.tree.map(jnp.asarray, model.model)
+        self._compute = jax.jit(lambda model, tokens, last: model.logits(model.hidden(tokens)[0, last]))
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """float32 `[V]`; lengths are padded to a few, which causal attention does not notice."""
         padded = next(n for n in (64, 128, 256, 512, 1024, 2048, 4096) if n >= len(ids))
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, : len(ids)] = ids
-        return np.asarray(self._compute(self.params, tokens, len(ids) - 1))
+        return np.asarray(self._compute(self._model, tokens, len(ids) - 1))
 
 
 def with_config(**changes: object) -> ModelConfig:

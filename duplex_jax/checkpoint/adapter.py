@@ -16,7 +16,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
 from duplex_jax.model import lora
 from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.tree import Params
 from duplex_jax.schema import Schema, checked, read_json
 
 CONFIG_FILE = "adapter.json"

@@ -13,7 +13,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_path, check_new_file, check_space
 from duplex_jax.gguf_vocabulary import gguf_fields
 from duplex_jax.model.config import ModelConfig, RopeScaling
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.tree import Params
 from duplex_jax.sources import GGUFHeader, GGUFTensor, read_gguf_header
 from duplex_jax.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassem
 from duplex_jax.errors import UserError
 from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.tree import Params
 from duplex_jax.schema import read_json
 
 SHARD_BYTES = 2 * 2**30

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params, Weight, declare
+from duplex_jax.model.tree import Params, get, leaves, shapes
 
 
 class Name(NamedTuple):
@@ -124,8 +124,11 @@ class Part(NamedTuple):
 
 def parts(config: ModelConfig, column: str) -> Iterator[Part]:
     """Every tensor that a checkpoint of this model has, by its name in the table's `column` (`hf` or `gguf`)."""
-    for path, weight in _leaves(declare(config)):
-        entry = TABLE[path]
+    declared = dict(leaves(shapes(config)))
+    for path, entry in TABLE.items():
+        if path not in declared:
+            continue
+        weight = declared[path]
         shape = weight.shape[1:] if path[0] == "layers" else weight.shape
         if path in _VOCABULARY:
             shape = (config.vocab_size, *shape[1:])
@@ -133,22 +136,6 @@ def parts(config: ModelConfig, column: str) -> Iterator[Part]:
             shape = shape[::-1]
         for layer in range(config.num_layers) if path[0] == "layers" else (None,):
             yield Part(getattr(entry, column).format(layer), path, layer, shape, entry.transposed)
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def get(tree: Mapping[str, Any], path: Iterable[str]) -> Any:
-    """The leaf of a nested mapping at `path`."""
-    node: Any = tree
-    for name in path:
-        node = node[name]
-    return node
 
 
 def assemble(
@@ -170,7 +157,7 @@ def assemble(
         unread: leaves are `Unread` instead, for jobs that turn weights into another form at once.
 
     Returns:
-        The tree that `model.minicpm.declare` describes.
+        The tree of `model.tree`.
 
     Raises:
         UserError: a tensor is missing, of another shape, cut off, or not part of the model.
@@ -180,7 +167,7 @@ def assemble(
     wanted = list(parts(config, column))
     _check(config, wanted, tensors, column, where)
     tree: Params = {}
-    for path, weight in _leaves(declare(config)):
+    for path, weight in leaves(shapes(config)):
         node = tree
         for name in path[:-1]:
             node = node.setdefault(name, {})
@@ -190,7 +177,7 @@ def assemble(
         if unread:
             node[path[-1]] = _unread(config, found, weight.shape, kind)
             continue
-        padded = isinstance(weight, Weight) and path in _VOCABULARY and weight.shape[0] != config.vocab_size
+        padded = path in _VOCABULARY and weight.shape[0] != config.vocab_size
         node[path[-1]] = (np.zeros if padded else np.empty)(weight.shape, kind)
 
     if unread:

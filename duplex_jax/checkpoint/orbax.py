@@ -18,7 +18,7 @@ from absl import logging
 from duplex_jax.checkpoint.names import check_finite, pad_vocabulary
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, RopeScaling
-from duplex_jax.model.minicpm import Params, abstract_params
+from duplex_jax.model.tree import Params, shapes
 
 CONFIG_FILE = "model_config.json"
 PARAMS_FOLDER = "params"
@@ -199,7 +199,7 @@ def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -
     """
     config = read_config(folder)
     stored = read_metadata(folder)
-    template = abstract_params(config)
+    template = shapes(config)
     if not _same_structure(stored, template):
         raise UserError(f"{folder}: its weights are not those that {CONFIG_FILE} describes; write the store again")
     # A numpy leaf with strides of 0 says shape and dtype and takes no memory.

@@ -13,7 +13,8 @@ from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, check_space
 from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.minicpm import MiniCPM
+from duplex_jax.model.tree import Params, from_tree, to_tree
 from duplex_jax.template import Template
 from duplex_jax.tokenizer import Tokenizer
 
@@ -26,19 +27,27 @@ class LoadedModel:
 
     Attributes:
         name: what it was asked for by.
-        config: its shape and scales.
-        params: stacked numpy arrays on the host, the tree of `model.minicpm.declare`; put them where they are needed.
+        model: the module, its weights stacked numpy arrays on the host; put them where they are needed.
         tokenizer: with every token that the template needs.
         template: how timelines become its tokens.
         generation: sampling defaults that came with it, such as `temperature` and `top_p`.
     """
 
     name: str
-    config: ModelConfig
-    params: Params
+    model: MiniCPM
     tokenizer: Tokenizer
     template: Template
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape and scales."""
+        return self.model.config
+
+    @property
+    def params(self) -> Params:
+        """The model's weights as the plain tree of `model.tree`."""
+        return to_tree(self.model)
 
 
 def load_model(
@@ -82,7 +91,7 @@ def load_model(
     for folder in found.adapters:
         what, trained = (adapter if adapter.is_adapter(folder) else peft).read(folder)
         params = adapter.merge(folder, what, config, params, trained)
-    return LoadedModel(str(name_or_path), config, params, made.tokenizer, made, found.generation)
+    return LoadedModel(str(name_or_path), from_tree(config, params), made.tokenizer, made, found.generation)
 
 
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def save_model(
             aside,
             model.config,
             model.generation,
-            kind or model.params["embed"].dtype,
+            kind or model.model.dtype,
             hf_type,
             {"duplex": duplex_metadata(model)},
         )

@@ -34,8 +34,9 @@ import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.decode import floor, llama
-from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.profile import Profile, parts_line
+from duplex_jax.decode.rows import Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
@@ -338,7 +339,7 @@ def run(
         repeats: measurements of the ways that keep their cache.
         slow_repeats: measurements of those that encode the history anew.
         say: is told what goes on, a line at a time.
-        precision, entries: each one of `matrix.STORES`.
+        precision, entries: each one of `STORES`.
         compiled: measure `torch.compile` on a CPU, too.
         gguf: a file that llama.cpp runs in place of one of our precision.
 
@@ -365,11 +366,11 @@ def run(
     user = model.tokenizer.encode(QUESTION)[:USER_TOKENS]
     template = without_end(model.template)
     make = functools.partial(
-        Engine, config, template=template, capacity=capacity, dtype="float32", weights=precision,
+        Engine, template=template, capacity=capacity, dtype="float32", weights=precision,
         entries=entries,
     )  # fmt: skip
-    engine = make(model.params)
-    prefiller = make(engine.params, chunk=_PREFILL_CHUNK)
+    engine = make(model.model)
+    prefiller = make(engine.backend, chunk=_PREFILL_CHUNK)
     say(f"encoding the longest history, {histories[-1]} tokens")
     reencoding = Reencoding(prefiller)
     reencoding.prepare(longest)

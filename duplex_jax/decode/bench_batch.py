@@ -20,8 +20,9 @@ import jax
 from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.decode import floor, llama
 from duplex_jax.decode.bench import QUESTION, USER_TOKENS, check_stores, conversation, without_end
-from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.profile import Profile, parts_line
+from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import MAX_SLICE_TOKENS
@@ -60,7 +61,7 @@ def bench_batch(
     user = loaded.tokenizer.encode(QUESTION)[:USER_TOKENS]
 
     engine = Engine(
-        loaded.config, loaded.params, without_end(loaded.template), rows=sessions, capacity=max(slots, 256),
+        loaded.model, without_end(loaded.template), rows=sessions, capacity=max(slots, 256),
         dtype="float32", weights=precision, entries=entries,
     )  # fmt: skip
     first = engine.open(sampling=Sampling(temperature=0))

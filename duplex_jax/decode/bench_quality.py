@@ -79,7 +79,7 @@ def _measure(
 ) -> tuple[np.ndarray, np.ndarray]:
     """-log p of the tokens that count but for silences, and by decision the probability of silence."""
     engine = Engine(
-        model.config, model.params, model.template, capacity=capacity, dtype="float32", weights=weights,
+        model.model, model.template, capacity=capacity, dtype="float32", weights=weights,
         entries=entries,
     )  # fmt: skip
     idle = model.template.idle_id

@@ -4,8 +4,9 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
-from duplex_jax.decode.engine import CHUNK, cache_sizes
+from duplex_jax.decode.engine import CHUNK
 from duplex_jax.decode.floor import BYTES, Ceilings, slice_floor, token_bytes
+from duplex_jax.decode.rows import cache_sizes
 from duplex_jax.model.config import ModelConfig
 from duplex_jax.parallel import Chip
 from duplex_jax.slicing import MAX_SLICE_TOKENS

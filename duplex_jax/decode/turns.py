@@ -1,16 +1,172 @@
-"""Turn-based conversations with any model: those that were trained on slices are asked and answer in slices."""
+"""Turn-based talk over one row of an engine: a whole query in, a whole answer out.
+
+`TurnSession` is the baseline; models that were trained on slices are asked and answer in slices (`SliceTurns`).
+"""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
+from duplex_jax.chat import Message
 from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, TurnSession
+from duplex_jax.decode.session import DuplexSession
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import user_slices
 
 MUST_SPEAK = -1e4
 """Added to the logit of idle where an answer was asked for."""
+
+# A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
+_LEAST_ROOM = 256
+
+
+class TurnSession:
+    """The turn-based baseline on the same weights: whole query in, whole answer out.
+
+    Turns are written in the model's own chat template (`Template.turns`). The answers that were sampled stay the ids
+    that they are, and what a new prompt shares with the context is not encoded again.
+
+    Args:
+        engine: where it takes a row.
+        system: a system prompt; None for the chat template's own.
+        seed: of its random draws.
+        sampling: how it draws; `idle_bias` means nothing here.
+        start: ids that the context begins with, for prompts that `go_on` gives as ids.
+
+    Raises:
+        EngineFull: no row is free.
+        UserError: the system prompt takes more than a quarter of the capacity.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        start: Sequence[int] = (),
+    ):
+        self.engine = engine
+        self._opening: list[Message] = [("system", system)] if system else []
+        if system:
+            engine.check_beginning(engine.template.turn_prompt([*self._opening, ("user", "?")]))
+        self._row = engine.open(start, sampling, seed)
+        self._rounds: list[list[Message]] = []
+        self.dropped = 0
+        """How many of the oldest rounds were dropped from the context."""
+        self._prompt: Sequence[int] | None = None  # what the next step appends; None until the messages are written
+        self._left = 0  # tokens that the answer may still take
+        self._said: list[int] = []  # the answer so far
+
+    @property
+    def answering(self) -> bool:
+        """Whether a query has been asked whose answer is not over."""
+        return self._left > 0
+
+    def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
+        """Answers a query; yields the answer's ids as they come, without the end token.
+
+        Args:
+            query: what is asked.
+            max_tokens: of the answer, as `make_room` gives them where old rounds are to be dropped for it.
+
+        Raises:
+            UserError: the conversation outgrows the capacity, or an answer may take no token.
+        """
+        if max_tokens < 1:
+            taken = len(self.engine.template.turn_prompt([*self._opening, ("user", query)]))
+            raise UserError(
+                f"the query takes {taken} tokens; a context of {self.engine.capacity} has no room for it and an answer"
+            )
+        self.ask(query, max_tokens)
+        while self.answering:
+            yield step_turns([self])[self]
+
+    def ask(self, query: str, max_tokens: int) -> None:
+        """Begins a round; its answer of at most `max_tokens` tokens comes by `step_turns`."""
+        self._rounds.append([("user", query)])
+        self._prompt, self._left, self._said = None, max_tokens, []
+
+    def go_on(self, ids: Sequence[int], max_tokens: int) -> None:
+        """Begins a round of which everything up to the answer is given as ids; see `ask`."""
+        self._rounds.append([])
+        self._prompt, self._left, self._said = ids, max_tokens, []
+
+    def say(self, query: str, answer: str) -> None:
+        """Puts a whole round into the context; the model is not asked."""
+        self._rounds.append([("user", query), ("assistant", self.engine.template.tokenizer.encode(answer))])
+
+    def room(self, query: str) -> int:
+        """The most tokens that an answer to `query` may take; below 1 where the query itself does not fit."""
+        taken = len(self._written([("user", query)]))
+        return self.engine.capacity - taken - self.engine.max_slice_tokens + 1
+
+    def make_room(self, query: str, max_tokens: int) -> int:
+        """Drops the oldest rounds that leave an answer to `query` too little room: less than it may take, than 256
+        tokens and than a quarter of the capacity.
+
+        Returns:
+            The most tokens that the answer may take, up to `max_tokens`; below 1 where the query itself does not fit.
+        """
+        least = min(max_tokens, _LEAST_ROOM, self.engine.capacity // 4)
+        while (room := self.room(query)) < least and self.forget():
+            pass
+        return min(max_tokens, room)
+
+    def forget(self) -> bool:
+        """Drops the oldest round from the context; False where there is none."""
+        if not self._rounds:
+            return False
+        del self._rounds[0]
+        self.dropped += 1
+        return True
+
+    def close(self) -> None:
+        """Gives the row back."""
+        self.engine.close(self._row)
+
+    def _written(self, then: Sequence[Message] = ()) -> list[int]:
+        """Ids of the conversation up to the assistant's next word."""
+        rounds = itertools.chain.from_iterable(self._rounds)
+        return self.engine.template.turn_prompt([*self._opening, *rounds, *then])
+
+    def _feed(self) -> Sequence[int]:
+        """What the next step appends to the row, from which all else that the prompt does not share was cut."""
+        if self._prompt is None:
+            row, ids = self._row, self._written()
+            same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(row.ids, ids, strict=False)))
+            same = min(same, len(ids) - 1)  # the first sampled token needs the logits of the last id
+            self.engine.truncate(row, same)
+            self._prompt = ids[same:]
+        return self._prompt
+
+    def _take(self, said: Sequence[int]) -> list[int]:
+        """Books what a step sampled; the words of it."""
+        engine, row, ends = self.engine, self._row, self.engine.template.turn_ends
+        words = [i for i in said if i not in ends][: self._left]
+        engine.truncate(row, len(row.ids) - len(said) + len(words))
+        self._prompt, self._left = [], 0 if said[-1] in ends else self._left - len(words)
+        self._said += words
+        if self._rounds and self._rounds[-1]:
+            self._rounds[-1][1:] = [("assistant", self._said)]
+        return words
+
+
+def step_turns(sessions: Iterable[TurnSession]) -> dict[TurnSession, list[int]]:
+    """The next tokens of several answers, of one engine, in one batch; see `TurnSession.ask`.
+
+    Raises:
+        UserError: a conversation outgrows the capacity; no session was changed.
+    """
+    sessions = list(sessions)
+    if not sessions:
+        return {}
+    asked = {s._row: Request(s._feed(), allow_idle=False) for s in sessions}
+    answers = sessions[0].engine.advance(asked)
+    return {s: s._take(answers[s._row]) for s in sessions}
 
 
 class SliceTurns:

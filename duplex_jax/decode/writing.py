@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from duplex_jax.decode.engine import Engine, Request, Row
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import Request, Row
 from duplex_jax.decode.sampling import Sampling
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.bench import torch_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import TurnSession, step_turns
+from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import generation, ultraeval
 from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row, token_budget
@@ -54,19 +54,19 @@ class Side(Protocol):
 class _Ours:
     def __init__(self, model: LoadedModel, batch: int, tokens: int, capacity: int):
         self._model, self._batch, self._tokens, self._capacity = model, batch, tokens, capacity
-        self._params = jax.tree.map(jnp.asarray, model.params)
+        self._on_device = jax.tree.map(jnp.asarray, model.model)
         self._engine: Engine | None = None
 
     def choose(self, items: Sequence[Item]) -> list[int]:
         model = self._model
         rows = [make_row(plain(model.template, item, "")) for item in items]
-        found = dict(log_likelihoods(model.config, self._params, rows, model.template.stop_ids, self._capacity))
+        found = dict(log_likelihoods(self._on_device, rows, model.template.stop_ids, self._capacity))
         return [answer(found[n].all) for n in range(len(items))]
 
     def answer(self, queries: Sequence[str]) -> list[str]:
         model = self._model
         self._engine = self._engine or Engine(
-            model.config, model.params, model.template, rows=self._batch, capacity=self._capacity, dtype="float32"
+            model.model, model.template, rows=self._batch, capacity=self._capacity, dtype="float32"
         )  # fmt: skip
         waiting = list(enumerate(queries))[::-1]
         live: dict[TurnSession, tuple[int, list[int]]] = {}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions, step_turns
+from duplex_jax.decode.session import DuplexSession, Slice, step_sessions
+from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
@@ -116,7 +117,7 @@ def make_engine(model: "LoadedModel", rows: int, capacity: int, dtype: Any = Non
     """An engine for long queries: on a CPU 256 tokens at once are encoded a quarter faster than 64."""
     chunk = min(256, capacity // 8)
     return Engine(
-        model.config, model.params, model.template, rows=rows, capacity=capacity, dtype=dtype, chunk=chunk
+        model.model, model.template, rows=rows, capacity=capacity, dtype=dtype, chunk=chunk
     )  # fmt: skip
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duplex_jax.decode.engine import Engine, never_sampled
+from duplex_jax.decode.backends import Backend
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import never_sampled
 from duplex_jax.decode.sampling import Sampling, nucleus_mask
-from duplex_jax.model import minicpm
-from duplex_jax.model.config import ModelConfig
 from duplex_jax.template import Template
 from duplex_jax.timeline import SlicePair
 
@@ -96,18 +96,18 @@ def silent_probability(
     return weights[:, stops].sum(-1) / weights.sum(-1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode(config: ModelConfig, params: minicpm.Params, tokens: jax.Array, dtype: Any) -> jax.Array:
-    return minicpm.forward(config, params, tokens, dtype=dtype)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(backend: Backend, weights: Any, tokens: jax.Array) -> jax.Array:
+    return backend.forward(weights, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _decide(
-    config: ModelConfig, samplings: tuple[Sampling, ...], stop_ids: tuple[int, int], idle_id: int,
-    params: minicpm.Params, suppress: jax.Array, hidden: jax.Array, rows: jax.Array, places: jax.Array,
+    backend: Backend, samplings: tuple[Sampling, ...], stop_ids: tuple[int, int], idle_id: int, weights: Any,
+    suppress: jax.Array, hidden: jax.Array, rows: jax.Array, places: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """float32 `[samplings, N]` from hidden states `[B, T, D]` and the N places in them."""
-    logits = minicpm.logits(config, params, hidden[rows, places])
+    logits = backend.logits(weights, hidden[rows, places])
     return jnp.stack([silent_probability(logits, stop_ids, idle_id, suppress, s) for s in samplings])
 
 
@@ -129,9 +129,9 @@ def forced_decisions(
         (index of the conversation, for each sampling the probability of silence at each pair) as conversations are
         done, in an order of their own. None for a pair that is longer than the context.
     """
-    config, template = engine.config, engine.template
+    backend, template = engine.backend, engine.template
     samplings = [dataclasses.replace(s, idle_bias=s.idle_bias + template.idle_bias) for s in samplings]
-    suppress = jnp.asarray(never_sampled(config, template))
+    suppress = jnp.asarray(never_sampled(engine.config, template))
 
     results: dict[int, list[list[float | None]]] = {}
     parts: dict[int, int] = {}
@@ -150,11 +150,11 @@ def forced_decisions(
         tokens = np.zeros(_batch_shape(len(batch[-1].ids), engine.capacity), np.int32)
         for row, window in enumerate(batch):
             tokens[row, : len(window.ids)] = window.ids
-        hidden = _encode(config, engine.params, tokens, engine.dtype)
+        hidden = _encode(backend, backend.weights, tokens)
         rows = np.concatenate([np.full(len(w.places), r) for r, w in enumerate(batch)]).astype(np.int32)
         places = np.concatenate([w.places for w in batch]).astype(np.int32)
         decide = functools.partial(
-            _decide, config, tuple(samplings), template.stop_ids, template.idle_id, engine.params, suppress, hidden
+            _decide, backend, tuple(samplings), template.stop_ids, template.idle_id, backend.weights, suppress, hidden
         )
         silent = _in_chunks(decide, rows, places)
         start = 0

@@ -22,13 +22,14 @@ from tqdm import tqdm
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import TurnSession, step_turns
+from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row
 from duplex_jax.evaluate.benchmarks.tasks import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation
 from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions, make_engine
+from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.tokenizer import decode
 
 # Stands around a control token's name in a prompt that the chat template made: no text of a task holds it.
@@ -169,14 +170,14 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     # Likelihoods.
 
     @functools.cached_property
-    def _params(self) -> Any:
-        return jax.tree.map(jnp.asarray, self.model.params)
+    def _on_device(self) -> MiniCPM:
+        return jax.tree.map(jnp.asarray, self.model.model)
 
     def _scores(self, questions: Sequence[Sequence[Continuation]], quiet: bool) -> list[list[tuple[float, bool]]]:
         """By question and continuation the log-likelihood, and whether greedy decoding would say it."""
         rows = [make_row(continuations) for continuations in questions]
         found: dict[int, list[tuple[float, bool]]] = {}
-        of = log_likelihoods(self.model.config, self._params, rows, self.model.template.stop_ids, self.capacity)
+        of = log_likelihoods(self._on_device, rows, self.model.template.stop_ids, self.capacity)
         for number, scores in tqdm(of, total=len(rows), disable=quiet, desc="Running loglikelihood requests"):
             found[number] = list(zip(scores.all, scores.greedy, strict=True))
         return [found[number] for number in range(len(rows))]
@@ -218,7 +219,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     @functools.cached_property
     def _engine(self) -> Engine:
         model = self.model
-        return make_engine(model, self._rows, self.capacity, model.params["embed"].dtype)
+        return make_engine(model, self._rows, self.capacity, model.model.dtype)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """By request, (context, settings), what the model goes on with, up to the first of the stop texts."""

@@ -2,96 +2,73 @@
 
     y = x W + (alpha / rank) (x A) B        (Hu et al. 2021, "LoRA"; A normal, B zero at the start)
 
-A trainable tree is `{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}, "rows": {"embed": [n, D]}}`; `combine`
-puts it beside the frozen weights, where `model.minicpm` finds it.
+Updates are `nnx.LoRAParam`s of the layers that they belong to. As a tree of their own they are
+`{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}, "rows": {"embed": [n, D]}}`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
-from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params, Weight
+from duplex_jax.model.layers import Block, Embedding, parameter
+from duplex_jax.model.minicpm import MiniCPM
+from duplex_jax.model.tree import Params
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+_PARTS = {"q": "attention", "k": "attention", "v": "attention", "o": "attention",
+          "gate": "mlp", "up": "mlp", "down": "mlp"}  # fmt: skip
+TARGETS = tuple(_PARTS)
 
 
-def declare(config: ModelConfig, rank: int, targets: Sequence[str], num_rows: int) -> dict[str, Any]:
-    """Every weight that is trained, with its logical axes.
+def add(
+    model: MiniCPM, rank: int, alpha: float, targets: Sequence[str], row_ids: Sequence[int], key: jax.Array
+) -> MiniCPM:
+    """Puts updates beside the weights of a model, its layers stacked; they change nothing yet.
 
     Args:
-        config: the model.
-        rank: of the updates.
+        model: changed in place.
+        rank: r, of the updates.
+        alpha: updates are scaled by `alpha / r`.
         targets: which weights of a layer get one.
-        num_rows: n, tokens whose rows are trained.
+        row_ids: tokens whose rows of the embedding, and of the head, are trained.
+        key: draws the A of each update.
 
     Raises:
         UserError: a target that no layer has, or a rank over the width of one.
     """
-    layers = minicpm.declare(config)["layers"]
-    tree: dict[str, Any] = {"layers": {}}
+    assert isinstance(model.layers, Block)
     for name in targets:
         if name not in TARGETS:
             raise UserError(f"lora.targets: no weight {name!r} in a layer; one of {', '.join(TARGETS)}")
-        (L, fan_in, fan_out), (_, axis_in, axis_out) = layers[name].shape, layers[name].axes
+    for name, k in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        linear = getattr(getattr(model.layers, _PARTS[name]), name)
+        (L, fan_in, fan_out), (layers, axis_in, axis_out) = linear.weight.shape, linear.weight.out_sharding
         if rank > min(fan_in, fan_out):
             raise UserError(f"lora.rank={rank}: {name} is only {min(fan_in, fan_out)} wide; train it whole (rank 0)")
-        tree["layers"][name] = {
-            "a": Weight((L, fan_in, rank), ("layers", axis_in, "rank")),
-            "b": Weight((L, rank, fan_out), ("layers", "rank", axis_out)),
-        }
-    if num_rows:
-        tables = ["embed"] if config.tie_word_embeddings else ["embed", "head"]
-        tree["rows"] = {table: Weight((num_rows, config.hidden_size), ("rank", "embed")) for table in tables}
-    return tree
+        a = jax.random.normal(k, (L, fan_in, rank)) * fan_in**-0.5
+        linear.lora_a = parameter(a, layers, axis_in, "rank", kind=nnx.LoRAParam)
+        linear.lora_b = parameter(jnp.zeros((L, rank, fan_out)), layers, "rank", axis_out, kind=nnx.LoRAParam)
+        linear.lora_scale = alpha / rank
+    for table in (model.embed, model.head):
+        if len(row_ids) and isinstance(table, Embedding):
+            table.row_ids = tuple(row_ids)
+            rows = table.weight[jnp.asarray(row_ids, jnp.int32)].astype(jnp.float32)
+            table.rows = parameter(rows, "rank", "embed", kind=nnx.LoRAParam)
+    return model
 
 
-def init(
-    config: ModelConfig, rank: int, targets: Sequence[str], params: Params, ids: Sequence[int], key: jax.Array
-) -> Params:
-    """The trainable tree at the start: it changes nothing yet."""
-    tree: dict[str, Any] = {"layers": {}}
-    for name, k in zip(targets, jax.random.split(key, len(targets)), strict=True):
-        L, fan_in, fan_out = params["layers"][name].shape
-        a = jax.random.normal(k, (L, fan_in, rank), jnp.float32) * fan_in**-0.5
-        tree["layers"][name] = {"a": a, "b": jnp.zeros((L, rank, fan_out), jnp.float32)}
-    if len(ids):
-        tables = ["embed"] if config.tie_word_embeddings else ["embed", "head"]
-        where = jnp.asarray(ids, jnp.int32)
-        tree["rows"] = {table: params[table][where].astype(jnp.float32) for table in tables}
-    return tree
-
-
-def combine(frozen: Params, trainable: Params, scale: float, ids: Sequence[int]) -> Params:
-    """The tree that `forward` takes: frozen weights with the updates beside them.
-
-    Args:
-        frozen: a whole model.
-        trainable: from `init`.
-        scale: `alpha / rank`.
-        ids: tokens whose rows are in `trainable`.
-    """
-    updates = {n: {"a": w["a"], "b": w["b"] * scale} for n, w in trainable["layers"].items()}
-    params = frozen | {"layers": frozen["layers"] | {"lora": updates}}
-    if "rows" in trainable:
-        params["rows"] = trainable["rows"] | {"ids": jnp.asarray(ids, jnp.int32)}
-    return params
-
-
-def merge(frozen: Params, trainable: Params, scale: float, ids: Sequence[int]) -> Params:
+def merge(frozen: Params, trained: Params, scale: float, ids: Sequence[int]) -> Params:
     """Plain weights that compute the same, as numpy arrays in the dtype of the frozen ones."""
     layers = dict(frozen["layers"])
-    for name, w in trainable["layers"].items():
+    for name, w in trained["layers"].items():
         a, b = np.asarray(w["a"], np.float32), np.asarray(w["b"], np.float32)
         merged = np.asarray(layers[name], np.float32) + scale * np.matmul(a, b)
         layers[name] = merged.astype(layers[name].dtype)
     params = frozen | {"layers": layers}
-    for table, rows in trainable.get("rows", {}).items():
+    for table, rows in trained.get("rows", {}).items():
         whole = np.array(params[table])
         whole[np.asarray(ids)] = np.asarray(rows)
         params[table] = whole

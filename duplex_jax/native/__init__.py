@@ -25,12 +25,9 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import local_path
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("common.h", "decode.cc", "training.cc")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("common.h", "decode.cc")]
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
-_HANDLERS = {
-    "duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock", "duplex_jax_layers": "DuplexLayers",
-    "duplex_jax_layers_backward": "DuplexLayersBackward", "duplex_jax_cross_entropy": "DuplexCrossEntropy",
-}  # fmt: skip
+_HANDLERS = {"duplex_jax_matmul": "DuplexMatmul", "duplex_jax_block": "DuplexBlock"}
 _registered: list[ctypes.CDLL] = []
 _PARTS = ("products", "attention", "small", "head")
 
@@ -42,7 +39,7 @@ def cache_folder() -> Path | None:
 
 
 def _processor() -> str:
-    """What the compiler makes of this machine's processor follows from."""
+    """CPU identity, part of the build cache key."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -130,7 +127,7 @@ def available() -> bool:
         _register()
     except (OSError, subprocess.SubprocessError, AttributeError) as e:
         why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[:1]
-        message = f"no native kernels for the CPU, decoding and training are slower: {''.join(why)}"
+        message = f"no native kernels for the CPU, decoding is slower: {''.join(why)}"
         if wanted == "on":
             raise UserError(f"DUPLEX_JAX_NATIVE=on: {message}") from e
         _log.warning(message)
@@ -157,7 +154,7 @@ def _register() -> None:
 
 
 def matmul(x: jax.Array, panels: jax.Array, scales: jax.Array, width: int) -> jax.Array:
-    """float32 `x` `[T, D]` times a matrix in panels, see `model.matrix`: `[T, width]`."""
+    """float32 `x` `[T, D]` times a matrix in panels, see `decode.backends.cpu`: `[T, width]`."""
     shape = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
     return jax.ffi.ffi_call("duplex_jax_matmul", shape)(x, panels, scales)
 
@@ -166,7 +163,7 @@ def block(
     x: jax.Array, tables: tuple[jax.Array, jax.Array], rows: Sequence[jax.Array],
     weights: Sequence[jax.Array], entries: Sequence[jax.Array], *, num_heads: int, eps: float, residual_scale: float,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """One layer of decoding: `model.minicpm.block` on tokens whose keys and values go into the cache.
+    """One layer of decoding: `model.layers.Block` on tokens whose keys and values go into the cache.
 
     Args:
         x: float32 `[P, D]`.

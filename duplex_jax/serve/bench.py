@@ -74,7 +74,7 @@ def bench_serve(
         raise UserError("sessions must be at least 1 and seconds at least two slices")
     loaded = load_model(model, dtype="float32")
     engine = Engine(
-        loaded.config, loaded.params, loaded.template, rows=counts[-1], capacity=capacity, weights=weights,
+        loaded.model, loaded.template, rows=counts[-1], capacity=capacity, weights=weights,
         entries=entries,
     )  # fmt: skip
     print("compiling", file=sys.stderr, flush=True)
@@ -171,7 +171,7 @@ def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
     """One session at a time behind a history of `_HISTORY` tokens: seconds a slice, and so many sessions in turn."""
     history = decode_bench.conversation(model.template, _HISTORY)
     user = model.tokenizer.encode(" Tell me a long story about")[: decode_bench.USER_TOKENS]
-    engine = Engine(model.config, model.params, model.template, capacity=2048, dtype="float32")
+    engine = Engine(model.model, model.template, capacity=2048, dtype="float32")
     reencoding = decode_bench.Reencoding(engine)
     peers: list[decode_bench.Peer] = [reencoding]
     with contextlib.suppress(ImportError):

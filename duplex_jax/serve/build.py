@@ -107,7 +107,7 @@ def build_engine(
     from duplex_jax.decode.engine import Engine
 
     engine = Engine(
-        model.config, model.params, model.template, rows=rows, capacity=capacity, weights=weights, entries=entries
+        model.model, model.template, rows=rows, capacity=capacity, weights=weights, entries=entries
     )  # fmt: skip
     tell("compiling; later starts are faster")
     engine.warm_up(everything=True)

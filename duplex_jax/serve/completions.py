@@ -14,6 +14,7 @@ from aiohttp import web
 from pydantic import Field
 
 from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import TurnSession, step_turns
 from duplex_jax.decode.turns import SliceTurns

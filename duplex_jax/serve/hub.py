@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
-from duplex_jax.decode.engine import Engine, EngineFull
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import EngineFull
 from duplex_jax.decode.session import DuplexSession, Slice, step_sessions
 from duplex_jax.errors import UserError
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from duplex_jax.decode.session import DuplexSession, Slice, TurnSession
+from duplex_jax.decode.session import DuplexSession, Slice
 from duplex_jax.decode.snapshot import Snapshot
-from duplex_jax.decode.turns import MUST_SPEAK, SliceTurns, open_turns, rounds_of
+from duplex_jax.decode.turns import MUST_SPEAK, SliceTurns, TurnSession, open_turns, rounds_of
 from duplex_jax.errors import UserError
 from duplex_jax.serve.events import Audio as Audio
 from duplex_jax.serve.events import Delta, Event, Spoken, Trouble, Voice

@@ -5,9 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from duplex_jax.decode.session import DuplexSession, TurnSession
+from duplex_jax.decode.session import DuplexSession
 from duplex_jax.decode.snapshot import Snapshot
-from duplex_jax.decode.turns import SliceTurns
+from duplex_jax.decode.turns import SliceTurns, TurnSession
 from duplex_jax.errors import UserError
 from duplex_jax.serve.hub import Hub, Lease
 from duplex_jax.serve.tasks import to_the_end

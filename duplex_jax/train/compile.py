@@ -16,9 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from duplex_jax import parallel
+from duplex_jax.decode.backends import Settings
+from duplex_jax.decode.backends.xla import Xla
+from duplex_jax.decode.programs import Program, Programs
+from duplex_jax.decode.step import Stops, empty_rows, empty_step
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import abstract
+from duplex_jax.model.tree import shapes
 from duplex_jax.parallel import MeshSpec
 from duplex_jax.train import flops
 from duplex_jax.train import step as steps
@@ -216,7 +221,7 @@ def compile_train(config: Config, spec: MeshSpec, price: float = 0.0) -> Report:
 
 
 def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int) -> Report:
-    """Compiles the TDM step of as many sessions as a mesh's devices serve, weights and heads cut by `tensor`.
+    """Compiles the two programs of a TDM step, `feed` and `say`, for the sessions of a mesh, cut by `tensor`.
 
     Args:
         config: the model and the dtype.
@@ -228,18 +233,13 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     Raises:
         UserError: the mesh does not divide the model or the sessions, or its compiler is not installed.
     """
-    import functools
-
-    from duplex_jax.decode import cache as kv
-    from duplex_jax.decode.step import RowsInput, StepInput, tdm_step
-
     model = model_shape(config)
     parallel.check_model(spec, model)
-    dtype, T, M = jnp.bfloat16, 16, 10
-    slots = capacity + T + M
+    T, stops = 16, Stops(idle_id=3, most=10)
+    slots = capacity + T + stops.most
     if not sessions:
-        size = jnp.dtype(dtype).itemsize
-        weights = size * sum(math.prod(x.shape) for x in jax.tree.leaves(minicpm.abstract_params(model)))
+        size = jnp.dtype(jnp.bfloat16).itemsize
+        weights = size * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
         row = size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
         fit = (spec.chip.memory - weights / spec.tensor) * spec.tensor // (2 * row)
         sessions = spec.batch_shards * int(min(8, max(1, fit)))
@@ -249,39 +249,52 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     # Decoding copies weights to every row's device rather than gathering them at each token.
     serving = {"embed": None, **{k: v for k, v in parallel.RULES.items() if k != "embed"}}
 
-    def placed(shape: tuple[int, ...], kind: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def placed(x: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         named = jax.sharding.PartitionSpec(*(None if a is None else serving[a] for a in axes))
-        return jax.ShapeDtypeStruct(shape, kind, sharding=jax.sharding.NamedSharding(mesh, named))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, named))
 
-    declared = minicpm.declare(model)
-    layer = {k: minicpm.Weight(w.shape[1:], w.axes[1:]) for k, w in declared["layers"].items()}
-    params = jax.tree.map(
-        lambda w: placed(w.shape, dtype, w.axes),
-        declared | {"layers": (layer,) * model.num_layers},
-        is_leaf=lambda x: isinstance(x, minicpm.Weight),
-    )
-    cache = jax.eval_shape(lambda: kv.zeros(model, sessions, slots, dtype))
-    cache = jax.tree.map(lambda x: placed(x.shape, x.dtype, ("batch", "kv_heads", None, None)), cache)
-    kinds: dict[str, Any] = {
-        "tokens": ((sessions, T), jnp.int32), "counts": ((sessions,), jnp.int32), "lengths": ((sessions,), jnp.int32),
-        "active": ((sessions,), jnp.bool_), "in_turns": ((sessions,), jnp.int32), "seeds": ((sessions,), jnp.uint32),
-        "steps": ((sessions,), jnp.uint32), "temperature": ((sessions,), jnp.float32),
-        "top_p": ((sessions,), jnp.float32), "top_k": ((sessions,), jnp.int32),
-        "idle_bias": ((sessions,), jnp.float32),
-    }  # fmt: skip
-    inputs = {k: placed(shape, kind, ("batch",) + (None,) * (len(shape) - 1)) for k, (shape, kind) in kinds.items()}
-    apart = ("tokens", "counts", "idle_bias")
-    suppress = placed((2, model.padded_vocab_size), jnp.bool_, (None, None))
-    rows = RowsInput(None, **{k: v for k, v in inputs.items() if k not in apart}, suppress=suppress, ends=suppress)
-    step_input = StepInput(rows, **{k: inputs[k] for k in apart})
-    step = functools.partial(tdm_step, model, slots=slots, max_slice_tokens=M, capacity=capacity, idle_id=3)
+    def by_rows(x: Any) -> jax.ShapeDtypeStruct:
+        return placed(x, ("batch",) + (None,) * (x.ndim - 1))
+
+    backend = Xla(abstract(model), Settings(capacity, jnp.dtype(jnp.bfloat16), "bfloat16", "bfloat16"))
+    params = tuple(map(placed, backend.weights, backend.axes))
+    cache = jax.eval_shape(lambda: backend.new_cache(sessions, slots))
+    cache = jax.tree.map(lambda x: placed(x, ("batch", "kv_heads", None, None)), cache)
+    kinds = np.zeros((2, model.padded_vocab_size), bool)
+    nobody = empty_rows(np.zeros(sessions, np.int32), kinds, kinds)
+    inputs = jax.eval_shape(lambda: empty_step(nobody, (sessions, T)))
+    placed_kinds = placed(inputs.rows.suppress, (None, None))
+    inputs = jax.tree.map(by_rows, inputs)
+    inputs.rows.suppress = inputs.rows.ends = placed_kinds
+    programs = Programs(backend, stops, T)
+    size = (sessions, slots)
+    reports = []
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=1).lower(params, cache, step_input)
-        tokens = sessions * (T + M)
-        work = tokens * flops.forward_flops(model, 2 * capacity) / spec.size
-        # Each sampled token reads the weights and the cache once.
-        traffic = M * (_bytes_a_device(params) + _bytes_a_device(cache))
-        return _report("decode", plan, lowered, work, traffic, config)
+        for kind, tokens, given in (("feed", T, (inputs,)), ("say", stops.most, (inputs.counts, inputs.rows))):
+            lowered = programs[Program(kind, slots, size, sessions, tokens)].lower(params, cache, *given)
+            work = sessions * tokens * flops.forward_flops(model, 2 * capacity) / spec.size
+            # A pass reads the weights and the cache once.
+            passes = 1 if kind == "feed" else stops.most - 1
+            traffic = passes * (_bytes_a_device(params) + _bytes_a_device(cache))
+            reports.append(_report("decode", plan, lowered, work, traffic, config))
+    return _in_turn(*reports)
+
+
+def _in_turn(first: Report, second: Report) -> Report:
+    """Two programs that run one behind the other, as one: the most memory of both, and all of their time."""
+    most = {f: max(getattr(first, f), getattr(second, f))
+            for f in ("argument_bytes", "temporary_bytes", "output_bytes", "peak_bytes")}  # fmt: skip
+    sums = {f: getattr(first, f) + getattr(second, f)
+            for f in ("flops", "compute_seconds", "memory_seconds", "network_seconds", "step_seconds",
+                      "compile_seconds")}  # fmt: skip
+    kinds = {**first.collectives, **second.collectives}
+    both = {kind: [r.collectives.get(kind, (0, 0.0)) for r in (first, second)] for kind in kinds}
+    collectives = {kind: (a[0] + b[0], a[1] + b[1]) for kind, (a, b) in both.items()}
+    mfu = (first.mfu * first.step_seconds + second.mfu * second.step_seconds) / max(1e-12, sums["step_seconds"])
+    worse = first if not first.fits else second
+    return dataclasses.replace(
+        worse, **most, **sums, collectives=collectives, mfu=mfu, fits=first.fits and second.fits
+    )  # fmt: skip
 
 
 def model_shape(config: Config) -> ModelConfig:

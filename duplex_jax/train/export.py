@@ -14,7 +14,7 @@ from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.errors import UserError
 from duplex_jax.model import lora
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.tree import Params, from_tree
 from duplex_jax.sources import locate
 from duplex_jax.template import Template
 from duplex_jax.timeline import SlicePair
@@ -69,7 +69,7 @@ def export(
     if plan.is_lora:
         params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
     template.in_slices = True
-    loaded = LoadedModel(c.name, plan.model, params, template.tokenizer, template)
+    loaded = LoadedModel(c.name, from_tree(plan.model, params), template.tokenizer, template)
     save_model(loaded, out, overwrite=True)
 
 

@@ -21,6 +21,7 @@ from duplex_jax.data import dataset, loader
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_space
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.template import Template
 from duplex_jax.tokenizer import fingerprint
 from duplex_jax.train import checkpoints, flops
@@ -70,7 +71,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     sources = [dataset.open_rows(path, template, config.data.length) for path in config.data.train]
     held_out = [dataset.open_rows(path, template, config.data.length) for path in config.data.eval]
-    params, model = load_start(config, template)
+    start, model = load_start(config, template)
     say("\n".join(to_lines(config)))  # behind what may be refused, which is then the only line
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
@@ -78,8 +79,8 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     store = Store(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     check_space(workdir, 2 * checkpoints.needed_bytes(abstract))
 
-    state, frozen = steps.init_state(plan, params)
-    del params
+    state, frozen = steps.init_state(plan, start)
+    del start
     restored = store.restore(abstract)
     if restored is None and branch is not None:
         restored = checkpoints.load_state(branch, abstract)
@@ -205,8 +206,8 @@ def resolve_branch(config: Config) -> tuple[Config, Path | None]:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=steps_)), folder
 
 
-def load_start(config: Config, template: Template) -> tuple[Any, ModelConfig]:
-    """The weights to start from, on the host, and their shape; None for weights to be drawn.
+def load_start(config: Config, template: Template) -> tuple[MiniCPM | None, ModelConfig]:
+    """The model to start from, on the host, and its shape; None for weights to be drawn.
 
     Raises:
         UserError: the tokenizer does not fit the model.
@@ -219,7 +220,7 @@ def load_start(config: Config, template: Template) -> tuple[Any, ModelConfig]:
         if chosen.tokenizer and fingerprint(loaded.tokenizer) != fingerprint(template.tokenizer):
             raise UserError(f"config.model.tokenizer={chosen.tokenizer}: is not the tokenizer of {chosen.source}, "
                             "whose weights know its own; leave model.tokenizer empty")  # fmt: skip
-        return loaded.params, loaded.config
+        return loaded.model, loaded.config
     assert chosen.shape is not None
     rows = max(chosen.shape.vocab_size, template.tokenizer.vocab_size)
     return None, dataclasses.replace(chosen.shape, vocab_size=rows, vocab_multiple=chosen.vocab_multiple)

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params, head_weight
-from duplex_jax.native import training
+from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.parallel import BATCH_AXES
 
 
@@ -34,39 +32,34 @@ def targets_and_weights(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arr
 
 
 def cross_entropy(
-    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 512,
-    kernels: bool = False,
-) -> jax.Array:  # fmt: skip
+    model: MiniCPM, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 512, *, frozen: bool = False
+) -> jax.Array:
     """sum(weights * nll), differentiable in `hidden` and in the head, or in its trained rows where it is frozen.
 
     Args:
-        config: the model.
-        params: its tree; with `rows`, only those rows of the head get a gradient.
-        hidden: `[B, T, D]` from `forward`.
+        model: the model.
+        hidden: `[B, T, D]` from `MiniCPM.hidden`.
         targets: int32 `[B, T]`.
         weights: float32 `[B, T]`.
         chunk: tokens whose logits exist at once, on each device.
-        kernels: whether the CPU's own kernels do it (`native.training`): everything on one device, in float32.
+        frozen: whether the head gets no gradient, but for the rows that are trained beside it.
     """
-    table = "embed" if config.tie_word_embeddings else "head"
-    rows = params.get("rows")
-    return _sharded_loss(
-        config.vocab_size, chunk, "layers" in params and "lora" in params["layers"], kernels,
-        hidden, params[table], None if rows is None else (rows["ids"], rows[table]), targets, weights,
-    )  # fmt: skip
+    head = model.output
+    rows = None if head.rows is None else (jnp.asarray(head.row_ids, jnp.int32), head.rows[...])
+    return _sharded_loss(model.config.vocab_size, chunk, frozen, hidden, head.weight[...], rows, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _sharded_loss(vocab, chunk, frozen, kernels, hidden, head, rows, targets, weights):
-    return _loss_and_grads(vocab, chunk, frozen, kernels, hidden, head, rows, targets, weights, grads=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sharded_loss(vocab, chunk, frozen, hidden, head, rows, targets, weights):
+    return _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads=False)[0]
 
 
-def _forward(vocab, chunk, frozen, kernels, hidden, head, rows, targets, weights):
-    loss, *grads = _loss_and_grads(vocab, chunk, frozen, kernels, hidden, head, rows, targets, weights, grads=True)
+def _forward(vocab, chunk, frozen, hidden, head, rows, targets, weights):
+    loss, *grads = _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads=True)
     return loss, (tuple(grads), hidden[:0, :0, :0], head[:0, :0], None if rows is None else rows[1][:0])
 
 
-def _backward(vocab, chunk, frozen, kernels, residuals, g):
+def _backward(vocab, chunk, frozen, residuals, g):
     (d_hidden, d_head, d_rows), hidden_like, head_like, rows_like = residuals
 
     def scaled(x, like):
@@ -79,10 +72,8 @@ def _backward(vocab, chunk, frozen, kernels, residuals, g):
 _sharded_loss.defvjp(_forward, _backward)
 
 
-def _loss_and_grads(vocab, chunk, frozen, kernels, hidden, head, rows, targets, weights, *, grads):
+def _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, *, grads):
     """(loss, d hidden, d head, d rows), the last three None where they are not asked for."""
-    if kernels:
-        return _by_kernels(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads)
     local = functools.partial(_local, vocab, chunk, grads, frozen)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -115,21 +106,6 @@ def _loss_and_grads(vocab, chunk, frozen, kernels, hidden, head, rows, targets, 
                    P(None, "fsdp") if grads and rows is not None else None),
         check_vma=False,
     )(hidden, head, rows, targets, weights)  # fmt: skip
-
-
-def _by_kernels(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads):
-    """`_loss_and_grads` by the CPU's own kernels."""
-    ids = jnp.zeros(0, jnp.int32)
-    if rows is not None:
-        head = head.at[rows[0]].set(rows[1])
-        ids = rows[0] if grads else ids
-    loss, d_hidden, d_head, d_rows = training.cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), ids,
-        vocab=vocab, chunk=chunk, d_hidden=grads, d_head=grads and not frozen,
-    )  # fmt: skip
-    if not grads:
-        return loss, None, None, None
-    return loss, d_hidden.reshape(hidden.shape), None if frozen else d_head, None if rows is None else d_rows
 
 
 def _local(vocab, chunk, grads, frozen, parts, axis, hidden, head, rows, targets, weights):
@@ -207,18 +183,13 @@ def _logits(h: jax.Array, head: jax.Array) -> jax.Array:
 
 
 def token_statistics(
-    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, chunk: int = 512
+    model: MiniCPM, hidden: jax.Array, targets: jax.Array, chunk: int = 512
 ) -> tuple[jax.Array, jax.Array]:
     """For evaluation: float32 negative log-likelihoods and int32 likeliest tokens, both `[B, T]`."""
-    head = head_weight(config, params).astype(hidden.dtype)
-    T = hidden.shape[1]
     losses, best = [], []
-    for i in range(0, T, chunk):
-        logits = jnp.einsum("btd,vd->btv", hidden[:, i : i + chunk], head, preferred_element_type=jnp.float32)
-        if config.padded_vocab_size != config.vocab_size:
-            logits = jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits, -1e30)
-        target = targets[:, i : i + chunk]
-        said = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    for i in range(0, hidden.shape[1], chunk):
+        logits = model.logits(hidden[:, i : i + chunk])
+        said = jnp.take_along_axis(logits, targets[:, i : i + chunk, None], axis=-1)[..., 0]
         losses.append(jax.nn.logsumexp(logits, axis=-1) - said)
         best.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
     return jnp.concatenate(losses, axis=1), jnp.concatenate(best, axis=1)

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
-from duplex_jax import native, parallel
-from duplex_jax.model import lora, minicpm
+from duplex_jax import parallel
+from duplex_jax.model import attention, lora
 from duplex_jax.model.config import ModelConfig
-from duplex_jax.model.minicpm import Params, Weight
+from duplex_jax.model.minicpm import MiniCPM
+from duplex_jax.model.tree import Params, from_tree, to_tree, with_weights
+from duplex_jax.train import products
 from duplex_jax.train.config import Config
 from duplex_jax.train.loss import cross_entropy, targets_and_weights, token_statistics
 from duplex_jax.train.schedule import learning_rate
@@ -61,13 +64,6 @@ class Plan:
         chosen = self.config.compute.attention
         return self.spec.attention if chosen == "auto" else chosen
 
-    @functools.cached_property
-    def kernels(self) -> bool:
-        """Whether the CPU's own kernels run the layers and the loss: on one device, in float32, nothing done again."""
-        compute = self.config.compute
-        wanted = compute.dtype == "float32" and compute.remat == "none" and self.backend == "xla"
-        return wanted and self.spec.chip is parallel.CPU and self.spec.size == 1 and native.available()
-
     @property
     def batch_shape(self) -> tuple[int, int, int]:
         """Micro-batches, rows of one, tokens."""
@@ -79,24 +75,36 @@ class Plan:
         """Where a step's rows lie."""
         return parallel.sharding(self.mesh, BATCH_LOGICAL)
 
-    def declare_trained(self) -> dict[str, Any]:
-        """What is trained: the model, or its updates."""
-        if not self.is_lora:
-            return minicpm.declare(self.model)
+    @functools.cached_property
+    def module(self) -> MiniCPM:
+        """The model without its memory, updates included."""
         c = self.config.lora
-        return lora.declare(self.model, c.rank, c.targets, len(self.row_ids))
+
+        def make() -> MiniCPM:
+            model = MiniCPM(self.model, rngs=nnx.Rngs(0))
+            if self.is_lora:
+                lora.add(model, c.rank, c.alpha, c.targets, self.row_ids, jax.random.key(0))
+            return products.use(model) if self.spec.platform == "cpu" else model
+
+        return nnx.eval_shape(make, graph=False)
+
+    @property
+    def trained(self) -> Any:
+        """Which of the module's parameters are trained."""
+        return nnx.LoRAParam if self.is_lora else nnx.Param
 
 
-def _is_weight(x: Any) -> bool:
-    return isinstance(x, Weight)
+_FROZEN = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 
 
-def abstract_tree(plan: Plan, declared: dict[str, Any], dtype: Any) -> Any:
-    """Shapes, dtype and shardings of declared weights."""
-    return jax.tree.map(
-        lambda w: jax.ShapeDtypeStruct(w.shape, dtype, sharding=parallel.sharding(plan.mesh, w.axes)),
-        declared, is_leaf=_is_weight,
-    )  # fmt: skip
+def abstract_tree(plan: Plan, kind: Any, dtype: Any) -> Any:
+    """Shapes, dtype and shardings of the module's parameters of a kind."""
+
+    def placed(weight: nnx.Variable) -> jax.ShapeDtypeStruct:
+        sharding = parallel.sharding(plan.mesh, weight.out_sharding)
+        return jax.ShapeDtypeStruct(weight.shape, dtype, sharding=sharding)
+
+    return to_tree(plan.module, placed, kind)
 
 
 def optimiser(plan: Plan) -> optax.GradientTransformation:
@@ -118,7 +126,7 @@ def optimiser(plan: Plan) -> optax.GradientTransformation:
 
 def abstract_state(plan: Plan) -> State:
     """The train state without its memory: every leaf with shape, dtype and sharding."""
-    trained = abstract_tree(plan, plan.declare_trained(), jnp.float32)
+    trained = abstract_tree(plan, plan.trained, jnp.float32)
     everywhere = parallel.replicated(plan.mesh)
 
     def placed(x: Any) -> Any:
@@ -145,7 +153,7 @@ def abstract_frozen(plan: Plan) -> Any:
     """The weights that LoRA leaves alone; an empty tree in full fine-tuning."""
     if not plan.is_lora:
         return {}
-    return abstract_tree(plan, minicpm.declare(plan.model), jnp.dtype(plan.config.compute.frozen_dtype))
+    return abstract_tree(plan, _FROZEN, jnp.dtype(plan.config.compute.frozen_dtype))
 
 
 def abstract_batch(plan: Plan) -> dict[str, Any]:
@@ -156,29 +164,34 @@ def abstract_batch(plan: Plan) -> dict[str, Any]:
     }
 
 
-def init_state(plan: Plan, params: Params | None) -> tuple[State, Params]:
+def init_state(plan: Plan, start: MiniCPM | None) -> tuple[State, Params]:
     """The state at step 0, and the weights that LoRA leaves alone, on the mesh.
 
     Args:
         plan: the run.
-        params: the model to start from, on the host; None draws a fresh one from the config's seed.
+        start: the model to start from, on the host; None draws a fresh one from the config's seed.
 
     Returns:
         State and frozen weights; every device gets its part alone.
     """
     abstract = abstract_state(plan)
     key = jax.random.key(plan.config.seed)
-    whole = abstract_tree(plan, minicpm.declare(plan.model), jnp.float32)
+    whole = abstract_tree(plan, _FROZEN, jnp.float32)
     with jax.set_mesh(plan.mesh):
-        if params is None:
-            params = jax.jit(functools.partial(minicpm.init_params, plan.model), out_shardings=shardings(whole))(key)
+        if start is None:
+            fresh = jax.jit(lambda k: to_tree(MiniCPM(plan.model, rngs=nnx.Rngs(k))), out_shardings=shardings(whole))
+            params = fresh(key)
         else:
-            params = put(params, whole)
+            params = put(to_tree(start), whole)
         frozen: Params = {}
         if plan.is_lora:
             c = plan.config.lora
-            init = functools.partial(lora.init, plan.model, c.rank, c.targets, ids=plan.row_ids)
-            trained = jax.jit(lambda p, k: init(p, key=k), out_shardings=shardings(abstract["params"]))(params, key)
+
+            def updates(params: Params, key: jax.Array) -> Params:
+                model = lora.add(from_tree(plan.model, params), c.rank, c.alpha, c.targets, plan.row_ids, key)
+                return to_tree(model, kind=nnx.LoRAParam)
+
+            trained = jax.jit(updates, out_shardings=shardings(abstract["params"]))(params, key)
             dtype = jnp.dtype(plan.config.compute.frozen_dtype)
             frozen = params if dtype == jnp.float32 else jax.tree.map(lambda x: x.astype(dtype), params)
         else:
@@ -203,11 +216,10 @@ def put(params: Any, abstract: Any) -> Any:
     return jax.tree.map(one, params, abstract)
 
 
-def whole_params(plan: Plan, trained: Any, frozen: Any) -> Params:
-    """The tree that the model takes."""
-    if not plan.is_lora:
-        return trained
-    return lora.combine(frozen, trained, plan.scale, plan.row_ids)
+def model_of(plan: Plan, trained: Params, frozen: Params) -> MiniCPM:
+    """The module with these weights."""
+    model = with_weights(plan.module, trained, plan.trained)
+    return with_weights(model, frozen, _FROZEN) if plan.is_lora else model
 
 
 def _computed(params: Any, dtype: Any) -> Any:
@@ -220,22 +232,26 @@ def _computed(params: Any, dtype: Any) -> Any:
     return jax.tree.map_with_path(one, params)
 
 
-def _hidden(plan: Plan, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-    compute = plan.config.compute
-    return minicpm.forward(
-        plan.model, params, batch["tokens"], batch["positions"], batch["segment_ids"],
-        dtype=jnp.dtype(compute.dtype), remat=compute.remat, backend=plan.backend, shard=parallel.constrain,
-        partition=parallel.partition, kernels=plan.kernels,
+def _hidden(plan: Plan, model: MiniCPM, batch: dict[str, jax.Array]) -> jax.Array:
+    compute, shard = plan.config.compute, parallel.constrain
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q = shard(q, ("batch", "length", "heads", None))
+        k, v = (shard(a, ("batch", "length", "kv_heads", None)) for a in (k, v))
+        return attention.attend(q, k, v, batch["segment_ids"], plan.backend, parallel.partition)
+
+    return model.hidden(
+        batch["tokens"], batch["positions"], dtype=jnp.dtype(compute.dtype), attend=attend, remat=compute.remat,
+        shard=shard,
     )  # fmt: skip
 
 
 def loss_sum(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
     """sum(weight * nll) over the rows `[B, T]` of one micro-batch."""
-    params = whole_params(plan, trained, frozen)
+    model = model_of(plan, trained, frozen)
     targets, weights = targets_and_weights(batch)
-    hidden = _hidden(plan, params, batch)
-    chunk = plan.config.compute.loss_chunk
-    return cross_entropy(plan.model, params, hidden, targets, weights, chunk, plan.kernels)
+    hidden = _hidden(plan, model, batch)
+    return cross_entropy(model, hidden, targets, weights, plan.config.compute.loss_chunk, frozen=plan.is_lora)
 
 
 def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
@@ -314,9 +330,9 @@ def eval_step(plan: Plan, num_categories: int, trained: Any, frozen: Any, batch:
         `idle_said` (the model would be), `idle_wanted` (idle in the data), `decisions`.
     """
     dtype = jnp.dtype(plan.config.compute.dtype)
-    params = _computed(whole_params(plan, trained, frozen), dtype)
+    model = model_of(plan, _computed(trained, dtype), _computed(frozen, dtype))
     targets, weights = targets_and_weights(batch)
-    nll, best = token_statistics(plan.model, params, _hidden(plan, params, batch), targets)
+    nll, best = token_statistics(model, _hidden(plan, model, batch), targets)
     decision = jnp.pad(batch["decisions"][:, 1:], ((0, 0), (0, 1)))
     said, wanted = decision & (best == plan.idle_id), decision & (targets == plan.idle_id)
     member = batch["categories"][..., None] == jnp.arange(num_categories)

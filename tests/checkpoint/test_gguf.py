@@ -15,12 +15,12 @@ from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.names import disassemble, parts
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig, RopeScaling, to_hf
+from duplex_jax.model.tree import Params, from_tree
 from duplex_jax.sources import read_gguf_header
 from duplex_jax.template import make_template
 from duplex_jax.tokenizer import HFTokenizer, load_tokenizer
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, fresh_tree, logits_of
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=32,
@@ -38,7 +38,7 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(
     path: Path,
     config: ModelConfig,
-    params: minicpm.Params,
+    params: Params,
     kind: str = "F32",
     arch: str = "llama",
     extra: dict[str, Any] | None = None,
@@ -77,8 +77,8 @@ def write(
 
 
 @pytest.fixture(scope="module")
-def params() -> minicpm.Params:
-    return jax.tree.map(np.asarray, minicpm.init_params(CONFIG, jax.random.key(0)))
+def params() -> Params:
+    return fresh_tree(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def params() -> minicpm.Params:
         ("Q5_1", 1e-2),
     ],
 )
-def test_types(params: minicpm.Params, tmp_path: Path, kind: str, error: float):
+def test_types(params: Params, tmp_path: Path, kind: str, error: float):
     path = write(tmp_path / "m.gguf", CONFIG, params, kind)
     config, found = reader.load(path)
     assert config == CONFIG
@@ -172,11 +172,11 @@ def test_minicpm(reference: Path, tmp_path: Path):
     assert (again.scale_emb, again.logit_divisor) == (config.scale_emb, config.logit_divisor)
     assert again.tie_word_embeddings
     expected = np.load(reference / "minicpm-tiny-mha" / "expected.npz")
-    logits = minicpm.logits(again, found, minicpm.forward(again, found, expected["input_ids"]))
+    logits = logits_of(again, found, expected["input_ids"])
     assert np.abs(logits - expected["logits"]).max() < 1e-4
 
 
-def test_minicpm_before_its_keys(params: minicpm.Params, tmp_path: Path):
+def test_minicpm_before_its_keys(params: Params, tmp_path: Path):
     config, _ = reader.load(write(tmp_path / "m.gguf", CONFIG, params, arch="minicpm"))
     assert (config.scale_emb, config.logit_divisor) == (12.0, 1.0)
     assert config.residual_scale == pytest.approx(1.4 / math.sqrt(2))
@@ -198,9 +198,9 @@ def test_written_model_comes_back(tmp_path: Path, scaled: bool, dtype: str, erro
     scales = {"scale_emb": 6.0, "scale_depth": 2.0 * math.sqrt(2), "dim_model_base": 64.0} if scaled else {}
     config = dataclasses.replace(CONFIG, vocab_size=265, tie_word_embeddings=not scaled, vocab_multiple=8,
                                  bos_token_id=256, eos_token_id=257, **scales)  # fmt: skip
-    params = jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(1)))
+    params = fresh_tree(config, 1)
     tokenizer = merging_tokenizer()
-    model = LoadedModel("m", config, params, tokenizer, make_template("compact", tokenizer, -0.3))
+    model = LoadedModel("m", from_tree(config, params), tokenizer, make_template("compact", tokenizer, -0.3))
     save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype)
     again = load_model(tmp_path / "m.gguf")
     assert again.config == dataclasses.replace(config, vocab_multiple=1)
@@ -230,7 +230,7 @@ def test_written_sentencepiece_comes_back(reference: Path, tmp_path: Path):
         assert again.encode(text) == tokenizer.encode(text)
 
 
-def test_what_cannot_be_written(tmp_path: Path, params: minicpm.Params):
+def test_what_cannot_be_written(tmp_path: Path, params: Params):
     path = tmp_path / "m.gguf"
     tokenizer = merging_tokenizer()
     with pytest.raises(UserError, match="dtype 'q4_0' is not written as GGUF; one of float32, float16, "):
@@ -246,7 +246,7 @@ def test_what_cannot_be_written(tmp_path: Path, params: minicpm.Params):
     assert path.read_text() == "mine"
 
 
-def test_frequency_factors(params: minicpm.Params, tmp_path: Path):
+def test_frequency_factors(params: Params, tmp_path: Path):
     """Llama 3.1's `rope_freqs` become divisors: the same frequencies as from its config.json."""
     from duplex_jax.model.rope import inverse_frequencies
 
@@ -264,7 +264,7 @@ def test_frequency_factors(params: minicpm.Params, tmp_path: Path):
     assert to_hf(again)["rope_scaling"]["rope_type"] == "longrope"
 
 
-def test_longrope(params: minicpm.Params, tmp_path: Path):
+def test_longrope(params: Params, tmp_path: Path):
     from duplex_jax.model.rope import inverse_frequencies
 
     short, long = (np.linspace(a, b, 16, dtype=np.float32) for a, b in ((1, 2), (3, 9)))
@@ -307,19 +307,19 @@ def test_header_is_what_the_package_reads(smollm2: LoadedModel):
         ),
     ],
 )  # fmt: skip
-def test_rope_scaling_as_llama_cpp_reads_it(params: minicpm.Params, tmp_path: Path, extra: dict, scaling: RopeScaling):
+def test_rope_scaling_as_llama_cpp_reads_it(params: Params, tmp_path: Path, extra: dict, scaling: RopeScaling):
     """A factor without a type is linear, `rope.scale_linear` is its older key, yarn has its own constants."""
     path = write(tmp_path / "m.gguf", CONFIG, params, extra=extra)
     assert reader.load(path)[0].rope_scaling == scaling
 
 
-def test_yarn_that_is_computed_otherwise_is_refused(params: minicpm.Params, tmp_path: Path):
+def test_yarn_that_is_computed_otherwise_is_refused(params: Params, tmp_path: Path):
     extra = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_log_multiplier": 0.1}
     with pytest.raises(UserError, match="yarn_log_multiplier is not supported"):
         reader.load(write(tmp_path / "m.gguf", CONFIG, params, extra=extra))
 
 
-def test_parts_and_the_other_byte_order_are_told(params: minicpm.Params, tmp_path: Path):
+def test_parts_and_the_other_byte_order_are_told(params: Params, tmp_path: Path):
     writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
     writer.add_uint16("split.no", 1)
     writer.add_uint16("split.count", 3)
@@ -334,38 +334,38 @@ def test_parts_and_the_other_byte_order_are_told(params: minicpm.Params, tmp_pat
         read_gguf_header(tmp_path / "big.gguf")
 
 
-def test_other_architecture(params: minicpm.Params, tmp_path: Path):
+def test_other_architecture(params: Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, arch="qwen2")
     with pytest.raises(UserError, match=r"m.gguf: architecture 'qwen2' is not supported; llama and minicpm are"):
         load_model(path)
 
 
-def test_other_tensor_type(params: minicpm.Params, tmp_path: Path):
+def test_other_tensor_type(params: Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, "TQ2_0")
     with pytest.raises(UserError, match=r"tensor token_embd.weight \[64, 256\] is of type TQ2_0; F32, "):
         reader.load(path)
 
 
-def test_experts(params: minicpm.Params, tmp_path: Path):
+def test_experts(params: Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, extra={"expert_count": 8})
     with pytest.raises(UserError, match=r"llama.expert_count=8.0 is not supported"):
         reader.load(path)
 
 
-def test_missing_tensor(params: minicpm.Params, tmp_path: Path):
+def test_missing_tensor(params: Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, skip="blk.1.attn_k.weight")
     with pytest.raises(UserError, match=r"tensor blk.1.attn_k.weight \[128, 256\] missing"):
         reader.load(path)
 
 
-def test_wrong_shape(params: minicpm.Params, tmp_path: Path):
+def test_wrong_shape(params: Params, tmp_path: Path):
     other = params | {"final_norm": params["final_norm"][:32]}
     path = write(tmp_path / "m.gguf", CONFIG, other)
     with pytest.raises(UserError, match=r"output_norm.weight has shape \[32\]; the config makes it \[256\]"):
         reader.load(path)
 
 
-def test_truncated(params: minicpm.Params, tmp_path: Path):
+def test_truncated(params: Params, tmp_path: Path):
     path = write(tmp_path / "m.gguf", CONFIG, params, "Q8_0")
     data = path.read_bytes()
     for keep in (0, 3, 20, 200, 600):
@@ -386,7 +386,7 @@ def test_no_gguf(tmp_path: Path):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_corrupt_header_is_one_clear_line(params: minicpm.Params, tmp_path: Path, seed: int):
+def test_corrupt_header_is_one_clear_line(params: Params, tmp_path: Path, seed: int):
     path = write(tmp_path / "m.gguf", CONFIG, params)
     data = bytearray(path.read_bytes())
     rng = np.random.default_rng(seed)

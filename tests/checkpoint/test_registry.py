@@ -17,10 +17,11 @@ from duplex_jax.checkpoint import adapter, orbax
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.checkpoint.registry import LoadedModel, add_rows, load_model, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig, RopeScaling, to_hf
+from duplex_jax.model.tree import Params, from_tree, shapes
 from duplex_jax.template import make_template, missing_tokens
 from duplex_jax.tokenizer import _UNICODE_TO_BYTE, HFTokenizer, load_tokenizer, resolve_tokenizer
+from tests.tiny import fresh_tree, logits_of
 
 CONFIG = ModelConfig(
     vocab_size=258, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -53,8 +54,8 @@ def byte_tokenizer(*control: str) -> HFTokenizer:
 
 
 @functools.cache
-def random_params(config: ModelConfig, seed: int) -> minicpm.Params:
-    return jax.tree.map(np.asarray, minicpm.init_params(config, jax.random.key(seed)))
+def random_params(config: ModelConfig, seed: int) -> Params:
+    return fresh_tree(config, seed)
 
 
 def tiny(template: str = "chatml", config: ModelConfig = CONFIG, seed: int = 0) -> LoadedModel:
@@ -63,7 +64,9 @@ def tiny(template: str = "chatml", config: ModelConfig = CONFIG, seed: int = 0) 
     tokenizer: Any = byte_tokenizer("<|im_start|>", "<|im_end|>")
     first, tokenizer = tokenizer.vocab_size, tokenizer.with_tokens(missing_tokens(template, tokenizer))
     config, params = add_rows(config, params, first, tokenizer.vocab_size)
-    return LoadedModel("tiny", config, params, tokenizer, make_template(template, tokenizer), {"temperature": 0.8})
+    return LoadedModel(
+        "tiny", from_tree(config, params), tokenizer, make_template(template, tokenizer), {"temperature": 0.8}
+    )
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -82,10 +85,7 @@ def test_idle_becomes_a_new_row_with_the_mean():
         np.testing.assert_array_equal(model.params[name][:258], before[name])
         np.testing.assert_allclose(model.params[name][258], before[name].mean(axis=0), rtol=1e-5, atol=1e-8)
     tokens = jnp.arange(12)[None]
-    logits = [
-        jax.jit(lambda p, c=c: minicpm.logits(c, p, minicpm.forward(c, p, tokens)))(p)
-        for c, p in ((CONFIG, before), (model.config, model.params))
-    ]
+    logits = [logits_of(c, p, tokens) for c, p in ((CONFIG, before), (model.config, model.params))]
     np.testing.assert_allclose(logits[1][..., :258], logits[0], atol=1e-6)
     np.testing.assert_allclose(logits[1][..., 258], logits[0].mean(-1), atol=1e-5)
 
@@ -285,9 +285,7 @@ def store(tmp_path: Path) -> Path:
 def test_store_restores_onto_shardings_and_dtypes(store: Path):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     config = orbax.read_config(store)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), minicpm.abstract_params(config)
-    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), shapes(config))
     found = orbax.restore(store, abstract)
     want = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny().params)
     assert same_bits(found, want)

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
+from tests.tiny import logits_of
 
 NAME = "smollm2-135m-duplex"
 SEQUENCES = ([3, 1780, 314, 260, 3575, 282, 4, 5], [5, 4, 5, 3, 2683, 42, 4, 504, 3575, 282, 4649, 314, 7042, 30, 2])
@@ -60,7 +59,7 @@ def test_updates_are_merged_into_the_base(duplex: LoadedModel, smollm2: LoadedMo
 
 
 def test_a_first_slice(duplex: LoadedModel):
-    engine = Engine(duplex.config, duplex.params, duplex.template, capacity=256)
+    engine = Engine(duplex.model, duplex.template, capacity=256)
     session = DuplexSession(engine, sampling=Sampling(temperature=0.0))
     result = session.step("What is the capital of")
     assert result.index == 0
@@ -77,8 +76,7 @@ def test_logits_are_those_of_transformers(duplex: LoadedModel, tmp_path: Path):
     for ids in SEQUENCES:
         with torch.no_grad():
             expected = theirs(torch.tensor([ids])).logits.numpy()
-        hidden = minicpm.forward(duplex.config, duplex.params, jnp.asarray([ids]))
-        found = np.asarray(minicpm.logits(duplex.config, duplex.params, hidden))
+        found = logits_of(duplex.config, duplex.params, [ids])
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
         assert (found.argmax(-1) == expected.argmax(-1)).all()
 

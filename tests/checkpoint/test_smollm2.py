@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import TurnSession
-from duplex_jax.model import minicpm
+from duplex_jax.decode.turns import TurnSession
+from tests.tiny import logits_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,7 +48,7 @@ def theirs(exported: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(smollm2: LoadedModel) -> Iterator[Engine]:
-    return Engine(smollm2.config, smollm2.params, smollm2.template, capacity=384)
+    return Engine(smollm2.model, smollm2.template, capacity=384)
 
 
 def answer(engine: Engine, prompt: str) -> list[int]:
@@ -74,8 +73,7 @@ def test_logits_are_those_of_transformers(smollm2: LoadedModel, theirs: Any):
     ids = smollm2.template.turn_prompt([("user", PROMPTS[3])])
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits.numpy()
-    hidden = minicpm.forward(smollm2.config, smollm2.params, jnp.asarray([ids]))
-    found = np.asarray(minicpm.logits(smollm2.config, smollm2.params, hidden))
+    found = logits_of(smollm2.config, smollm2.params, [ids])
     np.testing.assert_allclose(found, expected, atol=5e-4)  # logits up to 30 here
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 

@@ -14,7 +14,7 @@ from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode import bench, bench_batch, floor, llama
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_params
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def talkative() -> LoadedModel:
     model = tiny_model()
     head = model.params["head"].copy()
     head[256:] = 0  # nor control tokens, which only we never say
-    return dataclasses.replace(model, params=model.params | {"head": head})
+    return dataclasses.replace(model, model=with_params(model.model, head=head))
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -93,7 +93,7 @@ def test_llama_cpp_does_the_same_work(precision: str) -> None:
     peer.encode(0, ids)
     peer.copy(0, 1)
     peer.cut(1, 100)
-    engine = Engine(model.config, model.params, model.template, capacity=256, dtype="float32", weights=precision)
+    engine = Engine(model.model, model.template, capacity=256, dtype="float32", weights=precision)
     row = engine.open()
     engine.append(row, [*ids[:100], *ids[10:13]])
     theirs = peer.decode([(1, 100, ids[10:13]), (0, 120, ids[20:22])])

@@ -13,7 +13,7 @@ from tests.tiny import CONFIG, tiny_model
 def test_caches_take_what_the_formula_says(rows: int, entries: str):
     model = tiny_model()
     engine = Engine(
-        model.config, model.params, model.template, rows=rows, capacity=201, entries=entries, kernels=False
+        model.model, model.template, rows=rows, capacity=201, entries=entries, kernels=False
     )  # fmt: skip
     engine.begin_shadow(engine.open([65]), 0, 0)
     held = sum(x.nbytes for x in jax.tree.leaves((engine.cache, engine._shadow_cache)))

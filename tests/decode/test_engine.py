@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duplex_jax.decode.engine import Engine, EngineFull, Request
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import EngineFull, Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession, step_sessions
 from duplex_jax.decode.snapshot import Snapshot
 from duplex_jax.errors import UserError
-from tests.tiny import CONTROL, END, FreshForward, tiny_model, with_config
+from tests.tiny import CONTROL, END, FreshForward, fresh_model, tiny_model, with_config
 
 GREEDY = Sampling(temperature=0)
 IDLE = 256 + CONTROL.index("<idle>")
@@ -23,7 +24,7 @@ IDLE = 256 + CONTROL.index("<idle>")
 @functools.cache
 def shared_engine(rows: int, kernels: bool | None = None) -> Engine:
     model = tiny_model()
-    return Engine(model.config, model.params, model.template, rows=rows, capacity=512, kernels=kernels)
+    return Engine(model.model, model.template, rows=rows, capacity=512, kernels=kernels)
 
 
 @pytest.fixture
@@ -59,12 +60,12 @@ def test_a_row_beside_others_gives_what_it_gives_alone(sampling: Sampling, kerne
     shared = 0
     for number, user in enumerate(slices):
         act = rng.choice(["open", "open", "fork", "restore", "close", "rewind", "none"])
-        if act == "open" and engine._free:
+        if act == "open" and engine.free:
             mood = Sampling(rng.choice([0.0, 0.7, 1.5]), rng.choice([0.5, 1.0]), rng.choice([0, 3]))
             others.append(DuplexSession(engine, seed=number, keep_idle=rng.choice([None, 0, 1]), sampling=mood))
-        elif act == "fork" and engine._free:
+        elif act == "fork" and engine.free:
             others.append(rng.choice([session, *others]).fork(seed=number))
-        elif act == "restore" and engine._free:
+        elif act == "restore" and engine.free:
             snapshot = rng.choice([session, *others]).snapshot(rng.random() < 0.5)
             others.append(DuplexSession.restore(engine, Snapshot.from_bytes(snapshot.to_bytes())))
         elif act == "close" and others:
@@ -96,11 +97,11 @@ def test_forks_part_by_their_seeds(engine: Engine):
 def test_no_step_compiles_after_warm_up(kernels: bool | None):
     """200 slices of random length, silences and evictions; every other program is bounded by the table of buckets."""
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, rows=2, capacity=512, kernels=kernels)
+    engine = Engine(model.model, model.template, rows=2, capacity=512, kernels=kernels)
     engine.warm_up()
-    steps = {k: n for k, n in engine.compilations.items() if k.startswith(("feed", "say"))}
+    steps = {k: n for k, n in engine.compilations.items() if k.kind in ("feed", "say")}
     # for one row what is fed and what is said; for two, few and many tokens are fed; without kernels slots 256 and all
-    assert len(steps) == (2 + 3) * (1 if engine._by_kernels else 2)
+    assert len(steps) == (2 + 3) * (2 if engine.backend.reads_buckets else 1)
     assert set(steps.values()) == {1}
     rng = random.Random(0)
     sessions = [DuplexSession(engine, system="Be brief.", seed=i) for i in range(2)]
@@ -108,9 +109,9 @@ def test_no_step_compiles_after_warm_up(kernels: bool | None):
         words = [None if rng.random() < 0.3 else "w" * rng.randint(1, 150) for _ in sessions]
         step_sessions(dict(zip(sessions, words, strict=True)))
     assert min(s._oldest for s in sessions) > 20
-    assert {k: n for k, n in engine.compilations.items() if k.startswith(("feed", "say"))} == steps
+    assert {k: n for k, n in engine.compilations.items() if k.kind in ("feed", "say")} == steps
     assert set(engine.compilations.values()) == {1}
-    rest = [k.split()[0] for k in engine.compilations if k not in steps]
+    rest = [k.kind for k in engine.compilations if k not in steps]
     assert {kind: rest.count(kind) <= (4 if kind == "extend" else 2) for kind in rest} == dict.fromkeys(rest, True)
 
 
@@ -118,7 +119,7 @@ def test_no_step_compiles_after_warm_up(kernels: bool | None):
 def test_every_bucket_is_warmed_up(sizes: dict[str, Any]):
     """By XLA: contexts that grow to the capacity, word by word or at once, and old pairs that go, compile nothing."""
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, kernels=False, **sizes)
+    engine = Engine(model.model, model.template, kernels=False, **sizes)
     engine.warm_up()
 
     def fill(words: int) -> None:
@@ -278,7 +279,7 @@ def test_long_feeds_go_in_chunks(engine: Engine):
 def test_sizes_that_make_no_sense(sizes: dict[str, int], words: str):
     model = tiny_model()
     with pytest.raises(UserError, match=words):
-        Engine(model.config, model.params, model.template, **sizes)
+        Engine(model.model, model.template, **sizes)
 
 
 @pytest.mark.slow
@@ -293,13 +294,8 @@ def test_bfloat16_and_other_geometries_keep_the_invariant():
     ):
         model = tiny_model("compact", with_config())
         if config != model.config:
-            import jax
-
-            from duplex_jax.model import minicpm
-
-            params = minicpm.init_params(config, jax.random.key(1))
-            model = type(model)("other", config, params, model.tokenizer, model.template)
-        engine = Engine(model.config, model.params, model.template, capacity=256, dtype=dtype)
+            model = type(model)("other", fresh_model(config, 1), model.tokenizer, model.template)
+        engine = Engine(model.model, model.template, capacity=256, dtype=dtype)
         session = DuplexSession(engine, seed=1)
         fresh = FreshForward(model)
         for user in script(3, 25):

@@ -14,11 +14,13 @@ import pytest
 
 from duplex_jax import native
 from duplex_jax.checkpoint.registry import LoadedModel
-from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.backends import cpu, xla
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
-from duplex_jax.model import matrix
 from duplex_jax.model.config import STORES
+from duplex_jax.model.tree import from_tree
 from tests.tiny import CONFIG, FreshForward, tiny_model
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C++ compiler for the CPU's own kernels")
@@ -35,7 +37,8 @@ def shaped(heads: int, kv_heads: int, head_dim: int, mlp: int, hidden: int = 40,
     if not tied:
         return model
     params = {name: w for name, w in model.params.items() if name != "head"}
-    return dataclasses.replace(model, config=dataclasses.replace(config, tie_word_embeddings=True), params=params)
+    config = dataclasses.replace(config, tie_word_embeddings=True)
+    return dataclasses.replace(model, model=from_tree(config, params))
 
 
 @needs_kernels
@@ -46,7 +49,7 @@ def shaped(heads: int, kv_heads: int, head_dim: int, mlp: int, hidden: int = 40,
 def test_logits_are_those_of_a_fresh_forward_pass(heads: int, kv_heads: int, head_dim: int, mlp: int, tied: bool):
     """Contexts of many lengths, encoded at once, in chunks, token by token, and after a cut."""
     of = shaped(heads, kv_heads, head_dim, mlp, tied=tied)
-    engine = Engine(of.config, of.params, of.template, rows=2, capacity=700, kernels=True)
+    engine = Engine(of.model, of.template, rows=2, capacity=700, kernels=True)
     fresh = FreshForward(of)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 256, 620).tolist()
@@ -63,9 +66,7 @@ def test_logits_are_those_of_a_fresh_forward_pass(heads: int, kv_heads: int, hea
 def test_fewer_bits_are_near(kernels: bool, weights: str, entries: str):
     """Rows of several lengths step together; logits stay within what the bits allow of the float32 forward pass."""
     of = shaped(3, 1, 64, 100, hidden=64)
-    engine = Engine(
-        of.config, of.params, of.template, rows=3, capacity=400, weights=weights, entries=entries, kernels=kernels
-    )
+    engine = Engine(of.model, of.template, rows=3, capacity=400, weights=weights, entries=entries, kernels=kernels)
     rng = np.random.default_rng(1)
     rows = [engine.open(sampling=Sampling(0)) for _ in range(3)]
     for row, n in zip(rows, (3, 150, 300), strict=True):
@@ -89,16 +90,15 @@ def test_fewer_bits_are_near(kernels: bool, weights: str, entries: str):
 def test_panels_multiply_and_give_columns(store: str, rows: int, depth: int, width: int):
     rng = np.random.default_rng(rows)
     weight, x = rng.standard_normal((depth, width), np.float32), rng.standard_normal((rows, depth), np.float32)
-    plain, panels = (matrix.store([weight[:, :2], weight[:, 2:]], store, in_panels) for in_panels in (False, True))
+    plain, table = xla.StoredLinear(weight, store), xla.StoredEmbedding(weight.T, store)
+    panels = cpu.panels([weight[:, :2], weight[:, 2:]], store)
     index = jnp.array([0, width - 1, 2])
-    stored = np.asarray(matrix.columns(plain, jnp.arange(width))).T
+    stored = np.asarray(table(jnp.arange(width), jnp.float32)).T
     bound = {"float32": 0, "bfloat16": np.abs(weight) * 2**-8, "int8": np.abs(weight).max(0) / 253}[store]
     assert (np.abs(stored - weight) <= bound).all()
-    np.testing.assert_array_equal(matrix.columns(panels, index), stored[:, np.asarray(index)].T)
-    for of in (plain, panels):
-        both = [np.asarray(part) for part in matrix.split(jax.jit(matrix.matmul)(x, of), of)]
-        assert [part.shape for part in both] == [(rows, 2), (rows, width - 2)]
-        np.testing.assert_allclose(np.concatenate(both, 1), x @ stored, atol=1e-5 * depth)
+    np.testing.assert_array_equal(cpu.columns(panels, index), stored[:, np.asarray(index)].T)
+    for product in (plain, table.scores, lambda x: jax.jit(cpu.matmul, static_argnums=2)(x, panels, width)):
+        np.testing.assert_allclose(product(x), x @ stored, atol=1e-5 * depth)
 
 
 @needs_kernels
@@ -106,7 +106,7 @@ def test_panels_multiply_and_give_columns(store: str, rows: int, depth: int, wid
 def test_a_row_gives_the_same_beside_others(held: int):
     """Bit for bit, whoever is computed in the same call, however much it holds."""
     of = shaped(3, 1, 64, 100)
-    engine = Engine(of.config, of.params, of.template, rows=16, capacity=held + 400, kernels=True)
+    engine = Engine(of.model, of.template, rows=16, capacity=held + 400, kernels=True)
     rng = np.random.default_rng(2)
     begin = rng.integers(0, 256, held).tolist()
     slices = [rng.integers(0, 256, rng.integers(1, 16)).tolist() for _ in range(12)]
@@ -133,7 +133,7 @@ def test_a_row_gives_the_same_beside_others(held: int):
 @pytest.mark.parametrize("kernels", BOTH)
 def test_scores_are_the_logits_behind_each_id(kernels: bool):
     of = tiny_model()
-    engine = Engine(of.config, of.params, of.template, rows=2, capacity=256, kernels=kernels)
+    engine = Engine(of.model, of.template, rows=2, capacity=256, kernels=kernels)
     ids = np.random.default_rng(3).integers(0, 256, 150).tolist()
     row, fresh = engine.open(ids[:20]), FreshForward(of)
     found = np.concatenate(list(engine.score(row, ids[20:])))
@@ -178,6 +178,6 @@ def test_without_a_compiler_there_are_none(shell: dict[str, str]):
 def test_what_cannot_be_stored_is_refused():
     of = tiny_model()
     with pytest.raises(UserError, match="weights 'int4' cannot be stored"):
-        Engine(of.config, of.params, of.template, capacity=256, weights="int4")
+        Engine(of.model, of.template, capacity=256, weights="int4")
     with pytest.raises(UserError, match="entries 'float8' cannot be stored"):
-        Engine(of.config, of.params, of.template, capacity=256, entries="float8")
+        Engine(of.model, of.template, capacity=256, entries="float8")

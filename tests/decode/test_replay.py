@@ -18,7 +18,7 @@ OPTIONS = Replay(Sampling(1.0, 0.9), seed=4, system="Be brief.")
 @functools.cache
 def engine(rows: int) -> Engine:
     model = tiny_model()
-    return Engine(model.config, model.params, model.template, rows=rows, capacity=256)
+    return Engine(model.model, model.template, rows=rows, capacity=256)
 
 
 def timelines() -> list[Timeline]:

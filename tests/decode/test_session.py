@@ -20,11 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from duplex_jax.chat import Message
 from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.registry import LoadedModel
-from duplex_jax.decode.engine import Engine, EngineFull, Request, Row
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import EngineFull, Request, Row
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, Slice, TurnSession, step_sessions
+from duplex_jax.decode.session import DuplexSession, Slice, step_sessions
 from duplex_jax.decode.snapshot import Snapshot
+from duplex_jax.decode.turns import TurnSession
 from duplex_jax.errors import UserError
+from duplex_jax.model.tree import from_tree
 from duplex_jax.template import TEMPLATES, Template
 from tests.tiny import END, FreshForward, tiny_model, with_config
 
@@ -35,7 +38,7 @@ GREEDY = Sampling(temperature=0)
 def shared_engine(rows: int, capacity: int, kernels: bool | None = None) -> Engine:
     """Engines are used again and again, dirty caches included: compiling takes longest."""
     model = tiny_model()
-    return Engine(model.config, model.params, model.template, rows=rows, capacity=capacity, kernels=kernels)
+    return Engine(model.model, model.template, rows=rows, capacity=capacity, kernels=kernels)
 
 
 @functools.cache
@@ -175,7 +178,7 @@ class Lives(RuleBasedStateMachine):
             self.engine.template = tiny_model().template
         if hasattr(self, "engine"):
             assert not self.engine.rows
-            assert len(self.engine._free_shadows) == self.engine._n_shadows
+            assert len(self.engine._rows._free_shadows) == self.engine._shadow_size[0]
 
     def add(self, system: str | None, keep_idle: int | None, dormant: bool, idle_bias: float) -> None:
         session = DuplexSession(
@@ -246,7 +249,7 @@ class Lives(RuleBasedStateMachine):
             session.rewind(index)
             expected.rewind(index)
 
-    @precondition(lambda self: self.engine._free)
+    @precondition(lambda self: self.engine.free)
     @rule(data=st.data(), seed=st.sampled_from([None, 5]))
     def fork(self, data: st.DataObject, seed: int | None) -> None:
         session, expected = self.pick(data)
@@ -259,12 +262,12 @@ class Lives(RuleBasedStateMachine):
         snapshot = session.snapshot(entries)
         if travel:
             snapshot = Snapshot.from_bytes(snapshot.to_bytes(past))
-        if not self.engine._free:
+        if not self.engine.free:
             session.close()
             self.lives.remove((session, expected))
         self.lives.append((DuplexSession.restore(self.engine, snapshot), expected.copy()))
 
-    @precondition(lambda self: self.engine._free)
+    @precondition(lambda self: self.engine.free)
     @rule(system=st.sampled_from([None, "Be kind."]), keep_idle=st.sampled_from([None, 0, 1]), dormant=st.booleans())
     def open(self, system: str | None, keep_idle: int | None, dormant: bool) -> None:
         self.add(system, keep_idle, dormant, 3.0)
@@ -614,7 +617,7 @@ def test_a_session_goes_on_elsewhere(engine: Engine, entries: bool):
 
 def test_bfloat16_entries_travel_as_their_bits():
     model = tiny_model()
-    engine = Engine(model.config, model.params, model.template, capacity=256, dtype="bfloat16")
+    engine = Engine(model.model, model.template, capacity=256, dtype="bfloat16")
     session = DuplexSession(engine, sampling=GREEDY)
     session.step("hello")
     k, v = Snapshot.from_bytes(session.snapshot().to_bytes()).entries or pytest.fail("no entries")
@@ -629,8 +632,9 @@ def test_released_weights(reference, name: str):
     """The invariant on the golden checkpoints, whose vocabulary is cut to 500: ids come straight from it."""
     config, params = huggingface.load(reference / name)
     model = tiny_model("minicpm", with_config(vocab_size=config.vocab_size))
-    engine = Engine(config, params, model.template, capacity=256)
-    fresh = FreshForward(LoadedModel(name, config, params, model.tokenizer, model.template))
+    released = LoadedModel(name, from_tree(config, params), model.tokenizer, model.template)
+    engine = Engine(released.model, model.template, capacity=256)
+    fresh = FreshForward(released)
     session = DuplexSession(engine, seed=2, sampling=Sampling(idle_bias=1))
     for i in range(30):
         session.step("hello there" if i % 3 else None)

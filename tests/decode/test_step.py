@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from duplex_jax.decode.engine import Engine, Request
+from duplex_jax.decode.engine import Engine
+from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
 from tests.tiny import END, FreshForward, tiny_model
 
@@ -17,7 +18,7 @@ def engine(max_slice_tokens: int = 10, at_once: bool = False, kernels: bool | No
     """Three rows; one program for all of them, or several that compute those that take part and those that speak."""
     model = tiny_model()
     return Engine(
-        model.config, model.params, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens,
+        model.model, model.template, rows=3, capacity=256, max_slice_tokens=max_slice_tokens,
         row_buckets=[] if at_once else None, kernels=kernels,
     )  # fmt: skip
 

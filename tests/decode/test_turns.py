@@ -7,8 +7,8 @@ import pytest
 
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, TurnSession
-from duplex_jax.decode.turns import SliceTurns, open_turns
+from duplex_jax.decode.session import DuplexSession
+from duplex_jax.decode.turns import SliceTurns, TurnSession, open_turns
 from duplex_jax.errors import UserError
 from duplex_jax.timeline import SlicePair
 from tests.decode.test_session import GREEDY, assert_invariant, shared_engine

@@ -17,7 +17,7 @@ from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate.behaviour import add, count, count_forced, oracle, output_of
 from duplex_jax.evaluate.forced import forced_decisions, windows
 from duplex_jax.timeline import Event, SlicePair, Timeline, dump_line, from_row
-from tests.tiny import END, FreshForward, tiny_model
+from tests.tiny import END, FreshForward, tiny_model, with_params
 
 
 def ascii_model() -> LoadedModel:
@@ -26,7 +26,7 @@ def ascii_model() -> LoadedModel:
     head = model.params["head"].copy()
     head[128:256] *= 0.01
     head[END] *= 0.1
-    return dataclasses.replace(model, params=model.params | {"head": head})
+    return dataclasses.replace(model, model=with_params(model.model, head=head))
 
 
 MODEL = ascii_model()
@@ -35,7 +35,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(MODEL.config, MODEL.params, MODEL.template, rows=3, capacity=512)
+    return Engine(MODEL.model, MODEL.template, rows=3, capacity=512)
 
 
 def made(index: int, rounds: int = 2) -> Timeline:

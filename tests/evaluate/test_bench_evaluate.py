@@ -12,7 +12,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate import bench
 from duplex_jax.evaluate.benchmarks.tasks import Item
 from tests.launch.test_evaluate_behaviour import REPOSITORY
-from tests.tiny import END, tiny_model
+from tests.tiny import END, tiny_model, with_params
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head = model.params["head"].copy()
     printable = [model.tokenizer.encode(chr(c))[0] for c in range(32, 127)]
     head[[i for i in range(len(head)) if i not in (*printable, END)]] = 0
-    save_model(dataclasses.replace(model, params=model.params | {"head": head}), folder / "model")
+    save_model(dataclasses.replace(model, model=with_params(model.model, head=head)), folder / "model")
     data = folder / "data"
     data.mkdir()
     rows: dict[str, Any] = {

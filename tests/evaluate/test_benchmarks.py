@@ -20,9 +20,8 @@ from duplex_jax.evaluate.benchmarks.scoring import METRICS, accuracies, answer, 
 from duplex_jax.evaluate.benchmarks.tasks import TASKS, Item, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation, duplex_pairs
 from duplex_jax.evaluate.statistics import paired_difference
-from duplex_jax.model import minicpm
 from duplex_jax.timeline import SlicePair
-from tests.tiny import tiny_model
+from tests.tiny import logits_of, tiny_model
 
 ITEMS = [
     Item("Question: What do plants need most to grow well in a dry and sunny place?\nAnswer:",
@@ -145,15 +144,9 @@ def test_scored_tokens_are_the_words_of_the_choice(template_name: str, item: Ite
 
 def one_by_one(model: LoadedModel, continuations: list[Continuation]) -> Likelihoods:
     """One forward pass for each choice, without padding, summed on the host."""
-    params = jax.tree.map(jnp.asarray, model.params)
-
-    @jax.jit
-    def forward(tokens: jax.Array) -> jax.Array:
-        return minicpm.logits(model.config, params, minicpm.forward(model.config, params, tokens))
-
     sums: tuple[list[float], list[float]] = ([], [])
     for ids, scored in continuations:
-        logits = np.array(forward(jnp.asarray([ids]))[0], np.float64)
+        logits = logits_of(model.config, model.params, [ids])[0].astype(np.float64)
         for of in sums:
             p = np.exp(logits - logits.max(-1, keepdims=True))
             of.append(sum(float(np.log(p[i - 1, ids[i]] / p[i - 1].sum())) for i in scored))
@@ -175,8 +168,7 @@ def test_likelihoods_are_those_of_one_pass_for_each_choice(
     items = [*ITEMS[1:], Item("same same", ("same", "same same", "same"), 0)]
     encoded = [WAYS[way](model.template, item, "seed") for item in items]
     rows = [make_row(continuations) for continuations in encoded]
-    params = jax.tree.map(jnp.asarray, model.params)
-    found = dict(log_likelihoods(model.config, params, rows, model.template.stop_ids, 4096))
+    found = dict(log_likelihoods(model.model, rows, model.template.stop_ids, 4096))
     assert sorted(found) == list(range(len(items)))
     for i, continuations in enumerate(encoded):
         expected = one_by_one(model, continuations)
@@ -304,13 +296,13 @@ def test_likelihoods_are_those_of_transformers(smollm2: LoadedModel, shared: Pat
             log_p = torch.log_softmax(theirs(torch.tensor([ids])).logits[0].double(), -1)
         return sum(log_p[i - 1, ids[i]].item() for i in scored)
 
-    params = jax.tree.map(jnp.asarray, smollm2.params)
+    on_device = jax.tree.map(jnp.asarray, smollm2.model)
     for task, way in itertools.product(("arc_easy", "hellaswag", "mmlu"), WAYS):
         benchmark = read_benchmark(task, shared / "data" / "benchmarks")
         items = [benchmark.items[n] for n in benchmark.chosen(1)]
         encoded = [WAYS[way](smollm2.template, item, "seed") for item in items]
         rows = [make_row(continuations) for continuations in encoded]
-        found = dict(log_likelihoods(smollm2.config, params, rows, smollm2.template.stop_ids, 4096))
+        found = dict(log_likelihoods(on_device, rows, smollm2.template.stop_ids, 4096))
         for i, item in enumerate(items):
             for choice, continuation, value in zip(item.choices, encoded[i], found[i].all, strict=True):
                 ids, scored = continuation

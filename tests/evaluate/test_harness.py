@@ -16,7 +16,7 @@ from duplex_jax.evaluate.benchmarks.tasks import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS
 from tests.evaluate import against_harness
 from tests.launch.test_evaluate_behaviour import run
-from tests.tiny import END, tiny_model, with_config
+from tests.tiny import END, tiny_model, with_config, with_params
 
 _MISSING = [name for name in ("lm_eval", "torch", "accelerate") if importlib.util.find_spec(name) is None]
 needs_harness = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def model() -> LoadedModel:
     head = model.params["head"].copy()
     printable = [model.tokenizer.encode(chr(c))[0] for c in range(32, 127)]
     head[[i for i in range(len(head)) if i not in (*printable, END)]] = 0
-    return dataclasses.replace(model, params=model.params | {"head": head})
+    return dataclasses.replace(model, model=with_params(model.model, head=head))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 from duplex_jax.checkpoint.registry import save_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession, TurnSession, step_turns
+from duplex_jax.decode.session import DuplexSession
+from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
@@ -334,7 +335,7 @@ def test_prompts_of_the_published_files(shared: Path):
 @pytest.fixture(scope="module")
 def model() -> Engine:
     tiny = tiny_model()
-    return Engine(tiny.config, tiny.params, tiny.template, rows=3, capacity=512)
+    return Engine(tiny.model, tiny.template, rows=3, capacity=512)
 
 
 def test_what_was_said_elsewhere_stands_in_the_context(model: Engine):

@@ -48,7 +48,7 @@ def test_bad_input(arguments: list[str], message: str, data: Path, tmp_path: Pat
 def test_two_models_on_the_same_items(data: Path, tmp_path: Path):
     """A run, the same run again, more items, another model in its folder, and that model beside it."""
     first = tiny_model()
-    other = dataclasses.replace(first, params=jax.tree.map(lambda w: w * 1.1, first.params))
+    other = dataclasses.replace(first, model=jax.tree.map(lambda w: w * 1.1, first.model))
     for name, model in (("first", first), ("other", other)):
         save_model(model, tmp_path / name)
     flags = ["benchmark", "--tasks=arc_easy", f"--data={data}"]

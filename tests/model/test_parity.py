@@ -13,25 +13,17 @@ import pytest
 from duplex_jax.checkpoint import huggingface
 from duplex_jax.checkpoint.names import disassemble, parts
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
+from duplex_jax.model.tree import Params, from_tree
+from tests.tiny import logits_of
 
 GOLDEN = ("minicpm-tiny-mha", "minicpm-tiny-gqa-untied")
 
 
-def all_logits(config: ModelConfig, params: minicpm.Params, tokens: np.ndarray) -> np.ndarray:
-    """float32 `[B, T, V]`."""
-
-    @jax.jit
-    def compute(params: minicpm.Params, tokens: jax.Array) -> jax.Array:
-        return minicpm.logits(config, params, minicpm.forward(config, params, tokens))
-
-    return np.asarray(compute(params, jnp.asarray(tokens)))
-
-
-def mean_loss(config: ModelConfig, params: minicpm.Params, tokens: jax.Array, labels: jax.Array, remat: str):
+def mean_loss(config: ModelConfig, params: Params, tokens: jax.Array, labels: jax.Array, remat: str):
     """The released code's loss: the mean over next tokens whose label is not -100."""
-    out = minicpm.logits(config, params, minicpm.forward(config, params, tokens, remat=remat))[:, :-1]
+    model = from_tree(config, params)
+    out = model.logits(model.hidden(tokens, remat=remat))[:, :-1]
     labels = labels[:, 1:]
     mask = labels != -100
     picked = jnp.take_along_axis(out, jnp.where(mask, labels, 0)[..., None], -1)[..., 0]
@@ -42,7 +34,7 @@ def mean_loss(config: ModelConfig, params: minicpm.Params, tokens: jax.Array, la
 def test_golden_logits(reference: Path, name: str):
     config, params = huggingface.load(reference / name)
     expected = np.load(reference / name / "expected.npz")
-    assert np.abs(all_logits(config, params, expected["input_ids"]) - expected["logits"]).max() < 1e-4
+    assert np.abs(logits_of(config, params, expected["input_ids"]) - expected["logits"]).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -69,8 +61,8 @@ def test_padded_vocabulary_changes_nothing(reference: Path, name: str):
     config, params = huggingface.load(reference / name)
     padded_config, padded = huggingface.load(reference / name, vocab_multiple=96)
     assert padded_config.padded_vocab_size == 576
-    out = all_logits(padded_config, padded, tokens)
-    np.testing.assert_allclose(out[..., : config.vocab_size], all_logits(config, params, tokens), atol=1e-6)
+    out = logits_of(padded_config, padded, tokens)
+    np.testing.assert_allclose(out[..., : config.vocab_size], logits_of(config, params, tokens), atol=1e-6)
     assert (out[..., config.vocab_size :] == -1e30).all()
 
 
@@ -122,7 +114,7 @@ def test_transformers_logits(case: str, tmp_path: Path):
     tokens = np.random.default_rng(0).integers(0, 128, (2, length))
     with torch.no_grad():
         expected = theirs(torch.asarray(tokens)).logits.numpy()
-    found = all_logits(config, params, tokens)
+    found = logits_of(config, params, tokens)
     assert expected.std() > 0.3  # the comparison says something
     np.testing.assert_allclose(found, expected, atol=1e-4)
     again = from_hf(to_hf(config))

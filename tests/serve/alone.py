@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from duplex_jax.decode.engine import never_sampled
+from duplex_jax.decode.rows import never_sampled
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession
 from tests.serve.serving import engine_of

@@ -26,9 +26,7 @@ def engine_of(model: LoadedModel, rows: int, capacity: int = CAPACITY) -> Engine
     """One engine for each size, compiled once; its rows are free between tests. It steps one row, or all."""
     key = (id(model), rows, capacity)
     if key not in _engines:
-        _engines[key] = Engine(
-            model.config, model.params, model.template, rows=rows, capacity=capacity, row_buckets=[1]
-        )
+        _engines[key] = Engine(model.model, model.template, rows=rows, capacity=capacity, row_buckets=[1])
     engine = _engines[key]
     for row in list(engine.rows):
         engine.close(row)

@@ -10,8 +10,7 @@ import openai
 import pytest
 
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import TurnSession
-from duplex_jax.decode.turns import SliceTurns
+from duplex_jax.decode.turns import SliceTurns, TurnSession
 from duplex_jax.serve.access import Access
 from duplex_jax.serve.demo import MOST_TOKENS
 from duplex_jax.serve.live import LiveSession

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from duplex_jax import parallel
-from duplex_jax.model import minicpm
 from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.tree import from_tree
 from duplex_jax.train import config as configs
 from duplex_jax.train import step as steps
 
@@ -70,7 +70,7 @@ def unpacked_loss(config: ModelConfig, params: Any, batch: dict[str, np.ndarray]
             tokens.append(np.pad(flat["tokens"][row][inside], pad))
             weights.append(np.pad(flat["loss_weights"][row][inside], pad))
     tokens, weights = np.stack(tokens), np.stack(weights)
-    logits = minicpm.logits(config, params, minicpm.forward(config, params, jnp.asarray(tokens)))
+    logits = from_tree(config, params)(jnp.asarray(tokens))
     logp = jax.nn.log_softmax(logits[:, :-1, : config.vocab_size])
     nll = -jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(nll * weights[:, 1:]) / weights[:, 1:].sum()

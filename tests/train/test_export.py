@@ -12,28 +12,28 @@ from duplex_jax.checkpoint import adapter
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.errors import UserError
-from duplex_jax.model import minicpm
+from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.train import loop
 from duplex_jax.train import step as steps
 from duplex_jax.train.checkpoints import Record, Store
 from duplex_jax.train.config import to_dict
 from duplex_jax.train.export import control_ids, read_adapter
 from tests import made_timelines
+from tests.tiny import fresh_model
 from tests.train import plans
 
 
-def logits(config, params) -> np.ndarray:
+def logits(model: MiniCPM) -> np.ndarray:
     tokens = np.arange(48).reshape(2, 24) % 60 + 200
     tokens[0, 3:5] = plans.ROW_IDS
-    hidden = jax.jit(lambda p: minicpm.forward(config, p, tokens))(params)
-    return np.asarray(minicpm.logits(config, params, hidden))[..., : config.vocab_size]
+    found = jax.jit(lambda model: model(tokens))(model)
+    return np.asarray(found)[..., : model.config.vocab_size]
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     template = made_timelines.template()
-    params = jax.tree.map(np.asarray, minicpm.init_params(plans.SHAPE, jax.random.key(3)))
-    save_model(LoadedModel("base", plans.SHAPE, params, template.tokenizer, template), tmp_path / "base")
+    save_model(LoadedModel("base", fresh_model(plans.SHAPE, 3), template.tokenizer, template), tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -41,15 +41,15 @@ def base(tmp_path: Path) -> Path:
 def test_lora_exported(base: Path, tmp_path: Path, merge: bool):
     plan = plans.plan(lora__rank=4, lora__merge=merge, model__source=base)
     loaded = load_model(base, vocab_multiple=8)
-    state, frozen = steps.init_state(plan, loaded.params)
+    state, frozen = steps.init_state(plan, loaded.model)
     with jax.set_mesh(plan.mesh):
         state, _ = steps.jitted_step(plan)(state, frozen, plans.put(plan, plans.rows(plan)))
-    wanted = logits(plan.model, steps.whole_params(plan, state["params"], frozen))
+    wanted = logits(steps.model_of(plan, state["params"], frozen))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     loop.export(plan, state, frozen, loaded.template, tmp_path / "run" / "export")
     again = load_model(tmp_path / "run")  # a working folder is its export
-    np.testing.assert_allclose(logits(again.config, again.params), wanted, rtol=1e-4, atol=1e-4)
-    assert np.abs(logits(loaded.config, loaded.params) - wanted).max() > 1e-2
+    np.testing.assert_allclose(logits(again.model), wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits(loaded.model) - wanted).max() > 1e-2
     assert again.template.name == loaded.template.name
     assert load_template(tmp_path / "run").name == loaded.template.name
     assert adapter.is_adapter(tmp_path / "run" / "export") != merge
@@ -61,7 +61,7 @@ def test_adapter_of_a_checkpoint(base: Path, tmp_path: Path):
     plan = plans.plan(lora__rank=4, model__source=base, model__template=template.name)
     plan = dataclasses.replace(plan, row_ids=control_ids(template, plan.config))
     loaded = load_model(base, vocab_multiple=8)
-    state, frozen = steps.init_state(plan, loaded.params)
+    state, frozen = steps.init_state(plan, loaded.model)
     config = to_dict(plan.config)
     config["data"] |= {"train": ["/some/where/packed"], "eval": ["held"]}
     config["optim"]["decay_from"] = "/gone/run@7"
@@ -70,13 +70,13 @@ def test_adapter_of_a_checkpoint(base: Path, tmp_path: Path):
         for step in (1, 2):
             state, _ = steps.jitted_step(plan)(state, frozen, plans.put(plan, plans.rows(plan)))
             store.save(state, Record(step, 8 * step, config, facts), wait=True)
-    wanted = logits(plan.model, steps.whole_params(plan, state["params"], frozen))
+    wanted = logits(steps.model_of(plan, state["params"], frozen))
 
     what, trained = read_adapter(str(tmp_path / "run"))
     adapter.save(tmp_path / "adapter", what, trained, "float16")
     again = load_model(tmp_path / "adapter")
-    np.testing.assert_allclose(logits(again.config, again.params), wanted, atol=2e-2)
-    assert np.abs(logits(loaded.config, loaded.params) - wanted).max() > 5e-2
+    np.testing.assert_allclose(logits(again.model), wanted, atol=2e-2)
+    assert np.abs(logits(loaded.model) - wanted).max() > 5e-2
     assert (what.base, what.template, what.row_ids) == (str(base), template.name, plan.row_ids)
     kept = adapter.read(tmp_path / "adapter")[0].training
     assert (kept["step"], kept["branched_from"]) == (2, None)

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from duplex_jax.model import lora, minicpm
+from duplex_jax.model import lora
+from duplex_jax.model.tree import from_tree
 from duplex_jax.train import loss as losses
 from duplex_jax.train import step as steps
+from tests.tiny import fresh_tree
 from tests.train import plans
 
 
@@ -19,7 +21,7 @@ from tests.train import plans
 def test_packed_is_unpacked(tied: bool, remat: str):
     shape = plans.with_shape(tie_word_embeddings=tied)
     plan = plans.plan(shape=shape, data__batch=2, compute__remat=remat)
-    params = minicpm.init_params(shape, jax.random.key(1))
+    params = fresh_tree(shape, 1)
     batch = plans.rows(plan)
     loss, _, grads = jax.jit(functools.partial(steps.gradients, plan))(params, {}, batch)
     wanted, wanted_grads = jax.jit(jax.value_and_grad(lambda p: plans.unpacked_loss(shape, p, batch)))(params)
@@ -50,7 +52,7 @@ def test_micro_batches_are_one_batch(rank: int):
 @pytest.mark.parametrize("weighted", ["some", "none", "all"])
 def test_chunks_of_the_loss(chunk: int, weighted: str):
     config = plans.SHAPE
-    params = minicpm.init_params(config, jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, fresh_tree(config, 0))
     keys = jax.random.split(jax.random.key(1), 3)
     hidden = jax.random.normal(keys[0], (2, 19, config.hidden_size))
     targets = jax.random.randint(keys[1], (2, 19), 0, config.vocab_size)
@@ -63,7 +65,7 @@ def test_chunks_of_the_loss(chunk: int, weighted: str):
         return jnp.sum(nll * weights)
 
     def ours(hidden, table):
-        return losses.cross_entropy(config, params | {"embed": table}, hidden, targets, weights, chunk)
+        return losses.cross_entropy(from_tree(config, params | {"embed": table}), hidden, targets, weights, chunk)
 
     got, wanted = (jax.value_and_grad(f, (0, 1))(hidden, params["embed"]) for f in (ours, plain))
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
@@ -179,14 +181,14 @@ def test_evaluation_counts_by_category():
     batch["categories"] = np.where(batch["segment_ids"] > 0, batch["segment_ids"] % 2, -1).astype(np.int32)
     batch["decisions"] = (batch["segment_ids"] > 0) & (batch["positions"] % 5 == 2)
     batch["tokens"][batch["decisions"] & (batch["positions"] % 2 == 0)] = plan.idle_id
-    params = minicpm.init_params(plan.model, jax.random.key(2))
+    params = fresh_tree(plan.model, 2)
     out = jax.device_get(jax.jit(functools.partial(steps.eval_step, plan, 2))(params, {}, batch))
     targets, weights = losses.targets_and_weights(batch)
 
     @jax.jit
     def log_probabilities(params):
-        hidden = minicpm.forward(plan.model, params, batch["tokens"], batch["positions"], batch["segment_ids"])
-        return jax.nn.log_softmax(minicpm.logits(plan.model, params, hidden))
+        model = from_tree(plan.model, params)
+        return jax.nn.log_softmax(model(batch["tokens"], batch["positions"], batch["segment_ids"]))
 
     logp, targets, weights = (np.asarray(x) for x in (log_probabilities(params), targets, weights))
     for category in (0, 1):

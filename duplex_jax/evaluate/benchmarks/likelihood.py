@@ -7,16 +7,14 @@ are those of one forward pass for each choice. Letters: B rows, T tokens, D hidd
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from duplex_jax.evaluate.benchmarks.ways import Continuation
-from duplex_jax.model import minicpm, rope
-from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import MiniCPM
 
 # Tokens of a forward pass, padding included; queries whose scores, and tokens whose logits, are made at once.
 _TOKENS_CPU, _TOKENS = 2048, 16384
@@ -93,30 +91,21 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, branches: jax.Array) -> ja
     return jnp.concatenate(chunks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _hidden(
-    config: ModelConfig, capacity: int, params: minicpm.Params,
-    tokens: jax.Array, positions: jax.Array, branches: jax.Array,
-) -> jax.Array:  # fmt: skip
+@functools.partial(jax.jit, static_argnums=1)
+def _hidden(model: MiniCPM, capacity: int, tokens: jax.Array, positions: jax.Array, branches: jax.Array) -> jax.Array:
     """`[B, T, D]`, in the dtype of the weights."""
-    tables = rope.rotary_tables(config, positions, capacity)
 
-    def body(x: jax.Array, layer: minicpm.Params) -> tuple[jax.Array, None]:
-        x, _ = minicpm.block(config, layer, x, tables, lambda q, k, v, _: (_attend(q, k, v, branches), None))
-        return x, None
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _attend(q, k, v, branches)
 
-    x = minicpm.embed(config, params, tokens, params["embed"].dtype)
-    x, _ = lax.scan(body, x, params["layers"])
-    return minicpm.head_input(config, params, x)
+    return model.hidden(tokens, positions, dtype=model.dtype, attend=attend, capacity=capacity)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(
-    config: ModelConfig, stop_ids: tuple[int, ...], params: minicpm.Params, hidden: jax.Array, targets: jax.Array
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _score(model: MiniCPM, stop_ids: tuple[int, ...], hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """float32 `[3, P]`: log p of each target, the same given that it is none of `stop_ids`, and 1 for each target that
     is not the most probable token; hidden is `[P, D]`."""
-    logits = minicpm.logits(config, params, hidden)
+    logits = model.logits(hidden)
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     words = logits.at[:, jnp.asarray(stop_ids)].set(-jnp.inf)
     missed = (own < logits.max(axis=-1)).astype(own.dtype)
@@ -124,13 +113,12 @@ def _score(
 
 
 def log_likelihoods(
-    config: ModelConfig, params: minicpm.Params, rows: Sequence[Row], stop_ids: Sequence[int], capacity: int
+    model: MiniCPM, rows: Sequence[Row], stop_ids: Sequence[int], capacity: int
 ) -> Iterator[tuple[int, Likelihoods]]:
     """Log-likelihoods of all choices of all questions, rows of like length in one forward pass.
 
     Args:
-        config: the model.
-        params: its weights, layers stacked, on the device and in the dtype to compute in.
+        model: its weights on the device and in the dtype to compute in.
         rows: the questions.
         stop_ids: idle and end of slice.
         capacity: most tokens of a continuation; some ways to scale rotary embeddings depend on it.
@@ -149,9 +137,9 @@ def log_likelihoods(
         for b, i in enumerate(batch):
             n = len(rows[i].ids)
             tokens[b, :n], positions[b, :n], branches[b, :n] = rows[i].ids, rows[i].positions, rows[i].branches
-        hidden = np.asarray(_hidden(config, capacity, params, tokens, positions, branches))
+        hidden = np.asarray(_hidden(model, capacity, tokens, positions, branches))
         places = np.concatenate([hidden[b, rows[i].places] for b, i in enumerate(batch)])
-        scores = _in_chunks(config, tuple(stop_ids), params, places, np.concatenate([rows[i].targets for i in batch]))
+        scores = _in_chunks(model, tuple(stop_ids), places, np.concatenate([rows[i].targets for i in batch]))
         start = 0
         for i in batch:
             row, n = rows[i], int(rows[i].choices[-1]) + 1
@@ -174,14 +162,12 @@ def padded_length(longest: int) -> int:
     return columns
 
 
-def _in_chunks(
-    config: ModelConfig, stop_ids: tuple[int, ...], params: Any, hidden: np.ndarray, targets: np.ndarray
-) -> np.ndarray:
+def _in_chunks(model: MiniCPM, stop_ids: tuple[int, ...], hidden: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """float32 `[3, P]`, a fixed number of tokens at a time: the logits of all would take too much room."""
     found = []
     for start in range(0, len(targets), _HEAD_CHUNK):
         x, y = hidden[start : start + _HEAD_CHUNK], targets[start : start + _HEAD_CHUNK]
         missing = _HEAD_CHUNK - len(y)
-        scores = _score(config, stop_ids, params, np.pad(x, ((0, missing), (0, 0))), np.pad(y, (0, missing)))
+        scores = _score(model, stop_ids, np.pad(x, ((0, missing), (0, 0))), np.pad(y, (0, missing)))
         found.append(np.asarray(scores)[:, : len(y)])
     return np.concatenate(found, axis=1)

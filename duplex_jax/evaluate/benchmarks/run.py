@@ -69,8 +69,8 @@ def ask(
                     places.append((of, number))
     if rows:
         done = progress(sum(len(row.ids) for row in rows))
-        params = jax.tree.map(jnp.asarray, model.params)
-        for i, found in log_likelihoods(model.config, params, rows, model.template.stop_ids, capacity):
+        on_device = jax.tree.map(jnp.asarray, model.model)
+        for i, found in log_likelihoods(on_device, rows, model.template.stop_ids, capacity):
             of, number = places[i]
             of.add(number, {name: [round(x, 6) for x in getattr(found, name)] for name in ("all", "words")})
             done(len(rows[i].ids))

@@ -1,0 +1,135 @@
+"""What computes a step: the one interface between the engine and the arithmetic, and the choice of a backend.
+
+A backend keeps a model's weights as its programs take them. Its methods are pure functions, to be jitted with the cache
+donated; `slots` is how many of the cache's slots are read, at least the longest active row's length.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from duplex_jax import native
+from duplex_jax.decode.cache import KVCache
+from duplex_jax.decode.step import RowsInput, StepInput, Stops
+from duplex_jax.errors import UserError
+from duplex_jax.model.config import STORES, ModelConfig
+from duplex_jax.model.minicpm import MiniCPM
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a backend computes and stores.
+
+    Attributes:
+        capacity: positions that rotary scaling is fixed for.
+        dtype: of the computation.
+        weights: how matrices are stored, one of `STORES`.
+        entries: how cached keys and values are stored, one of the same.
+    """
+
+    capacity: int
+    dtype: Any
+    weights: str
+    entries: str
+
+
+class Backend(Protocol):
+    """A model's arithmetic over a cache.
+
+    Attributes:
+        config: the model.
+        settings: how it computes.
+        weights: a tree of arrays, the first argument of every method that takes `weights`.
+        reads_buckets: whether a program reads as many slots of every row as the longest needs. Otherwise it reads of
+            each row what that holds, and one program serves all lengths.
+    """
+
+    config: ModelConfig
+    settings: Settings
+    weights: Any
+    reads_buckets: bool
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        """An empty cache."""
+
+    def feed(
+        self, weights: Any, cache: KVCache, inputs: StepInput, *, slots: int, longest: int, stops: Stops
+    ) -> tuple[KVCache, jax.Array]:
+        """Appends each row's user slice, of at most `longest` tokens, and samples the first token behind it.
+
+        Returns:
+            The cache with every row's fed tokens written behind its length; the sampled tokens, int32 `[R]`.
+        """
+
+    def say(
+        self, weights: Any, cache: KVCache, token: jax.Array, rows: RowsInput, *, slots: int, stops: Stops
+    ) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Samples the rest of R rows' slices behind their first tokens `[R]`.
+
+        Args:
+            weights, cache, slots, stops: as for `feed`.
+            token: each slice's first token.
+            rows: the rows, their fed tokens part of their lengths.
+
+        Returns:
+            The cache with all sampled tokens but the last written behind each row's length; the sampled tokens, int32
+            `[R, M]`, and how many of them are real, stop token included, int32 `[R]`.
+        """
+
+    def extend(
+        self, weights: Any, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array, length: jax.Array, *,
+        slots: int,
+    ) -> tuple[KVCache, jax.Array]:  # fmt: skip
+        """Encodes a chunk of one row without sampling.
+
+        Args:
+            weights, cache, slots: as for `feed`.
+            row: int32 scalar, the row.
+            tokens: int32 `[T]`, right-padded; the padding's entries are never read.
+            count: int32 scalar, how many of them are real.
+            length: int32 scalar, the row's length before the chunk.
+
+        Returns:
+            The cache with the chunk's entries behind the row's length; the chunk's hidden states `[T, D]`, normalised.
+        """
+
+    def forward(self, weights: Any, tokens: jax.Array) -> jax.Array:
+        """Hidden states `[B, T, D]` of whole rows `[B, T]`, without a cache, normalised."""
+
+    def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
+        """float32 `[..., V]` of normalised hidden states `[..., D]`."""
+
+
+def prepare(
+    model: MiniCPM, capacity: int, *, dtype: Any = None, weights: str | None = None, entries: str | None = None,
+    kernels: bool | None = None,
+) -> Backend:  # fmt: skip
+    """A model's weights for this machine.
+
+    Args:
+        model: its weights stacked, numpy or jax arrays.
+        capacity, weights, entries: see `Settings`; stored as `dtype` by default.
+        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        kernels: whether the CPU's own kernels compute (in float32); by default where they can be had.
+
+    Raises:
+        UserError: an unknown store, or kernels that are not here.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = jnp.dtype(dtype)
+    for name, how in (("weights", weights), ("entries", entries)):
+        if how is not None and how not in STORES:
+            raise UserError(f"{name} {how!r} cannot be stored; one of {', '.join(STORES)}")
+    if kernels and not native.available():
+        raise UserError("kernels=True: the CPU's own kernels cannot be had here")
+    settings = Settings(capacity, dtype, weights or dtype.name, entries or dtype.name)
+    if native.available() if kernels is None else kernels:
+        from duplex_jax.decode.backends import cpu
+
+        return cpu.Cpu(model, settings)
+    from duplex_jax.decode.backends import xla
+
+    return xla.Xla(model, settings)

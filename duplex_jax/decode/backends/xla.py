@@ -1,0 +1,249 @@
+"""Decoding by XLA on any platform: the model's own blocks, with attention over the cache and a small buffer.
+
+A program reads the cache and writes its own new entries behind the rows' lengths at its end; meanwhile they live in a
+buffer of a few slots.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from duplex_jax.decode import cache as kv
+from duplex_jax.decode.backends import Settings
+from duplex_jax.decode.cache import KVCache
+from duplex_jax.decode.step import RowsInput, StepInput, Stops, first_token, rest_of_slice
+from duplex_jax.model import rope
+from duplex_jax.model.layers import Embedding, Linear
+from duplex_jax.model.minicpm import MiniCPM, unstack
+
+
+class Xla:
+    """See `backends.Backend`.
+
+    Args:
+        model: weights of any kind of array.
+        settings: how it computes.
+    """
+
+    reads_buckets = True
+
+    def __init__(self, model: MiniCPM, settings: Settings):
+        self.config, self.settings = model.config, settings
+        self._graphdef, state = nnx.split(_stored(unstack(model), settings))
+        # A plain tuple: flattening it for each call costs less than flattening the module's state.
+        leaves, self._structure = jax.tree.flatten(state)
+        self.weights = tuple(leaves)
+        parameters = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        self.axes = tuple(weight.get_metadata().get("out_sharding") for weight in parameters)
+        """Logical axes of each of the weights; None for stored ones."""
+
+    def model(self, weights: Any) -> MiniCPM:
+        """The module with these weights, its layers apart."""
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        return kv.zeros(self.config, rows, slots, jnp.dtype(self.settings.entries))
+
+    def feed(
+        self, weights: Any, cache: KVCache, inputs: StepInput, *, slots: int, longest: int, stops: Stops
+    ) -> tuple[KVCache, jax.Array]:
+        model, rows = self.model(weights), inputs.rows
+        past = kv.take_rows(cache, rows.index, slots)
+        feed = self._feed_flat if inputs.tokens.ndim == 1 else self._feed_rows
+        hidden, buffer = feed(model, past, inputs, longest)
+        cache = kv.append(cache, buffer, rows.index, _when_done(rows.lengths, hidden))
+        return cache, first_token(self._logits(model, hidden), inputs, stops.idle_id)
+
+    def _feed_rows(self, model: MiniCPM, past: KVCache, inputs: StepInput, longest: int) -> tuple[jax.Array, KVCache]:
+        """Tokens `[R, T]`: hidden states `[R, D]` of each row's last, and the buffer."""
+        lengths, T = inputs.rows.lengths, longest
+        attention = _Attention(past, self._buffer(lengths.shape[0], T), lengths, _causal(T))
+        hidden = self._run(model, inputs.tokens, lengths[:, None] + jnp.arange(T), attention)
+        last = jnp.maximum(inputs.counts - 1, 0)
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], attention.written
+
+    def _feed_flat(self, model: MiniCPM, past: KVCache, inputs: StepInput, longest: int) -> tuple[jax.Array, KVCache]:
+        """Tokens `[P]`, one row's behind the other's: attention sees them as `[R, T]`, all else as `[1, P]`."""
+        lengths, T = inputs.rows.lengths, longest
+        R, P = lengths.shape[0], inputs.tokens.shape[0]
+        ends = jnp.cumsum(inputs.counts)
+        starts = ends - inputs.counts
+        row = jnp.minimum(jnp.sum(jnp.arange(P)[:, None] >= ends, axis=1), R - 1)
+        place = jnp.arange(P) - starts[row]
+        gather = jnp.minimum(starts[:, None] + jnp.arange(T), P - 1)
+        scatter = row * T + jnp.clip(place, 0, T - 1)
+        attention = _Attention(past, self._buffer(R, T), lengths, _causal(T), flat=(gather, scatter))
+        hidden = self._run(model, inputs.tokens[None], (lengths[row] + place)[None], attention)
+        return hidden[0][jnp.maximum(ends - 1, 0)], attention.written
+
+    def say(
+        self, weights: Any, cache: KVCache, token: jax.Array, rows: RowsInput, *, slots: int, stops: Stops
+    ) -> tuple[KVCache, jax.Array, jax.Array]:
+        model, M = self.model(weights), max(stops.most - 1, 1)
+        past = kv.take_rows(cache, rows.index, slots)
+
+        def run(buffer: KVCache, token: jax.Array, i: jax.Array, going: jax.Array) -> tuple[jax.Array, KVCache]:
+            attention = _Attention(past, buffer, rows.lengths, (jnp.arange(M) <= i)[None], slot=i)
+            hidden = self._run(model, token[:, None], (rows.lengths + i)[:, None], attention)
+            return self._logits(model, hidden[:, 0]), attention.written
+
+        buffer, sampled, number = rest_of_slice(run, self._buffer(token.shape[0], M), token, rows, stops)
+        return kv.append(cache, buffer, rows.index, rows.lengths), sampled, number
+
+    def extend(
+        self, weights: Any, cache: KVCache, row: jax.Array, tokens: jax.Array, count: jax.Array, length: jax.Array, *,
+        slots: int,
+    ) -> tuple[KVCache, jax.Array]:  # fmt: skip
+        T = tokens.shape[0]
+        attention = _Attention(kv.take_row(cache, row, slots), self._buffer(1, T), length[None], _causal(T))
+        model = self.model(weights)
+        x = self._run(model, tokens[None], (length + jnp.arange(T))[None], attention)
+        return kv.put_row(cache, row, attention.written, _when_done(length, x)), model.normalised(x[0])
+
+    def forward(self, weights: Any, tokens: jax.Array) -> jax.Array:
+        return self.model(weights).hidden(tokens, dtype=self.settings.dtype)
+
+    def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
+        return self.model(weights).logits(hidden)
+
+    def _logits(self, model: MiniCPM, x: jax.Array) -> jax.Array:
+        return model.logits(model.normalised(x))
+
+    def _buffer(self, rows: int, slots: int) -> KVCache:
+        """For new entries; they are stored in fewer bits only when they go into the cache."""
+        entries = jnp.dtype(self.settings.entries)
+        return kv.zeros(self.config, rows, slots, self.settings.dtype if entries == jnp.int8 else entries)
+
+    def _run(self, model: MiniCPM, tokens: jax.Array, positions: jax.Array, attention: "_Attention") -> jax.Array:
+        """Tokens `[B, t]` through the layers: `[B, t, D]`."""
+        tables = rope.rotary_tables(self.config, positions, self.settings.capacity)
+        x = model.embedded(tokens, self.settings.dtype)
+        for block in model.layers:
+            x = block(x, tables, attention)
+        return x
+
+
+def _causal(length: int) -> jax.Array:
+    return jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
+
+
+class _Attention:
+    """Attention of one pass through the layers over what is cached and over the buffer, which takes the new entries.
+
+    Args:
+        past: what R rows have cached.
+        buffer: M slots for their new entries.
+        lengths: int32 `[R]`, how much of the past is real.
+        visible: bool `[t, M]`, which slots of the buffer each of a row's t tokens sees.
+        slot: where in the buffer the tokens' entries begin.
+        flat: where tokens come as `[1, P]`: the first maps them to `[R, t]`, the second maps `[R t]` back to `[P]`.
+    """
+
+    def __init__(
+        self, past: KVCache, buffer: KVCache, lengths: jax.Array, visible: jax.Array, slot: jax.Array | int = 0,
+        flat: tuple[jax.Array, jax.Array] | None = None,
+    ):  # fmt: skip
+        self._layers = iter(zip(past.layers(), buffer.layers(), strict=True))
+        self._lengths, self._visible, self._slot, self._flat = lengths, visible, slot, flat
+        self._kept: list[tuple[jax.Array, jax.Array]] = []
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """The next layer's."""
+        past, (k_buffer, v_buffer) = next(self._layers)
+        if self._flat is not None:
+            q, k, v = (x[0][self._flat[0]] for x in (q, k, v))
+        recent = (
+            lax.dynamic_update_slice_in_dim(
+                k_buffer, k.transpose(0, 2, 3, 1).astype(k_buffer.dtype), self._slot, axis=-1
+            ),
+            lax.dynamic_update_slice_in_dim(
+                v_buffer, v.transpose(0, 2, 1, 3).astype(v_buffer.dtype), self._slot, axis=-2
+            ),
+        )
+        self._kept.append(recent)
+        visible = jnp.broadcast_to(self._visible, (q.shape[0], *self._visible.shape))
+        out = kv.attend(q, past, recent, self._lengths, visible)
+        return out if self._flat is None else out.reshape(1, -1, *out.shape[2:])[:, self._flat[1]]
+
+    @property
+    def written(self) -> KVCache:
+        """The buffer with all layers' new entries."""
+        return kv.of_layers(self._kept)
+
+
+def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`start`, known only when the hidden states are.
+
+    All that is read of the cache is read before anything is written then; else XLA copies the whole cache to write one
+    row. It does not see that a place in an array is never negative.
+    """
+    return start + jnp.minimum(jnp.argmax(hidden.reshape(-1)), 0).astype(start.dtype)
+
+
+def _stored_parameter(value: jax.Array | None) -> nnx.Param | None:
+    return nnx.data(None if value is None else nnx.Param(value))
+
+
+class StoredLinear(nnx.Module):
+    """`model.layers.Linear` in fewer bits: `W[d, f] = scale[f] q[d, f]` where it is int8."""
+
+    def __init__(self, weight: Any, how: str):
+        data, scales = _fewer_bits(jnp.asarray(weight), how, axis=0)
+        self.data, self.scales = _stored_parameter(data), _stored_parameter(scales)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., out]` from `[..., in]`, in the dtype of `x`."""
+        y = x @ self.data.astype(x.dtype)
+        return y if self.scales is None else (y * self.scales[...]).astype(x.dtype)
+
+
+class StoredEmbedding(nnx.Module):
+    """`model.layers.Embedding` in fewer bits, with a scale for each token where it is int8."""
+
+    def __init__(self, weight: Any, how: str):
+        data, scales = _fewer_bits(jnp.asarray(weight), how, axis=1)
+        self.data, self.scales = _stored_parameter(data), _stored_parameter(scales)
+
+    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """`[B, T, D]` of tokens `[B, T]`."""
+        x = self.data[tokens].astype(jnp.float32)
+        return (x if self.scales is None else x * self.scales[tokens][..., None]).astype(dtype)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """float32 `[..., V]` of `[..., D]`."""
+        y = x.astype(jnp.float32) @ self.data.astype(jnp.float32).T
+        return y if self.scales is None else y * self.scales[...]
+
+
+def _fewer_bits(weight: jax.Array, how: str, axis: int) -> tuple[jax.Array, jax.Array | None]:
+    """A matrix stored as one of `STORES`, and the scales of int8 (weight-only, symmetric), found along `axis`."""
+    if how != "int8":
+        return weight.astype(how), None
+    weight = weight.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(weight), axis=axis) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.rint(weight / jnp.expand_dims(scales, axis)).astype(jnp.int8), scales
+
+
+def _stored(model: MiniCPM, settings: Settings) -> MiniCPM:
+    """A model, its layers apart, in the dtype of the computation, its matrices as they are stored; on the device."""
+    if settings.weights != settings.dtype.name:
+        for block in model.layers:
+            for part in (block.attention, block.mlp):
+                for name, linear in list(vars(part).items()):
+                    if isinstance(linear, Linear):
+                        setattr(part, name, StoredLinear(linear.weight[...], settings.weights))
+        name = "embed" if model.head is None else "head"
+        table: Embedding = getattr(model, name)
+        setattr(model, name, StoredEmbedding(table.weight[...], settings.weights))
+
+    def one(path: Any, x: Any) -> jax.Array:
+        if any(getattr(key, "key", None) in ("data", "scales") for key in path):
+            return x
+        is_abstract = isinstance(x, jax.ShapeDtypeStruct)
+        return x.update(dtype=settings.dtype) if is_abstract else jnp.asarray(x, settings.dtype)
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map_with_path(one, state))

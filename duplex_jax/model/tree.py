@@ -1,0 +1,86 @@
+"""A model's weights as a plain tree under short names: what files, optimisers and jitted functions take.
+
+    {"embed": [V, D], "layers": {"attn_norm": [L, D], "q": [L, D, N H], ..., "down": [L, F, D]}, "final_norm": [D]}
+
+and `head` where it is not the embedding. What LoRA trains is a tree of its own,
+`{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}, "rows": {"embed": [n, D]}}`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from duplex_jax.model import minicpm
+from duplex_jax.model.config import ModelConfig
+from duplex_jax.model.minicpm import MiniCPM
+
+Params = dict[str, Any]
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> Params:
+    return to_tree(minicpm.abstract(config))
+
+
+def shapes(config: ModelConfig) -> Params:
+    """The tree as `jax.ShapeDtypeStruct`s in float32: nothing is allocated."""
+    return jax.tree.map(lambda x: x, _shapes(config))
+
+
+def short_name(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A parameter's path in the tree from its path in the module."""
+    if path[-1] == "rows":
+        return "rows", path[0]
+    return tuple(str(name).removeprefix("lora_") for name in path if name not in ("attention", "mlp", "weight"))
+
+
+def to_tree(
+    model: MiniCPM, of: Callable[[nnx.Variable], Any] = nnx.Variable.get_raw_value, kind: Any = nnx.Param
+) -> Params:
+    """The tree of a model's stacked weights.
+
+    Args:
+        model: the model.
+        of: what a leaf is made of a parameter; its value by default.
+        kind: `nnx.Param`, or a filter that selects some of them, such as `nnx.LoRAParam`.
+    """
+    tree: Params = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
+        *parents, name = short_name(path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = of(variable)
+    return tree
+
+
+def with_weights(model: MiniCPM, tree: Mapping[str, Any], kind: Any = nnx.Param) -> MiniCPM:
+    """The model with these weights in place of those of some kind."""
+    graphdef, state, rest = nnx.split(model, kind, ...)
+    flat = {path: variable.replace(get(tree, short_name(path))) for path, variable in nnx.to_flat_state(state)}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), rest)
+
+
+def from_tree(config: ModelConfig, tree: Mapping[str, Any]) -> MiniCPM:
+    """The model that a tree holds the weights of."""
+    return with_weights(minicpm.abstract(config), tree)
+
+
+def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The leaf of a nested mapping at `path`."""
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
+
+
+def leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf of a nested mapping with its path."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
