@@ -45,10 +45,10 @@ class Programs:
 
     def __init__(self, backend: Backend, stops: Stops, longest: int):
         self._backend, self._stops, self._longest = backend, stops, longest
-        self._made: dict[Program, Callable[..., Any]] = {}
+        self._made: dict[Program, Any] = {}
         self.compilations: collections.Counter[Program] = collections.Counter()
 
-    def __getitem__(self, program: Program) -> Callable[..., Any]:
+    def __getitem__(self, program: Program) -> Any:
         """The jitted function, its cache donated; the weights go first where it needs them."""
         if program not in self._made:
             body = self._body(program)
@@ -90,7 +90,7 @@ class Programs:
         def read(cache: KVCache, row: Any) -> KVCache:
             return kv.take_row(cache, row, slots)
 
-        bodies = {
+        bodies: dict[str, Callable[..., Any]] = {
             "feed": feed,
             "say": say,
             "extend": extend,

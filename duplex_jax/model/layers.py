@@ -25,7 +25,7 @@ Update = tuple[jax.Array, jax.Array]
 """A low-rank update: A `[in, r]` and B `[r, out]`."""
 
 
-def parameter(value: Any, *axes: str, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
+def parameter(value: Any, *axes: str, kind: Any = nnx.Param) -> Any:
     """A weight with the logical name of each of its axes; `parallel` says which mesh axis carries it."""
     return kind(value, out_sharding=axes, eager_sharding=False)
 

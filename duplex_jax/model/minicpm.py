@@ -62,6 +62,12 @@ class MiniCPM(nnx.Module):
         return self.embed if self.head is None else self.head
 
     @property
+    def blocks(self) -> list[Block]:
+        """The layers, one by one, of a model that `unstack` made."""
+        assert not isinstance(self.layers, Block)
+        return list(self.layers)
+
+    @property
     def dtype(self) -> Any:
         """That of the embedding."""
         return self.embed.weight.dtype
@@ -114,7 +120,7 @@ class MiniCPM(nnx.Module):
 
         x = shard(self.embedded(tokens, dtype or self.final_norm.weight.dtype), ("batch", "length", "activation"))
         if not isinstance(self.layers, Block):
-            for block in self.layers:
+            for block in self.blocks:
                 x = run(block, x)
             return self.normalised(x)
         graphdef, stacked = nnx.split(self.layers)

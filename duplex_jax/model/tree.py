@@ -49,11 +49,10 @@ def to_tree(
     """
     tree: Params = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
-        *parents, name = short_name(path)
-        node = tree
-        for parent in parents:
+        short, node = short_name(path), tree
+        for parent in short[:-1]:
             node = node.setdefault(parent, {})
-        node[name] = of(variable)
+        node[short[-1]] = of(variable)
     return tree
 
 

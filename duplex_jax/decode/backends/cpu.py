@@ -113,7 +113,7 @@ class Cpu:
 
         self.weights = Weights(
             None if model.head is None else jnp.asarray(model.embed.weight[...], jnp.float32),
-            tuple(layer(block) for block in unstack(model).layers),
+            tuple(layer(block) for block in unstack(model).blocks),
             jnp.asarray(model.final_norm.weight[...], jnp.float32),
             panels([model.output.weight[...].T], how),
         )

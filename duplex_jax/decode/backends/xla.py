@@ -121,7 +121,7 @@ class Xla:
         """Tokens `[B, t]` through the layers: `[B, t, D]`."""
         tables = rope.rotary_tables(self.config, positions, self.settings.capacity)
         x = model.embedded(tokens, self.settings.dtype)
-        for block in model.layers:
+        for block in model.blocks:
             x = block(x, tables, attention)
         return x
 
@@ -183,7 +183,7 @@ def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
     return start + jnp.minimum(jnp.argmax(hidden.reshape(-1)), 0).astype(start.dtype)
 
 
-def _stored_parameter(value: jax.Array | None) -> nnx.Param | None:
+def _stored_parameter(value: jax.Array | None) -> Any:
     return nnx.data(None if value is None else nnx.Param(value))
 
 
@@ -230,7 +230,7 @@ def _fewer_bits(weight: jax.Array, how: str, axis: int) -> tuple[jax.Array, jax.
 def _stored(model: MiniCPM, settings: Settings) -> MiniCPM:
     """A model, its layers apart, in the dtype of the computation, its matrices as they are stored; on the device."""
     if settings.weights != settings.dtype.name:
-        for block in model.layers:
+        for block in model.blocks:
             for part in (block.attention, block.mlp):
                 for name, linear in list(vars(part).items()):
                     if isinstance(linear, Linear):
