@@ -58,7 +58,7 @@ def to_tree(
 
 def with_weights(model: MiniCPM, tree: Mapping[str, Any], kind: Any = nnx.Param) -> MiniCPM:
     """The model with these weights in place of those of some kind."""
-    graphdef, state, rest = nnx.split(model, kind, ...)
+    graphdef, state, rest = nnx.split(model, kind, ...)  # type: ignore[misc]
     flat = {path: variable.replace(get(tree, short_name(path))) for path, variable in nnx.to_flat_state(state)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat), rest)
 
@@ -79,7 +79,8 @@ def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every leaf of a nested mapping with its path."""
     for name, value in tree.items():
+        here = (*path, name)
         if isinstance(value, Mapping):
-            yield from leaves(value, (*path, name))
+            yield from leaves(value, here)
         else:
-            yield (*path, name), value
+            yield here, value
