@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from duplex_jax.errors import UserError
-from duplex_jax.files import locked
+from duplex_jax.files import local_path, locked
 from duplex_jax.model.config import STORES
 from launch import machine
 
@@ -156,6 +156,35 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own variable, which may name a bucket, comes first
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class _Path(flags.ArgumentParser[str]):
+    """How every flag that names a file, a folder, or a model becomes a path; see `local_path`."""
+
+    def parse(self, argument: str) -> str:
+        try:
+            return local_path(argument)
+        except UserError as e:
+            raise ValueError(str(e)) from e
+
+
+class _Paths(_Path):
+    """Several of them, commas between."""
+
+    def parse(self, argument: Any) -> Any:
+        if isinstance(argument, str):
+            argument = [part.strip() for part in argument.split(",") if part.strip()]
+        return [super(_Paths, self).parse(part) for part in argument]
+
+
+def path_flag(name: str, default: str | None, help: str, **options: Any) -> Any:
+    """A flag that names a file, a folder or a model; takes what `flags.DEFINE_string` takes."""
+    return flags.DEFINE(_Path(), name, default, help, **options)
+
+
+def paths_flag(name: str, help: str) -> Any:
+    """A flag that names some of them, commas between; by default none."""
+    return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","))
 
 
 class StoreFlags:

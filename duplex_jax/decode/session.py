@@ -16,6 +16,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.slicing import slice_ids, user_slices
 from duplex_jax.timeline import SlicePair
 
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """One answer of a session.

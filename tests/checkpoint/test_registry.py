@@ -18,6 +18,7 @@ from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.checkpoint.registry import LoadedModel, add_rows, load_model, save_model
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, RopeScaling, to_hf
+from duplex_jax.model.minicpm import unstack
 from duplex_jax.model.tree import Params, from_tree, shapes
 from duplex_jax.template import make_template, missing_tokens
 from duplex_jax.tokenizer import _UNICODE_TO_BYTE, HFTokenizer, load_tokenizer, resolve_tokenizer
@@ -396,7 +397,5 @@ def test_weights_that_stay_in_their_file_are_those_that_are_read(tmp_path: Path)
         assert late.config == ready.config
         found = jax.tree.map(np.asarray, late.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, ready.params)
-        for ours, theirs in zip(
-            minicpm.unstack(late.params)["layers"], minicpm.unstack(ready.params)["layers"], strict=True
-        ):
-            np.testing.assert_allclose(np.asarray(ours["q"]), theirs["q"], rtol=1e-6)
+        for ours, theirs in zip(unstack(late.model).blocks, unstack(ready.model).blocks, strict=True):
+            np.testing.assert_allclose(ours.attention.q.weight[...], theirs.attention.q.weight[...], rtol=1e-6)

@@ -6,7 +6,7 @@ Those that meet the same input lie side by side. int8: W[d, f] = scale[f] q[d, f
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,14 @@ class Panels(NamedTuple):
     scales: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def panels(weights: Sequence[jax.Array], how: str) -> Panels:
+def panels(weights: Sequence[Any], how: str) -> Panels:
     """Matrices `[D, F]` with the same D, stored as one of `STORES`."""
+    # Waited for, so that no more than one matrix is there in both forms.
+    return jax.block_until_ready(_panels([jnp.asarray(w) for w in weights], how))
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _panels(weights: Sequence[jax.Array], how: str) -> Panels:
     weight = jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1)
     D, F = weight.shape
     weight = jnp.pad(weight, ((0, 0), (0, -F % _PANEL)))
@@ -111,11 +116,13 @@ class Cpu:
                 panels([mlp.down.weight[...]], how),
             )
 
+        # The head first: its temporaries are the largest, and nothing else is there yet.
+        head = panels([model.output.weight[...].T], how)
         self.weights = Weights(
             None if model.head is None else jnp.asarray(model.embed.weight[...], jnp.float32),
             tuple(layer(block) for block in unstack(model).blocks),
             jnp.asarray(model.final_norm.weight[...], jnp.float32),
-            panels([model.output.weight[...].T], how),
+            head,
         )
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
