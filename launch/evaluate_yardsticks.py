@@ -78,7 +78,7 @@ def _ask(
     @functools.cache
     def engine() -> Engine:
         rows = min(_ROWS.value, len(data.chosen))
-        return Engine(model.config, model.params, model.template, rows=rows, capacity=1024)
+        return Engine(model.model, model.template, rows=rows, capacity=1024)
 
     replays = []
     for seed in seeds:
@@ -92,7 +92,6 @@ def _ask(
 
 def start() -> None:
     """Entry point."""
-    app.keep_memory()
     app.run(main)
 
 

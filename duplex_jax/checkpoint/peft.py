@@ -12,7 +12,7 @@ from duplex_jax.checkpoint.adapter import Adapter
 from duplex_jax.checkpoint.names import TABLE, finite
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
-from duplex_jax.model.minicpm import Params
+from duplex_jax.model.tree import Params
 from duplex_jax.schema import Schema, checked, read_json, read_json_beside
 from duplex_jax.sources import base_of
 

@@ -14,10 +14,8 @@ from aiohttp import web
 from pydantic import Field
 
 from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import TurnSession, step_turns
-from duplex_jax.decode.turns import SliceTurns
+from duplex_jax.decode.turns import SliceTurns, TurnSession, step_turns
 from duplex_jax.errors import UserError
 from duplex_jax.serve.connection import Caller
 from duplex_jax.serve.hub import Full, Hub

@@ -13,10 +13,10 @@ PROGRAM = """
 import resource, sys
 from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.session import TurnSession
+from duplex_jax.decode.turns import TurnSession
 model = load_model("smollm2-135m-instruct", dtype="auto", unread=True)
 kind = sys.argv[1]
-engine = Engine(model.config, model.params, model.template, weights=kind, entries=kind)
+engine = Engine(model.model, model.template, weights=kind, entries=kind)
 assert [i for part in TurnSession(engine).reply("Hello", 10) for i in part]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
