@@ -108,7 +108,7 @@ def _slice(name: str) -> str:
     from duplex_jax.decode.session import DuplexSession
 
     model = load_model(name, dtype="auto")
-    session = DuplexSession(Engine(model.config, model.params, model.template, rows=1, capacity=512))
+    session = DuplexSession(Engine(model.model, model.template, rows=1, capacity=512))
     for words in ("Hello there, how are you?", None, "And you?", None):  # the last steps compile nothing
         session.step(words)
     return f"{name}: {session.step(None).seconds:.2f} s"
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
     """Runs the job."""
-    app.keep_memory()
+
     app.run(main)
 
 

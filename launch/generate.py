@@ -171,7 +171,7 @@ def _write(count: int) -> int:
     model = load_model(_WRITER.value)
     # A few rows more for the prompts that all dialogues of a kind begin with.
     rows, capacity = _ROWS.value + 4, min(2048, model.config.max_position_embeddings)
-    engine = Engine(model.config, model.params, model.template, rows=rows, capacity=capacity, max_slice_tokens=12)
+    engine = Engine(model.model, model.template, rows=rows, capacity=capacity, max_slice_tokens=12)
     done = 0
     with Progress("dialogues", count) as progress:
         for tried in self_write(engine, out, count, _SEED.value, _ROWS.value):
