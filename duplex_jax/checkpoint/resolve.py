@@ -120,7 +120,8 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
         kind = "orbax" if orbax.is_store(path) else "hf"
         file = folder / "config.json"
         where = str(file)
-        row = read_json(file, "a model folder has one")
+        # Without weights, as for packing, a folder of a tokenizer alone will do.
+        row = read_json(file, "a model folder has one") if weights or file.is_file() else {}
         more = folder / "generation_config.json"
         generation = checked(_Generation, read_json_beside(more), str(more))
         ends = [*generation.ends, *checked(_Generation, {"eos_token_id": row.get("eos_token_id")}, where).ends]
