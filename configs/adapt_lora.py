@@ -2,6 +2,9 @@
 
 Needs: a model of up to a few hundred million weights on a CPU (2 cores and 5 GB for 135 million), any on accelerators.
 Takes: `duplex-jax adapt` sets source, data and steps; a step is 2 rows of 768 tokens.
+Reaches: not measured as a whole; the card of each adapted model says what was measured.
+
+    duplex-jax train --config=configs/adapt_lora.py --config.data.train=DIR --workdir=out/adapted
 
     duplex-jax adapt --model=smollm2-135m-instruct --out=out/adapted --tokens=3e6
 """

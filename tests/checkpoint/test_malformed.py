@@ -20,6 +20,7 @@ from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import from_hf
+from duplex_jax.model.tree import from_tree
 from duplex_jax.template import make_template
 from tests.checkpoint.test_gguf import merging_tokenizer
 from tests.checkpoint.test_registry import random_params, tiny
@@ -35,7 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model in every form: a folder, a GGUF file, and an adapter upon the folder."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer, grown = merging_tokenizer(), dataclasses.replace(tiny().config, vocab_size=263)
-    made = LoadedModel("tiny", grown, random_params(grown, 0), tokenizer, make_template("compact", tokenizer))
+    made = LoadedModel(
+        "tiny", from_tree(grown, random_params(grown, 0)), tokenizer, make_template("compact", tokenizer)
+    )
     save_model(tiny(), folder / "hf")
     save_model(made, folder / "model.gguf", format="gguf")
     what = adapter.Adapter(str(folder / "hf"), "chatml", 2, 4.0, (258,))

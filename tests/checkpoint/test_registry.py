@@ -255,7 +255,7 @@ def test_download_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert load_model("hf:owner/name").config.vocab_size == 259
     assert asked[0] == ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"]
     assert resolve_tokenizer("hf:owner/name").vocab_size == 259
-    assert asked[-1] == ["*.json", "tokenizer.model"]
+    assert asked[-1] == ["*.json", "*.jinja", "tokenizer.model"]
 
 
 @pytest.mark.parametrize("text", ["hello", ""])
@@ -322,7 +322,8 @@ def test_damaged_store_config(store: Path, text: str):
 
 
 def test_config_file_is_exact():
-    config = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("longrope", short_factor=(1.0, 2.0)), scale_depth=1.1)
+    scaling = RopeScaling("longrope", short_factor=(1.0, 2.0, 2.0, 2.0), long_factor=(1.0, 2.0, 4.0, 8.0))
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, scale_depth=1.1)
     assert orbax.config_from_json(orbax.config_to_json(config), "x") == config
     assert to_hf(config)["model_type"] == "granite"
 

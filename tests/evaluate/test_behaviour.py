@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.categories import CATEGORIES
+from data_gen.compose import Conversation
 from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, TemplateRewriter
 from duplex_jax.errors import UserError
@@ -361,7 +362,7 @@ def dialogue(index: int) -> Dialogue:
         (f"What is the {rng.choice(words)} number {index} in part {r}?", " ".join(sentence() for _ in range(3)))
         for r in range(rng.randint(1, 3))
     )
-    return Dialogue(f"made:{index}", rounds)
+    return Dialogue(f"made:{index}", rounds, tuple(" ".join(sentence() for _ in range(3)) for _ in rounds))
 
 
 @pytest.mark.parametrize("name", CATEGORIES)
@@ -371,7 +372,9 @@ def test_oracle_is_perfect_and_degenerates_are_not(name: str):
         rng = random.Random(f"{name}{seed}")
         dialogues = [dialogue(i) for i in rng.sample(range(50), rng.randint(*CATEGORIES[name].dialogues))]
         try:
-            references.append(CATEGORIES[name].make(dialogues, rng, TOKENIZER, TemplateRewriter(), seed % 3))
+            references.append(
+                CATEGORIES[name].make(dialogues, Conversation(rng, TOKENIZER, seed % 3), TemplateRewriter())
+            )
         except LeftOut:
             continue
     assert references
@@ -395,7 +398,9 @@ def test_oracle_is_perfect_and_degenerates_are_not(name: str):
     assert idle["quiet_3_rate"] in (None, 1)
     talking = summary("always_talking")
     assert talking["free_idle_recall"] == talking["forced_idle_recall"] == 0
-    assert talking["response_rate"] == talking["early_rate"] == 1
+    assert talking["response_rate"] == 1
+    # Nobody is early in a query of one slice, and some questions that break in are that short.
+    assert talking["early_rate"] == 1 or (name == "back_on_topic" and talking["early_rate"] > 0.5)
     assert talking["yield_rate"] in (None, 0)
     assert talking["goes_on_rate"] in (None, 1)
     assert talking["quiet_run"] in (None, 0)

@@ -79,7 +79,7 @@ def test_arc_as_hugging_face_has_it(tmp_path: Path):
         ({"query": "Q", "choices": ["a"], "gold": 0}, "two choices or more"),
         ({"query": "Q", "choices": ["a", " "], "gold": 0}, "two choices or more"),
         ({"query": "Q", "choices": ["a", "b"], "gold": 2}, "the right one among them"),
-        ([], "is no line of arc_easy_test"),
+        ("", "is no line of arc_easy_test"),
     ],
 )
 def test_lines_that_are_no_items(row: Any, message: str, tmp_path: Path):

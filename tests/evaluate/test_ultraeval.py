@@ -293,7 +293,7 @@ def test_missing_files_and_broken_lines(name: str, tmp_path: Path):
     write(tmp_path, "ultraeval_task_configs", {"dataset": name, "task": "law", "description": "On law."})
     write(tmp_path, task.file)
     assert "holds no question" in problem(name, tmp_path)
-    broken: list[Any] = [[], {"query": 3}, {}]
+    broken: list[Any] = ["", {"query": 3}, {}]
     for row in broken:
         write(tmp_path, task.file, row)
         found = problem(name, tmp_path)

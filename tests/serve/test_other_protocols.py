@@ -20,10 +20,10 @@ from tests.serve.serving import Client, engine_of, run, serving
 from tests.tiny import tiny_model
 
 
-def reply(query: str, most: int, seed: int = 0) -> str:
+def reply(query: str, most: int, seed: int = 0, temperature: float = 0) -> str:
     """A turn-based answer by the session itself."""
     engine = engine_of(tiny_model(), 1)
-    session = TurnSession(engine, seed=seed, sampling=Sampling(temperature=0))
+    session = TurnSession(engine, seed=seed, sampling=Sampling(temperature=temperature))
     ids = [i for part in session.reply(query, most) for i in part]
     session.close()
     return decode(engine.template.tokenizer, ids)
@@ -96,7 +96,7 @@ def test_the_demo_s_protocol_on_twenty_sessions_at_once():
                         await asyncio.sleep(0.01)  # silence is answered with nothing
             async with aiohttp.ClientSession() as http, http.ws_connect(f"ws://{place}/") as ws:
                 await ws.send_str("<!new_ordinary_session!>")
-                assert "".join(await ordinary(ws, "what is it")) == reply("what is it", MOST_TOKENS)
+                assert "".join(await ordinary(ws, "what is it")) == reply("what is it", MOST_TOKENS, temperature=0.8)
 
     def done(live: LiveSession, i: int) -> bool:
         return live.has_row and len(live._seat.session.timeline) == i + 1 and not live._seat.lock.locked()
@@ -122,7 +122,7 @@ def test_the_ordinary_server_of_the_paper():
             async with http.ws_connect(f"ws://{place}/", headers={"Origin": "http://localhost:3000"}) as ws:
                 pieces = await ordinary(ws, "what is it")
                 assert len(pieces) > 1
-                assert "".join(pieces) == reply("what is it", MOST_TOKENS)
+                assert "".join(pieces) == reply("what is it", MOST_TOKENS, temperature=0.8)
                 assert await ordinary(ws, "x" * 3000) == ["<!too_long!>"]
                 assert await ordinary(ws, "and now")  # the conversation goes on
                 await ws.send_str("<!new_ordinary_session!>")
