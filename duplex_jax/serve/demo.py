@@ -16,6 +16,7 @@ from duplex_jax.serve.connection import Caller, Connection
 from duplex_jax.serve.events import Delta, Event, Spoken, Trouble
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.incoming import check_values, converse
+from duplex_jax.serve.live import MOST_WAITING
 from duplex_jax.serve.sessions import Entry, Sessions
 from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import IDLE
@@ -85,6 +86,9 @@ class Demo:
             self._tell_over()
             return True
         check_values({"message": message})
+        if len(message) > MOST_WAITING:
+            self._tell_over()
+            return True
         if self._entry is None:
             await self._begin()
         assert self._entry is not None
