@@ -70,7 +70,7 @@ def test_rows_come_back():
     with pytest.raises(UserError, match="slice 0 takes 302 tokens"):
         list(replay(engine(3), bad, OPTIONS))
     assert not engine(3).rows
-    with pytest.raises(UserError, match="the query takes 302 tokens"):
+    with pytest.raises(UserError, match="the query takes 313 tokens"):
         list(replay_turns(engine(1), bad, OPTIONS))
     assert not engine(1).rows
 
