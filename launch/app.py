@@ -179,12 +179,18 @@ class _Paths(_Path):
 
 def path_flag(name: str, default: str | None, help: str, **options: Any) -> Any:
     """A flag that names a file, a folder or a model; takes what `flags.DEFINE_string` takes."""
+    options.setdefault("module_name", _caller())
     return flags.DEFINE(_Path(), name, default, help, **options)
 
 
 def paths_flag(name: str, help: str) -> Any:
     """A flag that names some of them, commas between; by default none."""
-    return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","))
+    return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","), module_name=_caller())
+
+
+def _caller() -> str:
+    """The job's module that defines a flag here: `--help` lists flags by module."""
+    return str(sys._getframe(2).f_globals["__name__"])
 
 
 class StoreFlags:
