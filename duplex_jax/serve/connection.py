@@ -11,7 +11,6 @@ from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from duplex_jax.errors import UserError
 from duplex_jax.serve.tasks import to_the_end
 
 _log = logging.getLogger(__name__)
@@ -254,42 +253,3 @@ class Sockets:
                 if not connection.caller.sessions and now - connection.heard_at > self.limits.unused_seconds:
                     reason = f"no session for {self.limits.unused_seconds:g} seconds"
                     connection.hang_up(WSCloseCode.POLICY_VIOLATION, reason)
-
-
-def as_object(data: str | bytes) -> dict[str, Any]:
-    """A message as a JSON object.
-
-    Raises:
-        UserError: it is none.
-    """
-    if isinstance(data, bytes):
-        raise UserError("a binary message; send JSON text")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"not JSON ({e.args[0] if e.args else e}); send one JSON object a message") from None
-    if not isinstance(value, dict):
-        raise UserError(f"a JSON {type(value).__name__}; send one JSON object a message")
-    return value
-
-
-def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-    """A field of a message, checked.
-
-    Raises:
-        UserError: missing where it has no default, of another type, or a number beyond 64 bits; names it.
-    """
-    if name not in message:
-        if default is ...:
-            raise UserError(f"{name}: is missing from {message.get('type', 'the message')!r}")
-        return default
-    value = message[name]
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if float in kinds:
-        kinds = (*kinds, int)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise UserError(f"{name}: is {json.dumps(value)[:40]}; must be {wanted}")
-    if isinstance(value, int) and abs(value) >= 2**63:  # JSON knows no bound; floats and arrays do
-        raise UserError(f"{name}: is a number of {len(str(abs(value)))} digits; must be within 64 bits")
-    return value

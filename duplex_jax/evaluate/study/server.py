@@ -4,6 +4,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ from duplex_jax.evaluate.study.store import OutOfOrder, Scores, Store, UnknownCo
 from duplex_jax.evaluate.study.talk import Talk
 from duplex_jax.serve.access import Access, Gate, Handler
 from duplex_jax.serve.app import page_file
-from duplex_jax.serve.connection import Caller, Connection, Sockets, WireLimits, as_object, field
+from duplex_jax.serve.connection import Caller, Connection, Sockets, WireLimits
+from duplex_jax.serve.incoming import as_object
 from duplex_jax.serve.sessions import Sessions
 from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import whole_characters
@@ -108,7 +110,7 @@ class StudyServer:
         )  # fmt: skip
 
     async def _admit(self, request: web.Request) -> web.StreamResponse:
-        if field(as_object(await _text(request)), "consent", bool, False) is not True:
+        if _field(as_object(await _text(request)), "consent", bool, False) is not True:
             raise OutOfOrder("nobody takes part, and nothing is stored, without consent")
         now, address = time.monotonic(), Caller.of(request).address
         while self._admitted and now - self._admitted[0][0] > 3600:
@@ -141,13 +143,13 @@ class StudyServer:
     async def _score(self, request: web.Request) -> web.StreamResponse:
         number = self._number(request)
         message = as_object(await _text(request))
-        plan, label = plan_of(number), field(message, "model", str)
+        plan, label = plan_of(number), _field(message, "model", str)
         if label not in plan.labels.values():
             raise UserError(f"model: {label[:40]!r} is neither of {', '.join(sorted(plan.labels.values()))}")
-        comment = field(message, "comment", str, "").strip()
+        comment = _field(message, "comment", str, "").strip()
         if len(comment) > MOST_COMMENT or not whole_characters(comment):
             raise UserError(f"comment: at most {MOST_COMMENT} whole characters")
-        scores = Scores(check_scores(field(message, "scores", dict)), comment)
+        scores = Scores(check_scores(_field(message, "scores", dict)), comment)
         self.store.score(number, len(self.texts.openings), plan.system(label), scores)
         return web.json_response(self._state_of(number))
 
@@ -174,18 +176,18 @@ class StudyServer:
             async for data in connection.messages():
                 try:
                     message = as_object(data)
-                    kind = field(message, "type", str)
+                    kind = _field(message, "type", str)
                     if kind == "start":
                         if talk is not None:
                             raise OutOfOrder("start: the conversation has begun")
-                        talk = await self._join(self.store.number(field(message, "code", str)), connection)
+                        talk = await self._join(self.store.number(_field(message, "code", str)), connection)
                         connection.caller.sessions = 1
                     elif talk is None or talk.connection is not connection:
                         raise OutOfOrder(f"{kind}: comes before the conversation, or behind its end")
                     elif kind == "text":
                         if talk.over:
                             raise OutOfOrder("this conversation is over; end it and go on")
-                        talk.say(field(message, "text", str))
+                        talk.say(_field(message, "text", str))
                     elif kind == "end":
                         if not (talk.answered or talk.over):
                             raise OutOfOrder("say something of your own before you end the conversation")
@@ -298,3 +300,23 @@ async def _text(request: web.Request) -> str:
 
 def _problem(status: int, message: str) -> web.Response:
     return web.json_response({"error": message}, status=status)
+
+
+def _field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+    """A field of a message, checked.
+
+    Raises:
+        UserError: missing where it has no default, or of another type; names it.
+    """
+    if name not in message:
+        if default is ...:
+            raise UserError(f"{name}: is missing from {message.get('type', 'the message')!r}")
+        return default
+    value = message[name]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise UserError(f"{name}: is {json.dumps(value)[:40]}; must be {wanted}")
+    return value
