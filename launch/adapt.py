@@ -30,18 +30,18 @@ from launch.dotted import take_dotted
 
 STAGES = ("write", "timelines", "pack", "train", "measure", "export")
 
-_MODEL = flags.DEFINE_string("model", None, "The chat model: a folder, a file, hf:owner/name, or a known name.")
-_OUT = flags.DEFINE_string("out", None, "Folder of everything; a run that was stopped goes on there.")
+_MODEL = app.path_flag("model", None, "The chat model: a folder, a file, hf:owner/name, or a known name.")
+_OUT = app.path_flag("out", None, "Folder of everything; a run that was stopped goes on there.")
 _HOURS = flags.DEFINE_float("hours", None, "Time for writing and training, instead of --tokens.", lower_bound=0.01)
 _TOKENS = flags.DEFINE_float("tokens", 3e6, "Tokens to train on.", lower_bound=1)
-_DIALOGUES = flags.DEFINE_list("dialogues", [], "Your own dialogues, beside those that the model writes.")
-_CONFIG = flags.DEFINE_string("config", "configs/adapt_lora.py", "Of the training; --config.a.b=value changes it.")
-_MESH = flags.DEFINE_string("mesh", "cpu1", "Where to train: a mesh of configs/mesh/, or a Python file.")
+_DIALOGUES = app.paths_flag("dialogues", "Your own dialogues, beside those that the model writes.")
+_CONFIG = app.path_flag("config", "configs/adapt_lora.py", "Of the training; --config.a.b=value changes it.")
+_MESH = app.path_flag("mesh", "cpu1", "Where to train: a mesh of configs/mesh/, or a Python file.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _COUNT = flags.DEFINE_integer("count", 0, "Dialogues to write; by default one for every 600 tokens.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 32, "Dialogues written at once.", lower_bound=1)
 _SPOKEN = flags.DEFINE_float("spoken", 0.5, "Share of timelines with users as recognisers write.", 0.0, 1.0)
-_YARDSTICKS = flags.DEFINE_string("yardsticks", "", "Folder of `evaluate yardsticks`; empty leaves them out.")
+_YARDSTICKS = app.path_flag("yardsticks", "", "Folder of `evaluate yardsticks`; empty leaves them out.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
 
 _DOTTED: list[tuple[str, str]] = []
@@ -302,10 +302,10 @@ def card(out: Path) -> str:
 
 def _again() -> list[str]:
     """The flags of this run, where they are not the defaults."""
-    given = [f"--{name}={flags.FLAGS[name].serialize().partition('=')[2]}" for name in
-             ("model", "hours", "tokens", "dialogues", "config", "mesh", "seed", "count", "spoken")
-             if flags.FLAGS[name].present]  # fmt: skip
-    return given + [f"--config.{name}={value}" for name, value in _DOTTED]
+    names = ("model", "hours", "tokens", "dialogues", "config", "mesh", "seed", "count", "spoken")
+    given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+    said = [f"--{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
+    return said + [f"--config.{name}={value}" for name, value in _DOTTED]
 
 
 def main(argv: list[str]) -> int | None:

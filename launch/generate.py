@@ -46,7 +46,7 @@ _WRITE = flags.DEFINE_integer(
     "write", None, "Have --model write so many dialogues by itself, users' messages too: OUT/spoken and OUT/plain.",
     lower_bound=1,
 )  # fmt: skip
-_WRITER = flags.DEFINE_string("model", None, "With --write: a chat model, as every job takes it.")
+_WRITER = app.path_flag("model", None, "With --write: a chat model, as every job takes it.")
 _ROWS = flags.DEFINE_integer("rows", 32, "With --write: dialogues at once.", lower_bound=1)
 
 _CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")

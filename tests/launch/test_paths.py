@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 WORDS = {
     "allowed_hosts", "allowed_origins", "categories", "contexts", "coordinator", "dtype", "fold", "histories", "host",
     "idle_bias", "judge_model", "mind", "mind_model", "profile", "programs", "rewriter_model", "seeds", "server",
-    "shares", "system", "tasks", "template", "ways",
+    "shares", "stages", "system", "tasks", "template", "ways",
 }  # fmt: skip
 
 
