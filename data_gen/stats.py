@@ -14,7 +14,7 @@ from data_gen.shards import guess_category, shard_files
 from data_gen.table1 import PAPER, TOTAL
 from duplex_jax.errors import UserError
 from duplex_jax.files import check_writable
-from duplex_jax.template import default_template, make_template
+from duplex_jax.template import default_template, make_template, missing_tokens
 from duplex_jax.timeline import read_timelines
 from duplex_jax.tokenizer import Tokenizer, resolve_tokenizer
 
@@ -95,7 +95,10 @@ class Stats:
 
 def measure(tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Lengths], int]:
     """One file's lengths by category, and how many of its lines are no timelines."""
-    template = make_template(default_template(tokenizer), tokenizer)
+    name = default_template(tokenizer)
+    if missing := missing_tokens(name, tokenizer):
+        tokenizer = tokenizer.with_tokens(missing)
+    template = make_template(name, tokenizer)
     found: dict[str, Lengths] = {}
     bad: list[object] = []
     for timeline in read_timelines(path, bad.append):
