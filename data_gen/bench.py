@@ -134,10 +134,11 @@ def _peak_mib(pid: str) -> float:
 
 
 def _write_dialogues(path: Path, source: str, number: int) -> Path:
-    """Writes so many dialogues in UltraChat's layout."""
+    """Writes so many dialogues in UltraChat's layout, with a second answer to each query for regenerations."""
     with open(path, "w", encoding="utf-8") as f:
         for i, data in enumerate(islice(_repeated(source) if source else _made_up(), number)):
-            f.write(json.dumps({"id": str(i), "data": data}, ensure_ascii=False) + "\n")
+            again = [f"Once more. {answer}" for answer in data[1::2]]
+            f.write(json.dumps({"id": str(i), "data": data, "again": again}, ensure_ascii=False) + "\n")
     return path
 
 
