@@ -8,6 +8,8 @@ measures. Where its module has a `table`, that makes the lines to print.
 import importlib
 import inspect
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -18,15 +20,15 @@ from launch import app
 
 MEASUREMENTS = {
     "ceilings": "duplex_jax.decode.floor:bench_ceilings",
-    "decode": "duplex_jax.decode.bench:bench_decode",
-    "batch": "duplex_jax.decode.bench_batch:bench_batch",
-    "quality": "duplex_jax.decode.bench_quality:bench_quality",
-    "evaluate": "duplex_jax.evaluate.bench:bench_evaluate",
-    "generate": "data_gen.bench:bench_generate",
-    "train": "duplex_jax.train.bench:bench_train",
-    "data": "duplex_jax.data.bench:bench_data",
-    "serve": "duplex_jax.serve.bench:bench_serve",
-    "speech": "duplex_jax.serve.voice.measure:bench_speech",
+    "decode": "benchmarks.decode:bench_decode",
+    "batch": "benchmarks.batch:bench_batch",
+    "quality": "benchmarks.quality:bench_quality",
+    "evaluate": "benchmarks.evaluate:bench_evaluate",
+    "generate": "benchmarks.generate:bench_generate",
+    "train": "benchmarks.train:bench_train",
+    "data": "benchmarks.data:bench_data",
+    "serve": "benchmarks.serve:bench_serve",
+    "speech": "benchmarks.speech:bench_speech",
 }
 
 _JSON = app.path_flag("json", None, "Write the figures there, too.")
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] not in MEASUREMENTS:
         raise UserError(f"bench needs the name of a measurement: {', '.join(MEASUREMENTS)}")
     module, _, name = MEASUREMENTS[argv[0]].partition(":")
-    code = importlib.import_module(module)
+    code = _module(module)
     measure = getattr(code, name)
     flagged = [f"{flag.name}={flag.value}" for flag in _ARGUMENTS if flag.value is not None]
     arguments = parse_arguments(argv[1:] + flagged, inspect.signature(measure))
@@ -55,6 +57,22 @@ def main(argv: list[str]) -> None:
     if _JSON.value:
         with atomic_write(_JSON.value) as f:
             json.dump({"measurement": argv[0], "arguments": arguments} | result, f, indent=1)
+
+
+def _module(name: str) -> Any:
+    """A measurement's module: `benchmarks/` lies beside this package in a checkout and is not installed.
+
+    Raises:
+        UserError: this is no checkout.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if name.startswith("benchmarks.") and not (checkout / "benchmarks" / "__init__.py").is_file():
+        raise UserError("bench needs a checkout of the project: benchmarks/ is not installed with the package")
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
 
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_gen.bench import bench_generate
+from benchmarks.generate import bench_generate
 from data_gen.categories import CATEGORIES
 
 

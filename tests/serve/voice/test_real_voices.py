@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.speech import bench_speech, gap_at, speech_level, table, word_errors
 from duplex_jax.errors import UserError
 from duplex_jax.serve.events import Voice
 from duplex_jax.serve.voice.asr import Listener, MoonshineRecognizer, load_recognizer
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, resample
-from duplex_jax.serve.voice.measure import bench_speech, gap_at, speech_level, table, word_errors
 from duplex_jax.serve.voice.session import SessionVoice
 from duplex_jax.serve.voice.speech import Speaker
 from duplex_jax.serve.voice.tts import EspeakSynthesizer, PiperSynthesizer, load_synthesizer

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.speech import gap_at, player_waits, word_errors
 from duplex_jax.errors import UserError
-from duplex_jax.serve.voice.measure import gap_at, player_waits, word_errors
 from duplex_jax.serve.voice.speech import Speaker, left_context, ready, speakable
 from duplex_jax.serve.voice.tts import EspeakSynthesizer, GoogleSynthesizer, load_synthesizer, place_words
 from tests.serve.voice.fakes import Letters, letters

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.profile import Profile, parts_line
 from duplex_jax import parallel
-from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig, to_hf
 from duplex_jax.train import flops

@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 
+from benchmarks import llama
+from benchmarks.decode import QUESTION, USER_TOKENS, check_stores, conversation, without_end
+from benchmarks.profile import Profile, parts_line
 from duplex_jax.checkpoint.registry import load_model
-from duplex_jax.decode import floor, llama
-from duplex_jax.decode.bench import QUESTION, USER_TOKENS, check_stores, conversation, without_end
+from duplex_jax.decode import floor
 from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.decode.rows import Request
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from aiohttp import web
 
+from benchmarks import decode as decode_bench
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
-from duplex_jax.decode import bench as decode_bench
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from duplex_jax.serve.access import RUNNING

@@ -32,10 +32,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from benchmarks import llama
+from benchmarks.profile import Profile, parts_line
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
-from duplex_jax.decode import floor, llama
+from duplex_jax.decode import floor
 from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.profile import Profile, parts_line
 from duplex_jax.decode.rows import Request, Row
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.decode import torch_model
+from benchmarks.train import process
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
-from duplex_jax.decode.bench import torch_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.turns import TurnSession, step_turns
@@ -34,7 +35,6 @@ from duplex_jax.evaluate.benchmarks.scoring import answer
 from duplex_jax.evaluate.benchmarks.tasks import Item, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import plain
 from duplex_jax.tokenizer import decode
-from duplex_jax.train.bench import process
 
 LIKELIHOOD = ("arc_easy", "hellaswag")
 GENERATION = "gsm8k"

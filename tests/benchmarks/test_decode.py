@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import batch as bench_batch
+from benchmarks import decode as bench
+from benchmarks import llama
 from duplex_jax import native
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
-from duplex_jax.decode import bench, bench_batch, floor, llama
+from duplex_jax.decode import floor
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
 from tests.tiny import tiny_model, with_params
