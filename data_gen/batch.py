@@ -91,9 +91,9 @@ def submit(folder: Path, base_url: str, timeout: float = 600.0) -> list[str]:
     Raises:
         UserError: nothing to submit, or the server refuses.
     """
+    api = make_api(base_url, timeout, asynchronous=False)
     import openai
 
-    api = make_api(base_url, timeout, asynchronous=False)
     todo = [p for p in sorted(folder.glob("*.requests")) if not _note(p).exists()]
     if not todo:
         raise UserError(f"{folder}: no request file that waits; --batch=write makes them")

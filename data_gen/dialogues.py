@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duplex_jax.conversations import JOINT, is_chat, parse_chat
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UserError, extra
 from duplex_jax.records import BadRow, load_json, read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -219,11 +219,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _open_parquet(file: Path) -> Any:
-    try:
+    with extra("parquet", f"{file}: reading Parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as e:
-        raise UserError(f"{file}: reading Parquet needs pyarrow; pip install 'duplex-jax[parquet]'") from e
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as e:

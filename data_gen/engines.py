@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UserError, extra
 
 # A worker's own: what all its calls share, and (Ray) the reference that it was fetched by.
 _context: Any = None
@@ -101,10 +101,8 @@ class Ray:
     """
 
     def __init__(self, work: Callable[..., Any], context: Any, workers: int):
-        try:
+        with extra("ray", "--engine=ray"):
             import ray
-        except ImportError as e:
-            raise UserError("--engine=ray needs Ray; pip install 'duplex-jax[ray]'") from e
         self._ray = ray
         if not ray.is_initialized():
             local: dict[str, Any] = (

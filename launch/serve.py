@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UserError, extra
 from launch import app
 from launch.listening import ListenFlags
 
@@ -58,10 +58,8 @@ def main(argv: list[str]) -> None:
     if _REPLICAS.value > 1:
         if not _LISTEN.port or _LISTEN.has_tls:
             raise UserError("--replicas: they share one port, which must be named, and speak no TLS; end it at a proxy")
-        try:
+        with extra("ray", "--replicas"):
             from launch.replicas import run
-        except ImportError as e:
-            raise UserError(f"--replicas needs Ray Serve: pip install 'duplex-jax[ray]' ({e.name} is missing)") from e
         run(options, _REPLICAS.value, _LISTEN.host, _LISTEN.port, lambda: _tell(options.name, _LISTEN.port))
         return
     with app.ends_at_once():

@@ -12,7 +12,7 @@ import numpy as np
 
 from duplex_jax.checkpoint import safetensors
 from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UserError, extra
 from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
 from duplex_jax.model.tree import Params
@@ -79,10 +79,8 @@ def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
 
 
 def _torch_file(path: Path) -> dict[str, Tensor]:
-    try:
+    with extra("torch", f"{path}: reading it"):
         import torch
-    except ImportError as e:
-        raise UserError(f"{path}: needs torch to be read; pip install 'duplex-jax[torch]'") from e
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # unpickling garbage fails in every way there is

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from duplex_jax.errors import UserError
+from duplex_jax.errors import UserError, extra
 from duplex_jax.llm.cache import ERROR, Answer, Question, Reply, ReplyCache, settle
 
 # Requests in a row that got no answer after all their retries: then the server is taken to be gone.
@@ -303,7 +303,8 @@ class Client:
 
 def make_api(base_url: str, timeout: float, asynchronous: bool) -> Any:
     """The `openai` package's client; its own retries are off, since ours are counted and slowed down together."""
-    import openai
+    with extra("llm", "a language model server"):
+        import openai
 
     # A log line for every request would drown the progress.
     for name in ("httpx", "httpx2"):
