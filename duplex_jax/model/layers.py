@@ -62,7 +62,9 @@ class Linear(nnx.Module):
         update = None
         if self.lora_a is not None and self.lora_b is not None:
             update = self.lora_a.astype(x.dtype), (self.lora_b * self.lora_scale).astype(x.dtype)
-        return self.product(x, self.weight.astype(x.dtype), update)
+        weight = self.weight[...]
+        # qwix's quantised weights are of no other dtype than what they stand for.
+        return self.product(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), update)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
