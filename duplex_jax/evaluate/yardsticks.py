@@ -6,6 +6,7 @@ the user's side of a timeline with events; it is replayed as `behaviour_run` doe
 Sources:
     FLEXI      arXiv 2509.22243; `flexi/{turn_taking,pause_handling,user_backchannel,user_interruption}.jsonl`
     TurnSense  github.com/latishab/turnsense; `turnsense.jsonl`
+    situations of ours, which come with the package: corrections, statements, and requests such as "Once more, slowly."
 """
 
 import collections
@@ -15,6 +16,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,10 @@ class Item:
         scenario: a key of `SCENARIOS`.
         writing: one of `WRITINGS`.
         timeline: the user's side, with events.
-        pause: number of pairs up to the end of the pause; 0 where there is none.
+        pause: number of pairs up to the end of the pause, or in front of what a situation is about; 0 where there are
+            none.
         over: whether a TurnSense prompt is said to be over; None for the other scenarios.
+        kind: one of `SITUATIONS`; empty for the other scenarios.
     """
 
     scenario: str
@@ -53,10 +57,13 @@ class Item:
     timeline: Timeline
     pause: int = 0
     over: bool | None = None
+    kind: str = ""
 
 
 Cut = Callable[[str], list[str]]
 Scenario = tuple[Timeline, int]
+_ANSWER = 8
+"""Silent user slices in which a first question is answered before the user speaks again."""
 
 
 def _timeline(users: Sequence[str | None], **events: int) -> Timeline:
@@ -97,11 +104,20 @@ def _interruption(row: Mapping[str, str], cut: Cut) -> Scenario:
     return timeline, 0
 
 
+def _situation(row: Mapping[str, str], cut: Cut) -> Scenario:
+    before = [*cut(row["context"]), *[None] * _ANSWER] if row["context"] else []
+    said = cut(row["text"])
+    return _timeline([*before, *said], **{QUERY_END: len(before) + len(said) - 1}), len(before)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A scenario's file, the fields with its texts, and how a row becomes a timeline."""
+    """A scenario's file, the fields with its texts, and how a row becomes a timeline.
 
-    file: str
+    The file lies in the folder of the data; None is the one that comes with the package.
+    """
+
+    file: str | None
     fields: tuple[str, ...]
     make: Callable[[Mapping[str, str], Cut], Scenario]
 
@@ -114,7 +130,10 @@ SCENARIOS = {
     "backchannel": _Source("flexi/user_backchannel.jsonl", ("text", "Pause1"), _backchannel),
     "interruption": _Source("flexi/user_interruption.jsonl", ("context", "interrupt"), _interruption),
     "turnsense": _Source("turnsense.jsonl", ("prompt",), _prompt),
+    "situation": _Source(None, ("context", "text"), _situation),
 }
+_OURS = Path(str(resources.files("duplex_jax") / "assets" / "situations.jsonl"))
+SITUATIONS = ("correction", "statement", "request")
 
 # (name, scenario, counts of successes and of trials, what it says)
 MEASURES = (
@@ -132,6 +151,8 @@ MEASURES = (
     ("turnsense_accuracy", "turnsense", "right", "prompts", "spoke within one slice if and only if the prompt is over"),
     ("turnsense_over", "turnsense", "spoken_over", "over", "spoke after prompts that are over (probability above 0.5)"),
     ("turnsense_open", "turnsense", "spoken_open", "open", "spoke after prompts that are not over; low is good"),
+    *((f"{kind}s_replied", "situation", f"{kind}s_replied", f"{kind}s",
+       f"silent after a {kind} began, or before it, and spoke within one slice after it") for kind in SITUATIONS),
 )  # fmt: skip
 
 
@@ -152,22 +173,22 @@ def read_yardsticks(folder: str | Path, limit: int = 0) -> tuple[list[Item], Hel
     chosen: list[int] = []
     digest = hashlib.sha256()
     for name, source in SCENARIOS.items():
-        path = Path(folder) / source.file
+        path = Path(folder) / source.file if source.file else _OURS
         rank = 0
         for where, row in _rows(path, digest):
-            texts = {field: _text(where, row, field) for field in source.fields}
+            texts = {field: _text(where, row, field, field == "context" and not source.file) for field in source.fields}
             over = _over(where, row) if name == "turnsense" else None
             if name == "turnsense" and over is None:
                 continue
             for writing in WRITINGS:
                 if not limit or rank < limit:
                     chosen.append(len(items))
-                items.append(_item(name, writing, texts, rank, over))
+                items.append(_item(name, writing, texts, rank, over, row["kind"] if path == _OURS else ""))
             rank += 1
     return items, HeldOut([item.timeline for item in items], digest.hexdigest(), chosen)
 
 
-def _item(scenario: str, writing: str, texts: Mapping[str, str], rank: int, over: bool | None) -> Item:
+def _item(scenario: str, writing: str, texts: Mapping[str, str], rank: int, over: bool | None, kind: str) -> Item:
     rng = random.Random(f"{scenario}/{rank}")
 
     def cut(text: str) -> list[str]:
@@ -175,7 +196,7 @@ def _item(scenario: str, writing: str, texts: Mapping[str, str], rank: int, over
 
     timeline, pause = SCENARIOS[scenario].make(texts, cut)
     timeline.id = f"{scenario}/{writing}/{rank}"
-    return Item(scenario, writing, timeline, pause, over)
+    return Item(scenario, writing, timeline, pause, over, kind)
 
 
 def _rows(path: Path, digest: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -196,9 +217,9 @@ def _rows(path: Path, digest: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}:{number}", row
 
 
-def _text(where: str, row: Mapping[str, Any], field: str) -> str:
+def _text(where: str, row: Mapping[str, Any], field: str, may_be_empty: bool) -> str:
     text = row.get(field)
-    if not isinstance(text, str) or not bare(text):
+    if not isinstance(text, str) or not (may_be_empty or bare(text)):
         raise UserError(f"{where}: {field!r} is missing or has no words; it is a text")
     return text
 
@@ -220,7 +241,12 @@ def count_item(item: Item, said: Timeline) -> Counts:
     """
     output = output_of(item.timeline, said)
     counts = count(item.timeline, output)
-    if item.pause:
+    if item.kind:
+        # Speaking on behind a first answer, all the way through the user's words, is no reply to them.
+        silent = any(words is None for words in output.said[max(item.pause - 1, 0) : len(item.timeline.pairs)])
+        counts[f"{item.kind}s"] = 1
+        counts[f"{item.kind}s_replied"] = int(counts["answered_within_1"] and silent)
+    elif item.pause:
         counts["pauses"] = 1
         counts["pauses_kept"] = int(all(words is None for words in output.said[: item.pause]))
     if item.over is not None:

@@ -1,11 +1,15 @@
 """Yardsticks: what becomes of a file's sentences, and what a replay written by hand counts for."""
 
+import collections
 import json
+import random
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from data_gen import situations
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import yardsticks
 from duplex_jax.evaluate.behaviour_run import Records
@@ -33,6 +37,14 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "data"
+
+
+def test_situations_are_held_out():
+    """None of their sentences is one that `generate --write` can draw."""
+    drawn = {turn.said for seed in range(4000) for turn in situations.situation(random.Random(seed))}
+    rows = [json.loads(line) for line in (files("duplex_jax") / "assets/situations.jsonl").read_text().splitlines()]
+    assert collections.Counter(row["kind"] for row in rows) == {"correction": 100, "statement": 100, "request": 50}
+    assert not {yardsticks.bare(row["text"]) for row in rows} & {yardsticks.bare(said) for said in drawn}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +87,7 @@ def test_a_limit_keeps_numbers(folder: Path):
     assert [i.timeline for i in items] == [i.timeline for i in limited]
     assert {items[n].timeline.id for n in set(whole.chosen) - set(some.chosen)} == {
         f"{scenario}/{writing}/1" for scenario in ("turn", "turnsense") for writing in yardsticks.WRITINGS
-    }
+    } | {f"situation/{writing}/{rank}" for rank in range(1, 250) for writing in yardsticks.WRITINGS}
 
 
 # (scenario, rank, what the assistant says: a dot is silence, one for each pair and one more; the counts it is worth)
@@ -96,6 +108,12 @@ CASES = [
     ("interruption", 0, "sssss", {"barge_ins": 1, "yielded_within_1": 0, "yielded_and_answered": 0}),
     ("interruption", 0, "ss...", {"barge_ins": 1, "yielded_within_1": 1, "yielded_and_answered": 0}),
     ("interruption", 0, "s..ss", {"barge_ins": 0, "yielded_within_1": 0, "yielded_and_answered": 0}),
+    # A correction behind eight silent slices, said in one; a statement.
+    ("situation", 0, "ss.........s", {"corrections": 1, "corrections_replied": 1}),
+    ("situation", 0, "ss..........", {"corrections": 1, "corrections_replied": 0}),
+    ("situation", 0, "ssssssssssss", {"corrections": 1, "corrections_replied": 0}),
+    ("situation", 1, ".s.", {"statements": 1, "statements_replied": 1}),
+    ("situation", 1, "...", {"statements": 1, "statements_replied": 0}),
     ("turnsense", 0, "..", {"open": 1, "over": 0, "spoken_open": 0, "right": 1}),
     ("turnsense", 0, ".s", {"open": 1, "over": 0, "spoken_open": 1, "right": 0}),
     ("turnsense", 1, "..", {"open": 0, "over": 1, "spoken_over": 0, "right": 0}),
