@@ -23,6 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from data_gen.dialogues import count_dialogues
+from duplex_jax.checkpoint.card import CARD_FILE
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write
 from launch import app
@@ -282,7 +283,9 @@ def _export(out: Path) -> Iterator[Command]:
         with_card = out / ".model"
         shutil.rmtree(with_card, ignore_errors=True)
         shutil.copytree(out / "decay" / "export", with_card)
-        (with_card / "README.md").write_text(card(out), encoding="utf-8")
+        readme = with_card / CARD_FILE
+        prompting = readme.read_text(encoding="utf-8").partition("\n")[2] if readme.is_file() else ""
+        readme.write_text(card(out) + prompting, encoding="utf-8")
         with_card.rename(target)
 
 

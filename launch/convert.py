@@ -8,8 +8,10 @@ import jax
 from absl import flags, logging
 
 from duplex_jax.checkpoint import adapter, gguf, peft
+from duplex_jax.checkpoint.card import adapter_card
 from duplex_jax.checkpoint.names import as_dtype
 from duplex_jax.checkpoint.registry import FORMATS, load_model, save_model
+from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.files import check_folder, check_new_file
@@ -83,18 +85,27 @@ def _write_adapter(model: str, out: str) -> None:
     what, trained = read_adapter(model)
     if _IDLE_BIAS.value is not None:
         what = dataclasses.replace(what, idle_bias=Sampling(idle_bias=_IDLE_BIAS.value).idle_bias)
-    dtype = _DTYPE.value or "float32"
+    dtype, card = _DTYPE.value or "float32", _card_of(what, out)
     if _FORMAT.value == "peft":
         kind = as_dtype(dtype)
         assert kind is not None
-        peft.save(out, what, trained, kind, _OVERWRITE.value)
+        peft.save(out, what, trained, kind, _OVERWRITE.value, card)
     else:
-        adapter.save(out, what, trained, dtype, _OVERWRITE.value)
+        adapter.save(out, what, trained, dtype, _OVERWRITE.value, card)
     weights = sum(int(x.size) for x in jax.tree.leaves(trained))
     size = sum(p.stat().st_size for p in Path(out).iterdir()) / 1e6
     step = f", step {what.training['step']}" if "step" in what.training else ""
     print(f"{out}: adapter of {what.base}, rank {what.rank}, {weights:,} weights, {dtype}, {size:.1f} MB, "
           f"template {what.template}{step}")  # fmt: skip
+
+
+def _card_of(what: adapter.Adapter, out: str) -> str:
+    try:
+        template = load_template(what.base, what.template)
+    except UserError:  # without its base an adapter can be copied all the same
+        return ""
+    template.idle_bias, template.in_slices = what.idle_bias, True
+    return adapter_card(Path(out).name, what.base, template)
 
 
 def start() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from duplex_jax.checkpoint import safetensors
+from duplex_jax.checkpoint.card import CARD_FILE
 from duplex_jax.checkpoint.names import Unread, as_dtype, finite
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
@@ -21,7 +22,6 @@ from duplex_jax.schema import Schema, checked, read_json
 
 CONFIG_FILE = "adapter.json"
 WEIGHTS_FILE = "adapter.safetensors"
-CARD_FILE = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Adapter:
 
 
 def save(
-    folder: str | Path, adapter: Adapter, trained: Params, dtype: Any = "float32", overwrite: bool = False
+    folder: str | Path,
+    adapter: Adapter,
+    trained: Params,
+    dtype: Any = "float32",
+    overwrite: bool = False,
+    card: str = "",
 ) -> None:
     """Writes an adapter; the folder appears complete or not at all.
 
@@ -58,6 +63,7 @@ def save(
         trained: the tree of `model.lora`, on the host.
         dtype: of the stored weights; the 16-bit ones halve them, and float16 rounds updates of this size least.
         overwrite: replaces a folder that is there and not empty; a `README.md` in it, the model card, stays.
+        card: the model card, where there is none.
 
     Raises:
         UserError: a folder that is there, or one that cannot be written.
@@ -67,12 +73,14 @@ def save(
     kind = as_dtype(dtype)
     flat = {f"layers.{name}.{part}": x for name, w in trained["layers"].items() for part, x in w.items()}
     flat |= {f"rows.{table}": x for table, x in trained.get("rows", {}).items()}
-    card = Path(folder) / CARD_FILE
+    kept = Path(folder) / CARD_FILE
     with atomic_folder(folder, overwrite) as aside:
         save_file({k: np.ascontiguousarray(np.asarray(x), dtype=kind) for k, x in flat.items()}, aside / WEIGHTS_FILE)
         set_default_mode(aside / WEIGHTS_FILE)  # the library makes private files
-        if card.is_file():
-            shutil.copyfile(card, aside / CARD_FILE)
+        if kept.is_file():
+            shutil.copyfile(kept, aside / CARD_FILE)
+        elif card:
+            (aside / CARD_FILE).write_text(card, encoding="utf-8")
         (aside / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(adapter), indent=1) + "\n", encoding="utf-8")
 
 

@@ -213,9 +213,8 @@ def save(
     tokenizer: Tokenizer,
     path: str | Path,
     dtype: str = "float16",
-    duplex: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    name: str = "",
 ) -> None:
     """Writes a GGUF file, of architecture `llama`, or `minicpm` where there are scales, with its tokenizer inside.
 
@@ -227,9 +226,8 @@ def save(
         tokenizer: byte-level BPE or SentencePiece.
         path: the file; appears complete or not at all.
         dtype: of `WRITTEN`.
-        duplex: what the metadata says about slices, under `duplex.`.
+        said: more of the metadata, such as `general.name`, by which llama.cpp and its relatives list the model.
         overwrite: replaces a file that is there.
-        name: `general.name`, by which llama.cpp and its relatives list the model.
 
     Raises:
         UserError: an unknown dtype, a model or tokenizer that GGUF has no words for, a file that is there, or a place
@@ -256,9 +254,8 @@ def save(
     scaled = (config.scale_emb, config.residual_scale, config.logit_divisor) != (1.0, 1.0, 1.0)
     arch = "minicpm" if scaled else "llama"
     fields = _metadata(config, arch) | gguf_fields(tokenizer, config.vocab_size)
-    fields |= {"general.name": name} if name else {}
     fields["general.file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[dtype]])
-    fields |= {f"duplex.{k}": v for k, v in (duplex or {}).items()}
+    fields |= said or {}
     with atomic_path(path) as aside:
         writer = gguf.GGUFWriter(aside, arch)
         try:

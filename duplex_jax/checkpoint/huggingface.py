@@ -107,6 +107,7 @@ def save_config(
     dtype: np.dtype,
     hf_type: str = "auto",
     extra: Mapping[str, Any] | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `config.json` and `generation_config.json` into an existing folder.
 
@@ -118,6 +119,7 @@ def save_config(
         hf_type: `auto` for what transformers has built in (Llama, or Granite where there are scales), `minicpm` for
             the released keys, which llama.cpp's converter and servers with a MiniCPM of their own read.
         extra: more fields of `config.json`.
+        decoding: more fields of `generation_config.json`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -129,7 +131,7 @@ def save_config(
     ids = {k: row[k] for k in ("bos_token_id", "eos_token_id") if row.get(k) is not None}
     sampling = {"do_sample": True, **generation} if generation else {}
     _write_json(folder / "config.json", row)
-    _write_json(folder / "generation_config.json", ids | sampling)
+    _write_json(folder / "generation_config.json", {**ids, **sampling, **(decoding or {})})
 
 
 def as_minicpm(config: ModelConfig, row: Mapping[str, Any]) -> dict[str, Any]:

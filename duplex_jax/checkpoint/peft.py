@@ -9,6 +9,7 @@ from pydantic import Field
 
 from duplex_jax.checkpoint import safetensors
 from duplex_jax.checkpoint.adapter import Adapter
+from duplex_jax.checkpoint.card import CARD_FILE
 from duplex_jax.checkpoint.names import TABLE, finite
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder, set_default_mode
@@ -113,7 +114,9 @@ def read(folder: Path) -> tuple[Adapter, Params]:
     return adapter, tree
 
 
-def save(folder: str | Path, adapter: Adapter, trained: Params, dtype: np.dtype, overwrite: bool = False) -> None:
+def save(
+    folder: str | Path, adapter: Adapter, trained: Params, dtype: np.dtype, overwrite: bool = False, card: str = ""
+) -> None:
     """Writes updates for PEFT; the folder appears complete or not at all.
 
     Args:
@@ -122,6 +125,7 @@ def save(folder: str | Path, adapter: Adapter, trained: Params, dtype: np.dtype,
         trained: the tree of `model.lora`, on the host.
         dtype: of the stored weights.
         overwrite: replaces a folder that is there and not empty.
+        card: the model card.
 
     Raises:
         UserError: a folder that is there, or one that cannot be written.
@@ -156,4 +160,6 @@ def save(folder: str | Path, adapter: Adapter, trained: Params, dtype: np.dtype,
         set_default_mode(aside / WEIGHTS_FILE)
         (aside / CONFIG_FILE).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         ours = {"template": adapter.template, "idle_bias": adapter.idle_bias}
+        if card:
+            (aside / CARD_FILE).write_text(card, encoding="utf-8")
         (aside / DUPLEX_FILE).write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")

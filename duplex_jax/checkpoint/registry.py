@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from duplex_jax.checkpoint import adapter, gguf, huggingface, orbax, peft
+from duplex_jax.checkpoint import adapter, card, gguf, huggingface, orbax, peft
 from duplex_jax.checkpoint.names import Unread, as_dtype
 from duplex_jax.checkpoint.resolve import resolve
 from duplex_jax.errors import UserError
@@ -132,7 +132,12 @@ def save_model(
     if format == "gguf":
         duplex = duplex_metadata(model)
         name = Path(model.name.removeprefix("hf:")).stem
-        gguf.save(model.config, model.params, model.tokenizer, folder, dtype or "float16", duplex, overwrite, name)
+        said = {"general.name": name, "general.description": card.describe(model.template)}
+        if model.template.in_slices:  # llama.cpp ends an answer with any of the three
+            said |= {"tokenizer.ggml.eot_token_id": model.template.end_id}
+            said |= {"tokenizer.ggml.eom_token_id": model.template.idle_id}
+        said |= {f"duplex.{k}": v for k, v in duplex.items()}
+        gguf.save(model.config, model.params, model.tokenizer, folder, dtype or "float16", said, overwrite)
         return
     kind = as_dtype(dtype)
     with atomic_folder(folder, overwrite) as aside:
@@ -145,7 +150,9 @@ def save_model(
             kind or model.model.dtype,
             hf_type,
             {"duplex": duplex_metadata(model)},
+            card.generation_settings(model.template),
         )
+        (aside / card.CARD_FILE).write_text(card.card(model.name, model.template), encoding="utf-8")
         if format == "orbax":
             orbax.save(aside, model.config, model.params, kind)
         else:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from duplex_jax.checkpoint import adapter
+from duplex_jax.checkpoint.card import adapter_card
 from duplex_jax.checkpoint.orbax import quiet
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.checkpoint.resolve import load_template
@@ -58,17 +59,18 @@ def export(
     trained = gather(state["params"])
     c = plan.config
     apart = plan.is_lora and not c.lora.merge
+    template.in_slices = True
     if plan.is_lora and not apart:
         frozen = gather(frozen)
     if jax.process_index() != 0:
         return
     if apart:
-        adapter.save(out, describe(c, template, plan.row_ids, record), trained, overwrite=True)
+        what = describe(c, template, plan.row_ids, record)
+        adapter.save(out, what, trained, overwrite=True, card=adapter_card(c.name, what.base, template))
         return
     params = trained
     if plan.is_lora:
         params = lora.merge(frozen, trained, plan.scale, plan.row_ids)
-    template.in_slices = True
     loaded = LoadedModel(c.name, from_tree(plan.model, params), template.tokenizer, template)
     save_model(loaded, out, overwrite=True)
 

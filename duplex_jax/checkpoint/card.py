@@ -1,0 +1,179 @@
+"""What an exported model says to other programs: its card, and how they decode slices as `Engine` does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from duplex_jax.slicing import MAX_SLICE_TOKENS
+from duplex_jax.template import Template
+from duplex_jax.tokenizer import decode
+
+CARD_FILE = "README.md"
+
+_ELSEWHERE = 1024.0
+"""Taken from the logit of idle behind everything but a slice's beginning; a power of two, so that sums are exact."""
+
+
+def stop_ids(template: Template) -> list[int]:
+    """Every token that ends a slice or a turn; other programs have one list of them."""
+    return sorted({*template.stop_ids, *template.turn_ends})
+
+
+def generation_settings(template: Template) -> dict[str, Any]:
+    """Fields of transformers' `generation_config.json` for a model that was trained on slices; empty for another.
+
+    `sequence_bias` adds the model's own bias to the logit of idle where a slice begins, and rules idle out elsewhere;
+    `suppress_tokens` are the control tokens that end nothing.
+    """
+    if not template.in_slices:
+        return {}
+    ends, idle = stop_ids(template), template.idle_id
+    marker = _opening(template)
+    return {
+        "eos_token_id": ends,
+        "sequence_bias": [[[idle], -_ELSEWHERE], [[*marker, idle], _ELSEWHERE + template.idle_bias]],
+        "suppress_tokens": sorted(set(template.tokenizer.special.values()) - set(ends)) or None,
+    }
+
+
+def _opening(template: Template) -> list[int]:
+    """The ids behind which a slice of the assistant begins, and nothing else does."""
+    spoken, silent = template.user_part("a"), template.user_part(None)
+    same = next(n for n in range(1, len(silent) + 1) if spoken[-n:] != silent[-n:] or n == len(silent)) - 1
+    return silent[len(silent) - same :]
+
+
+def _as_text(template: Template, ids: list[int]) -> str:
+    names = {i: token for token, i in template.tokenizer.special.items()}
+    return "".join(names[i] if i in names else decode(template.tokenizer, [i]) for i in ids)
+
+
+def describe(template: Template) -> str:
+    """How the model is prompted, in a line: for formats that have no room for more."""
+    if not template.in_slices:
+        return f"Prompted in turns: {_quoted(_turn(template))}"
+    heard, silent = (_quoted(_as_text(template, template.user_part(x))) for x in (SLICE_EXAMPLE[0], None))
+    end, idle = (_as_text(template, [i]) for i in (template.end_id, template.idle_id))
+    return (
+        f"Prompted in time slices: {heard}, or {silent} where the user is silent. The answer to each is at most "
+        f"{MAX_SLICE_TOKENS} tokens that end with {end}, or {idle} alone, which is silence. {template.idle_bias:+g} "
+        f"belongs on the logit of token {template.idle_id} where an answer begins; it never comes later."
+    )
+
+
+def adapter_card(name: str, base: str, template: Template) -> str:
+    """The card of LoRA's updates that are kept apart."""
+    return (
+        f"{_title(name)}LoRA's updates of `{base}`. `duplex-jax convert --model=FOLDER --out=DIR` merges them for "
+        f"transformers.\n\n{describe(template)} With PEFT give these settings to `generate`:\n\n"
+        f"    {json.dumps(generation_settings(template))}\n"
+    )
+
+
+def _title(name: str) -> str:
+    return f"# {Path(name.removeprefix('hf:')).stem}\n\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+SLICE_EXAMPLE = ("What is the capital", "of France?")
+
+
+def _turn(template: Template) -> str:
+    return _as_text(template, template.turn_prompt([("user", " ".join(SLICE_EXAMPLE))]))
+
+
+def card(name: str, template: Template) -> str:
+    """The card of an exported model: how it is prompted in slices and in turns, with a program that does it."""
+    return _title(name) + (_SLICES if template.in_slices else _TURNS).format_map(_facts(template))
+
+
+def _facts(template: Template) -> dict[str, Any]:
+    user, silent = template.user_part("x0"), template.user_part(None)
+    control = set(template.tokenizer.special.values())
+    first = next(i for i, token in enumerate(user) if token not in control)
+    last = next((i for i, token in enumerate(user[first:], first) if token in control), len(user))
+    prefix, _, suffix = decode(template.tokenizer, user[first:last]).partition("x0")
+    end, idle = template.end_id, template.idle_id
+    return {
+        "template": template.name,
+        "turn": _quoted(_turn(template)),
+        "chat": "The model's own chat template" if template.chat else f"The template `{template.name}`",
+        "user": _quoted(_as_text(template, template.user_part(SLICE_EXAMPLE[0]))),
+        "silence": _quoted(_as_text(template, silent)),
+        "most": MAX_SLICE_TOKENS,
+        "idle": _as_text(template, [idle]), "idle_id": idle, "end": _as_text(template, [end]),
+        "start": template.start(), "head": user[:first], "tail": user[last:], "silent": silent,
+        "prefix": _quoted(prefix), "suffix": _quoted(suffix),
+        "stops": list(template.stop_ids),
+        "closings": {i: template.closing([i]) for i in (idle, end)}, "closing": template.closing([]),
+        "bias": f"{template.idle_bias:+g}", "opening": _as_text(template, _opening(template)),
+        "slices": SLICE_EXAMPLE,
+    }  # fmt: skip
+
+
+_SLICES = """\
+This model converses in time slices of two seconds, in the template `{template}` of duplex-jax.
+
+## In slices
+
+What the user said in a slice, and a slice in which the user is silent, are written as
+
+    {user}
+    {silence}
+
+and the model answers each with at most {most} tokens: words that end with `{end}`, or `{idle}` alone, which is silence.
+At the first token of a slice, behind `{opening}`, the logit of `{idle}` ({idle_id}) gets {bias}; at the others it is
+ruled out. With transformers `generation_config.json` does both. GGUF has no field for a bias: where it is not 0,
+llama.cpp's nearest is `--logit-bias {idle_id}{bias}`.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+context = {start}
+
+
+def step(user=None):
+    \"\"\"Takes what the user said in a slice, None for silence; gives the ids of the model's slice.\"\"\"
+    text = {prefix} + (user or "") + {suffix}
+    words = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    context.extend({head} + words + {tail} if user else {silent})
+    said = model.generate(torch.tensor([context]), do_sample=False, max_new_tokens={most})[0, len(context) :].tolist()
+    context.extend(said + {closings}.get(said[-1], {closing}))
+    return [i for i in said if i not in {stops}]
+
+
+def answer(*slices):
+    \"\"\"Takes a whole message in slices of at most six words; gives the whole answer, up to the first silence.\"\"\"
+    for user in slices[:-1]:
+        step(user)
+    said = [step(slices[-1])]
+    while said[-1]:
+        said.append(step())
+    return tokenizer.decode(sum(said, []))
+
+
+if __name__ == "__main__":
+    print(answer{slices!r})
+```
+
+## In turns
+
+A whole answer goes on over slices in which the user is silent, as `answer` has it. {chat} writes turns as
+
+    {turn}
+
+but the model was trained on slices: its answer there ends after about {most} tokens.
+"""
+
+_TURNS = """\
+This model converses in turns; it was not trained on time slices, though duplex-jax can ask it in those of its template
+`{template}`. {chat} writes a turn as
+
+    {turn}
+"""
