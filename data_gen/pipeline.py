@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,20 +136,34 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def blocks(dialogues: Iterable[Dialogue], size: int) -> Iterator[tuple[Dialogue, ...]]:
-    """Runs of `size` dialogues; a last run of less than half of that joins the one before it."""
+    """Runs of `size` dialogues; a last run of less than half of that joins the one before it.
+
+    Timelines are made of one run's dialogues, so ids that come twice in it are told apart: `x`, `x#2`, `x#3`.
+    """
     held: tuple[Dialogue, ...] = ()
     current: list[Dialogue] = []
     for dialogue in dialogues:
         current.append(dialogue)
         if len(current) == size:
             if held:
-                yield held
+                yield _told_apart(held)
             held, current = tuple(current), []
     if held and len(current) * 2 >= size:
-        yield held
+        yield _told_apart(held)
         held = ()
     if held or current:
-        yield (*held, *current)
+        yield _told_apart((*held, *current))
+
+
+def _told_apart(block: tuple[Dialogue, ...]) -> tuple[Dialogue, ...]:
+    given = {d.id for d in block}
+
+    def names(id: str) -> Iterator[str]:
+        yield id
+        yield from (name for n in itertools.count(2) if (name := f"{id}#{n}") not in given)
+
+    left = {id: names(id) for id in given}
+    return tuple(dataclasses.replace(d, id=next(left[d.id])) for d in block)
 
 
 class Answers(Protocol):

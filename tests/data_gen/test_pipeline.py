@@ -12,6 +12,7 @@ import pytest
 from made_up import make_dialogue
 
 from data_gen.check import check_dataset
+from data_gen.dialogues import Dialogue
 from data_gen.engines import make_engine
 from data_gen.pipeline import Recipe, Summary, blocks, generate, make_recipe, parse_shares
 from data_gen.unit import Context, make_unit
@@ -42,6 +43,26 @@ def contents(out: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
     }
+
+
+def test_ids_that_come_again(tmp_path: Path, dialogues: list[Dialogue], tokenizer: Tokenizer):
+    """One id for all, none, ids of other types, names that look like ours, and the same file twice."""
+    ids = [*["x"] * 20, *["x#2"] * 3, *[None] * 5, *[7, "7", True, "True", 1.5, ["a"], {}, ""], *["x"] * 24]
+    lines = "".join(
+        json.dumps({"id": name, "data": [text for r in d.rounds for text in r]}) + "\n"
+        for name, d in zip(ids, dialogues, strict=True)
+    )
+    for name in ("a.jsonl", "copy/a.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(lines)
+    run(tmp_path / "in", tmp_path / "one", tokenizer)
+    report = check_dataset(tmp_path / "one")
+    assert report.number == 0, report.problems
+    made = [t for p in (tmp_path / "one").rglob("*.jsonl") for t in read_timelines(p)]
+    assert any(len(t.source_ids) > 1 for t in made)
+    assert all(len(set(t.source_ids)) == len(t.source_ids) for t in made)
+    run(tmp_path / "in", tmp_path / "three", tokenizer, workers=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
 def test_the_data_set_is_right_and_complete(tmp_path: Path, dialogue_file: Path, tokenizer: Tokenizer):
