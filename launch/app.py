@@ -66,9 +66,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             return code
         except UserError as e:
             fail(e)
-        except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-            _drop_output()
-            return 0
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
@@ -85,10 +82,24 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     # A shell starts background jobs with SIGINT ignored; Ctrl-C works all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        app.run(guarded, flags_parser=_parse)
+        with reader_may_go():
+            app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def reader_may_go() -> Iterator[None]:
+    """Ends the process without a word, code 0, where the reader of its output, such as `head`, has gone."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(0) from None
 
 
 @contextlib.contextmanager

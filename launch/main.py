@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 import sys
 
+from launch.app import reader_may_go
+
 JOBS = {
     "chat": "talk with a model slice by slice, or replay a timeline",
     "generate": "make Duplex-UltraChat timelines from turn-based dialogues; check and describe a dataset",
@@ -23,6 +25,11 @@ JOBS = {
 
 def main() -> None:
     """Finds the job named by the first argument and hands it the rest."""
+    with reader_may_go():
+        _run()
+
+
+def _run() -> None:
     jobs = {job: text for job, text in JOBS.items() if importlib.util.find_spec(f"launch.{job}")}
     if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h", "help"):
         print("usage: duplex-jax JOB [--flags]\n")
