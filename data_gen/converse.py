@@ -155,7 +155,7 @@ def converse(out: str | Path, recipe: Recipe, answers: Answers, concurrency: int
     out = Path(out)
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")
-    with locked(out.with_name(f".{out.name}.lock"), out):
+    with locked(out, beside=True):
         made = _made(out, recipe)
         if made is not None:
             return made

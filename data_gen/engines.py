@@ -4,13 +4,12 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from duplex_jax.errors import UserError, extra
+from duplex_jax.processes import end_with_parent
 
 # A worker's own: what all its calls share, and (Ray) the reference that it was fetched by.
 _context: Any = None
@@ -52,15 +51,7 @@ def _start_worker(context: Any) -> None:
     global _context
     _context = context
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-
-        def watch() -> None:
-            wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def _in_worker(work: Callable[..., Any], *args: Any) -> Any:

@@ -225,7 +225,7 @@ def read_manifest(shard: Path) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, and sweeps it."""
-    with locked(out / ".lock", out):
+    with locked(out):
         # What an earlier run was writing when it was killed.
         for path in out.rglob(".*.partial"):
             path.unlink(missing_ok=True)

@@ -48,28 +48,41 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, and a file is to be written there; give a file name")
+    _check_place(path.parent, path)
+    return path
+
+
+def _check_place(folder: Path, path: str | Path) -> None:
+    """Creates `folder`, where `path` is to be written, and tries to write there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
         raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
-    return path
 
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def locked(lock: str | Path, out: str | Path) -> Iterator[None]:
-    """Keeps a second run away from `out` by the file `lock`; the lock ends with the process.
+def locked(out: str | Path, beside: bool = False) -> Iterator[None]:
+    """Keeps a second run away from `out`, a folder, by a file `.lock` in it; the lock ends with the process.
 
     The file is removed at the end. On a file system without locks nothing is kept away.
+
+    Args:
+        out: what is written.
+        beside: the file lies beside `out`, which is a file or a folder that appears when it is whole.
 
     Raises:
         UserError: another run is writing to `out`, or the place cannot be written.
     """
-    lock = check_writable(lock)
+    path = Path(os.path.abspath(out))
+    if beside and not path.name:
+        raise UserError(f"{out}: cannot be written; give a name below it")
+    lock = path.parent / f".{path.name}.lock" if beside else path / ".lock"
+    _check_place(lock.parent, out)
     with open(lock, "a+", encoding="utf-8") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +116,17 @@ def set_default_mode(path: Path) -> None:
 _ASIDE = ".partial"
 
 
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks an open file or folder; False where another process has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def _aside(path: Path, folder: bool) -> Iterator[Path]:
+def temporary(path: Path, folder: bool) -> Iterator[Path]:
     """An empty file or folder beside `path`, locked while this process has it; gone at the end.
 
     What killed processes left in that folder is removed first: nobody holds its lock.
@@ -113,16 +135,21 @@ def _aside(path: Path, folder: bool) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             held = os.open(old, os.O_RDONLY)
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(old)
+                if _lock(held):
+                    _remove(old)
             finally:
                 os.close(held)
     names: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": _ASIDE}
-    name = Path(tempfile.mkdtemp(**names) if folder else _closed(*tempfile.mkstemp(**names)))
-    held = os.open(name, os.O_RDONLY)
+    while True:
+        name = Path(tempfile.mkdtemp(**names) if folder else _closed(*tempfile.mkstemp(**names)))
+        with contextlib.suppress(FileNotFoundError):
+            held = os.open(name, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks
+                _lock(held, wait=True)
+            if name.exists():
+                break
+            os.close(held)  # another process took it for one that was left
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         set_default_mode(name)  # made private
         yield name
     finally:
@@ -160,7 +187,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = check_writable(path)
     try:
-        with _aside(path, folder=False) as aside:
+        with temporary(path, folder=False) as aside:
             yield aside
             _sync(aside)
             os.replace(aside, path)
@@ -210,6 +237,8 @@ def check_new_file(path: str | Path, overwrite: bool = False) -> Path:
 def check_folder(path: str | Path, overwrite: bool = False) -> Path:
     """Creates the parent of the folder `path` and refuses, before any time is spent, what `atomic_folder` would refuse.
 
+    A folder that a killed run had taken away to replace it is put back.
+
     Raises:
         UserError: something is there already (an empty folder, or any folder with `overwrite`, may be replaced), or the
             place cannot be written.
@@ -217,12 +246,11 @@ def check_folder(path: str | Path, overwrite: bool = False) -> Path:
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: is there already and no folder; give a new folder's name")
+    _check_place(path.parent, path)
     try:
+        _put_back(path)
         if path.is_dir() and any(path.iterdir()) and not overwrite:
             raise UserError(f"{path}: is there already and not empty; give a new folder, or --overwrite")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
     except OSError as e:
         raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
     return path
@@ -252,7 +280,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = check_folder(path, overwrite)
     try:
-        with _aside(path, folder=True) as aside:
+        with temporary(path, folder=True) as aside:
             yield aside
             for part in aside.rglob("*"):
                 _sync(part)
@@ -266,16 +294,52 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{path}: cannot write ({e.strerror or e}); nothing was left behind") from e
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Exchanges the names of two folders; at every moment there is one of each name where the system can do that."""
+def _exchange(new: Path, path: Path) -> None:
+    """Exchanges a folder with the one at `path`, whose name is never free where the system can do that.
+
+    Elsewhere the old one stands under another name for a moment, where `_put_back` finds it after a kill.
+    """
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+    if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
         return
-    beside = new.with_name(f"{new.name}.old{_ASIDE}")
-    os.replace(old, beside)
-    os.replace(new, old)
-    shutil.rmtree(beside, ignore_errors=True)
+    old = _replaced(path)
+    with _held(path):
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        _remove(old)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder for now; True on a file system without locks."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        mine = True
+        with contextlib.suppress(OSError):
+            mine = _lock(descriptor)
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
+def _put_back(path: Path) -> None:
+    """Ends what a run that was killed amid `_exchange` had begun."""
+    old = _replaced(path)
+    if old.is_dir():
+        with _held(old) as mine:
+            if mine and path.exists():
+                _remove(old)
+            elif mine:
+                os.replace(old, path)
 
 
 # A block of four bytes can stand for 128 KiB: so few at a time decompress into 16 MiB at most.

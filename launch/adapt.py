@@ -25,7 +25,7 @@ from absl import flags
 from data_gen.dialogues import count_dialogues
 from duplex_jax.checkpoint.card import CARD_FILE
 from duplex_jax.errors import UserError
-from duplex_jax.files import atomic_write
+from duplex_jax.files import atomic_folder, atomic_write
 from launch import app
 from launch.dotted import take_dotted
 
@@ -280,13 +280,12 @@ def _export(out: Path) -> Iterator[Command]:
         yield Command("report", ("evaluate", "report", *measured, f"--out={out / 'report'}"))
     target = out / "model"
     if not target.exists():
-        with_card = out / ".model"
-        shutil.rmtree(with_card, ignore_errors=True)
-        shutil.copytree(out / "decay" / "export", with_card)
-        readme = with_card / CARD_FILE
-        prompting = readme.read_text(encoding="utf-8").partition("\n")[2] if readme.is_file() else ""
-        readme.write_text(card(out) + prompting, encoding="utf-8")
-        with_card.rename(target)
+        with atomic_folder(target) as aside:
+            shutil.copytree(out / "decay" / "export", aside, dirs_exist_ok=True)
+            readme = aside / CARD_FILE
+            prompting = readme.read_text(encoding="utf-8").partition("
+")[2] if readme.is_file() else ""
+            readme.write_text(card(out) + prompting, encoding="utf-8")
 
 
 def card(out: Path) -> str:

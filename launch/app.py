@@ -144,8 +144,7 @@ def claim(out: str | Path, beside: bool = False) -> None:
     Raises:
         UserError: another run is writing there, or the place cannot be written.
     """
-    out = Path(out)
-    _claimed.enter_context(locked(out.with_name(f".{out.name}.lock") if beside else out / ".lock", out))
+    _claimed.enter_context(locked(out, beside))
 
 
 def _drop_output() -> None:

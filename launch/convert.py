@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--out={_OUT.value}: --format=gguf writes a file; give a name that ends in .gguf")
         if _DTYPE.value not in (None, *gguf.WRITTEN):
             raise UserError(f"--dtype={_DTYPE.value}: one of {', '.join(gguf.WRITTEN)} for --format=gguf")
+    app.claim(_OUT.value, beside=True)
+    if _FORMAT.value == "gguf":
         check_new_file(_OUT.value, _OVERWRITE.value)
     else:
         check_folder(_OUT.value, _OVERWRITE.value)

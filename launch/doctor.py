@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags, logging
 
 from duplex_jax.errors import UserError
+from duplex_jax.files import temporary
 from launch import app, machine
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def _save(folder: Path, mesh: "Mesh") -> str:
     state = {
         "x": jax.device_put(np.arange(size, dtype=np.float32), NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor.") as place:
+    with temporary(folder / "doctor", folder=True) as place:
         began = time.perf_counter()
-        ocp.save(Path(place).absolute() / "state", state)
-        back = ocp.load(Path(place).absolute() / "state", state)
+        ocp.save(place.absolute() / "state", state)
+        back = ocp.load(place.absolute() / "state", state)
         seconds = time.perf_counter() - began
     if not np.array_equal(np.asarray(back["x"]), np.asarray(state["x"])):
         raise UserError(f"{folder}: what was saved there comes back otherwise; give another --workdir")

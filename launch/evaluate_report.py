@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     sources = read_sources([local_path(folder) for folder in argv])
     page = make_page(sources)
     check_writable(out / "report.html")
+    app.claim(out)
     written = write_page(page, out)
     for warning in dict.fromkeys(w for section in page.sections for table in section.tables for w in table.warnings):
         print(warning)

@@ -128,6 +128,7 @@ def _report(db: str) -> None:
     out = Path(_OUT.value)
     kept = stores.read(db)
     check_writable(out / "study.json")
+    app.claim(out)
     report: dict[str, Any] = {
         "what": "study",
         "command": shlex.join(["duplex-jax", "evaluate", "study", *sys.argv[1:]]),

@@ -104,6 +104,8 @@ def main(argv: list[str]) -> int:
     if not _OUT.value or (not _INPUT.value and _BATCH.value not in ("submit", "collect")):
         raise UserError("generate needs --input=DIALOGUES and --out=FOLDER (or --check=FOLDER, or --stats=FOLDER)")
     out = Path(_OUT.value)
+    if _BATCH.value in ("submit", "collect"):
+        app.claim(out)
     if _BATCH.value == "submit":
         for name in submit(out / "batch", _REQUESTS.url.value):
             print(f"batch {name} started; --batch=collect fetches its replies")
@@ -165,7 +167,6 @@ def _write(count: int) -> int:
     from launch.self_write import self_write
 
     out = Path(_OUT.value)
-    check_writable(out / "blocks" / "block")
     app.claim(out)
     app.use_compilation_cache()
     model = load_model(_WRITER.value)

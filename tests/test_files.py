@@ -35,15 +35,21 @@ with files.atomic_folder(out, overwrite=True) as aside:
 """
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path, there: bool):
+@pytest.mark.parametrize(("there", "way"), [(True, "exchange"), (True, "two renames"), (False, "exchange")])
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path, there: bool, way: str):
+    """Where the system cannot exchange names, the next run that looks at the place finds the old one there again."""
     for number in range(1, 40):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         if there:
             out.mkdir()
             (out / "a").write_text("old")
-        code = subprocess.run([sys.executable, "-c", KILLED, str(number), str(out), ""], cwd=REPOSITORY).returncode
+        code = subprocess.run([sys.executable, "-c", KILLED, str(number), str(out), way], cwd=REPOSITORY).returncode
+        assert out.exists() or not there or way == "two renames"
+        with files.atomic_path(out.parent / "another"):  # which sweeps the place
+            pass
+        (out.parent / "another").unlink()
+        files.check_folder(out, overwrite=True)
         found = {p.name: p.read_text() for p in out.iterdir()} if out.exists() else None
         assert found in ([{"a": "old"}] if there else [None]) + [{"a": "new", "b": "new"}]
         with files.atomic_folder(out, overwrite=True) as aside:
@@ -53,6 +59,23 @@ def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path, there: bool)
         if code == 0:
             return
     raise AssertionError("never ran to its end")
+
+
+def test_a_second_run_cannot_sweep_what_is_not_locked_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between the making of a temporary file and its lock another run may take it for one that was left."""
+    real, swept = files._lock, []
+
+    def sweep_first(descriptor: int, wait: bool = False) -> bool:
+        if wait and not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].unlink()
+        return real(descriptor, wait)
+
+    monkeypatch.setattr(files, "_lock", sweep_first)
+    with files.atomic_write(tmp_path / "a") as f:
+        f.write("whole")
+    assert swept
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
 
 
 def test_what_another_run_is_writing_stays(tmp_path: Path):

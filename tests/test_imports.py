@@ -11,7 +11,14 @@ PACKAGES = ("duplex_jax", "data_gen", "configs", "launch")
 
 # Lower floors first; a file may import its own floor and those below it.
 FLOORS = (
-    {"duplex_jax.errors", "duplex_jax.files", "duplex_jax.records", "duplex_jax.schema", "duplex_jax.sources"},
+    {
+        "duplex_jax.errors",
+        "duplex_jax.files",
+        "duplex_jax.processes",
+        "duplex_jax.records",
+        "duplex_jax.schema",
+        "duplex_jax.sources",
+    },
     {
         "duplex_jax.tokenizer",
         "duplex_jax.gguf_vocabulary",

@@ -18,6 +18,7 @@ from duplex_jax.data.packing import pack
 from duplex_jax.data.rows import Document, Row
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder
+from duplex_jax.processes import end_with_parent
 from duplex_jax.template import Code, Template
 from duplex_jax.tokenizer import fingerprint
 
@@ -134,6 +135,7 @@ _worker_template: Template | None = None
 
 def _start_worker(model: str, template: str) -> None:
     global _worker_template
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_template = load_template(model, template)
 

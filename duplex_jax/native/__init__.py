@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duplex_jax.errors import UserError
-from duplex_jax.files import local_path
+from duplex_jax.files import local_path, temporary
 
 _log = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("common.h", "decode.cc")]
@@ -71,8 +71,8 @@ def private_folder(folder: Path) -> Path | None:
 
 def _compile(compiler: str, library: Path) -> None:
     """Compiles the kernels; library and digest reach the disk, and the library appears complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with temporary(library, folder=True) as folder:
+        made = folder / library.name
         units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
         command = [*shlex.split(compiler), *_FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -142,8 +142,8 @@ def _register() -> None:
     sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
     key = "\0".join([*sources, compiler, " ".join(_FLAGS), jax.__version__, _processor()])
     kept = cache_folder()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (kept and private_folder(kept)) or Path(temporary)
+    with tempfile.TemporaryDirectory() as nowhere_else:
+        folder = (kept and private_folder(kept)) or Path(nowhere_else)
         library = folder / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if not _is_whole(library):
             _compile(compiler, library)
