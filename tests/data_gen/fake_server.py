@@ -32,6 +32,7 @@ class FakeServer:
             that text, a status code, or one of "hang", "truncated", "not json", "drop", "no choices".
         bodies: of all chat requests that arrived.
         most_at_once: chat requests that were in flight at a time.
+        together: nobody gets an answer before so many were.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.most_at_once = 0
+        self.together = 1
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self._now = 0
@@ -96,7 +98,8 @@ class FakeServer:
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)
         try:
-            await asyncio.sleep(0.002)
+            while self.most_at_once < self.together:
+                await asyncio.sleep(0.002)
             return await self._answer(request, self.behave(number, body), body)
         finally:
             self._now -= 1

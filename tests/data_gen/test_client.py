@@ -45,14 +45,15 @@ def cache(tmp_path: Path) -> Iterator[ReplyCache]:
 
 
 @pytest.fixture
-def client(server: FakeServer, cache: ReplyCache) -> Iterator[Client]:
-    client = Client(server.url, cache, concurrency=8, timeout=0.5, backoff=0.01)
+def client(request: pytest.FixtureRequest, server: FakeServer, cache: ReplyCache) -> Iterator[Client]:
+    """Waits for long, as the machine may be busy; not where a test gives another time-out."""
+    client = Client(server.url, cache, concurrency=8, timeout=getattr(request, "param", 60.0), backoff=0.01)
     yield client
     client.close()
 
 
 TROUBLE = [
-    (429, "HTTP 429"), (500, "HTTP 500"), (503, "HTTP 503"), ("hang", "time-out"), ("truncated", "broken reply"),
+    (429, "HTTP 429"), (500, "HTTP 500"), (503, "HTTP 503"), ("truncated", "broken reply"),
     ("not json", "broken reply"), ("no choices", "broken reply"), ("drop", "connection lost"),
 ]  # fmt: skip
 
@@ -68,6 +69,19 @@ def test_every_trouble_is_survived_and_counted(client: Client, server: FakeServe
     ]
     assert set(client.report.retried) == {cause}
     assert client.report.sent == len(server.bodies) == 12 + client.report.retried[cause]
+    assert not client.report.unanswered
+
+
+@pytest.mark.parametrize("client", [1.0], indirect=True)
+def test_a_server_that_hangs_is_asked_again(client: Client, server: FakeServer):
+    """On a busy machine good replies may be late, too: they are asked for again like those that never come."""
+    client.answer(questions(1)).result()
+    server.behave = lambda n, body: "hang" if n in (1, 4, 7) else None
+    answers = client.answer(questions(12)).result()
+    assert answers is not None
+    assert all(a.text for a in answers.values())
+    assert set(client.report.retried) == {"time-out"}
+    assert client.report.sent == 12 + client.report.retried["time-out"] >= 15
     assert not client.report.unanswered
 
 
@@ -113,8 +127,9 @@ def test_the_same_question_at_once_is_asked_once(client: Client, server: FakeSer
 
 
 def test_many_requests_are_in_flight_and_no_more_than_asked_for(client: Client, server: FakeServer):
+    server.together = 8
     client.answer(questions(60)).result()
-    assert 4 <= server.most_at_once <= 8
+    assert server.most_at_once == 8
 
 
 def test_retry_after_is_kept(client: Client, server: FakeServer):
@@ -126,7 +141,7 @@ def test_retry_after_is_kept(client: Client, server: FakeServer):
 
 
 def test_a_server_that_is_gone_ends_the_run(server: FakeServer, cache: ReplyCache):
-    client = Client(server.url, cache, retries=1, backoff=0.001, timeout=0.5)
+    client = Client(server.url, cache, retries=1, backoff=0.001)
     try:
         assert client.answer(questions(2)).result()
         server.behave = lambda n, body: 500
@@ -245,7 +260,7 @@ def test_a_data_set_by_a_model_with_a_server_full_of_trouble(
     server.bodies.clear()
     server.behave = lambda n, body: trouble[n % 6] if n % 5 == 0 else None
     cache = ReplyCache(tmp_path / "stormy.sqlite")
-    client = Client(server.url, cache, timeout=0.3, backoff=0.01)
+    client = Client(server.url, cache, timeout=1.0, backoff=0.01)
     summary = make(source, tmp_path / "stormy", tokenizer, client, workers=2)
     client.close()
     assert shards(tmp_path / "stormy") == whole  # nothing lost, nothing duplicated

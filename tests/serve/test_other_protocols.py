@@ -147,12 +147,17 @@ def test_silences_that_wait_become_one():
     async def test() -> None:
         async with serving() as (server, place), Client.connect(place, "/v1/demo") as client:
             await client.ws.send_str("hello there")
-            for _ in range(200):
-                await client.ws.send_str("<idle>")
-            await client.ws.send_str("what is")
-            await asyncio.sleep(0.5)
+            while not server.sessions._entries:
+                await asyncio.sleep(0.001)
             (entry,) = server.sessions._entries.values()
-            pairs = (await entry.live.timeline()).pairs
+            async with entry.live._seat.lock:  # nothing is answered meanwhile
+                for _ in range(200):
+                    await client.ws.send_str("<idle>")
+                await client.ws.send_str("what is")
+                while "what is" not in entry.live._slices:
+                    await asyncio.sleep(0.001)
+            while (pairs := (await entry.live.timeline()).pairs)[-1:] == [] or entry.live._slices or entry.live._taken:
+                await asyncio.sleep(0.001)
             assert [p.user for p in pairs if p.user] == ["hello there", "what is"]
             assert len(pairs) < 150
 
