@@ -283,8 +283,7 @@ def _export(out: Path) -> Iterator[Command]:
         with atomic_folder(target) as aside:
             shutil.copytree(out / "decay" / "export", aside, dirs_exist_ok=True)
             readme = aside / CARD_FILE
-            prompting = readme.read_text(encoding="utf-8").partition("
-")[2] if readme.is_file() else ""
+            prompting = readme.read_text(encoding="utf-8").partition("\n")[2] if readme.is_file() else ""
             readme.write_text(card(out) + prompting, encoding="utf-8")
 
 
