@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from benchmarks import llama
-from benchmarks.decode import QUESTION, USER_TOKENS, check_stores, conversation, without_end
+from benchmarks.decode import check_stores
+from benchmarks.peers import QUESTION, USER_TOKENS, conversation, without_end
 from benchmarks.profile import Profile, parts_line
 from duplex_jax.checkpoint.registry import load_model
 from duplex_jax.decode import floor

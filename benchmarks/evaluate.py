@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode import torch_model
+from benchmarks.peers import torch_model
 from benchmarks.train import process
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from aiohttp import web
 
-from benchmarks import decode as decode_bench
+from benchmarks import peers
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
@@ -169,15 +169,15 @@ async def _talk(
 
 def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
     """One session at a time behind a history of `_HISTORY` tokens: seconds a slice, and so many sessions in turn."""
-    history = decode_bench.conversation(model.template, _HISTORY)
-    user = model.tokenizer.encode(" Tell me a long story about")[: decode_bench.USER_TOKENS]
+    history = peers.conversation(model.template, _HISTORY)
+    user = model.tokenizer.encode(" Tell me a long story about")[: peers.USER_TOKENS]
     engine = Engine(model.model, model.template, capacity=2048, dtype="float32")
-    reencoding = decode_bench.Reencoding(engine)
-    peers: list[decode_bench.Peer] = [reencoding]
+    reencoding = peers.Reencoding(engine)
+    ways: list[peers.Peer] = [reencoding]
     with contextlib.suppress(ImportError):
-        peers.append(decode_bench.Torch(decode_bench.torch_model(model), history, cached=True))
+        ways.append(peers.Torch(peers.torch_model(model), history, cached=True))
     rows = []
-    for peer in peers:
+    for peer in ways:
         taken = []
         for _ in range(4):
             peer.prepare(history)

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import batch as bench_batch
 from benchmarks import decode as bench
 from benchmarks import llama
+from benchmarks.peers import conversation
 from duplex_jax import native
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode import floor
@@ -91,7 +92,7 @@ def test_llama_cpp_does_the_same_work(precision: str) -> None:
     its float16 entries and Q8_0 allow."""
     pytest.importorskip("llama_cpp")
     model = load_model("smollm2-135m-instruct", dtype="float32")
-    ids = bench.conversation(model.template, 120)
+    ids = conversation(model.template, 120)
     peer = llama.Llama(model, precision, 2, 200)
     peer.encode(0, ids)
     peer.copy(0, 1)
