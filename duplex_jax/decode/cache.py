@@ -8,8 +8,11 @@ live on the host: to forget is to lower a number. Entries may be int8, with a sc
 head: x[h] = scale * q[h], scale = max_h |x[h]| / 127.
 """
 
+import ctypes
 import dataclasses
 import functools
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,9 +71,21 @@ def zeros(config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLik
 
     def layer() -> list[jax.Array]:
         entries = [jnp.zeros((*lead, width, slots), dtype), jnp.zeros((*lead, slots, width), dtype)]
-        return entries + [jnp.zeros((*lead, slots), jnp.float32) for _ in range(scales)]
+        return [_unbacked(x) for x in [*entries, *[jnp.zeros((*lead, slots), jnp.float32) for _ in range(scales)]]]
 
     return of_layers([layer() for _ in range(config.num_layers)])
+
+
+def _unbacked(x: jax.Array) -> jax.Array:
+    """The same zeros, on a CPU under Linux without memory behind them: a page comes when it is first written."""
+    if isinstance(x, jax.core.Tracer) or jax.default_backend() != "cpu" or sys.platform != "linux":
+        return x
+    page = mmap.PAGESIZE
+    begin = x.block_until_ready().unsafe_buffer_pointer()
+    first, end = -(-begin // page) * page, (begin + x.nbytes) // page * page
+    if end > first:  # an array's memory is private to the process: a page that is given back reads as zeros
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    return x
 
 
 def quantized(cache: KVCache) -> KVCache:
