@@ -163,9 +163,10 @@ def use_compilation_cache() -> None:
     folder = kept and private_folder(kept)
     if folder is None:
         return
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own variable, which may name a bucket, comes first
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # JAX's own variables come first; the folder may be a bucket.
+    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.5)):
+        if not os.environ.get(f"JAX_{name.upper()}"):
+            jax.config.update(f"jax_{name}", value)
 
 
 class _Path(flags.ArgumentParser[str]):

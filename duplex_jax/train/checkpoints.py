@@ -5,13 +5,16 @@ in the data as one integer, and what the run was trained from. `sums.json`, writ
 lists the bytes of each file: a checkpoint without it, or with a file that is missing or cut, is passed over.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,35 @@ class Record:
 def needed_bytes(abstract: Any) -> int:
     """Bytes that one checkpoint of a state takes."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+def check_shared(workdir: Path) -> None:
+    """Refuses a folder that the processes of a run do not share: each would wait for the others' part of a save.
+
+    Raises:
+        UserError: in every process, where one does not see what the first one writes.
+    """
+    if jax.process_count() == 1:
+        return
+    name = int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32)))
+    mark = workdir / f".shared-{name:08x}"
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):
+            workdir.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    multihost_utils.sync_global_devices("workdir")
+    deadline = time.monotonic() + 5  # of a network file system's cache
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = np.atleast_1d(multihost_utils.process_allgather(np.array(mark.exists())))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if not seen.all():
+        blind = ", ".join(str(i) for i in np.flatnonzero(~seen))
+        raise UserError(
+            f"--workdir={workdir}: is not shared: process {blind} of {len(seen)} does not see what process 0 writes "
+            "there; give a folder that all hosts mount"
+        )
 
 
 class Store:
@@ -156,15 +188,13 @@ class Store:
         Raises:
             UserError: a checkpoint is whole, but its state is of another model or optimiser.
         """
-        for step in self.steps():
+        for step in _of_first_process(self.steps() if jax.process_index() == 0 else []):
             path = self.folder / str(step)
             state, error = None, ""
             try:
                 record = read_record(path)
                 with quiet():
                     state = self._ocp.load(path, abstract)
-            except UserError:
-                raise
             except Exception as e:
                 error = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             if jax.process_count() > 1:  # all processes take the same one
@@ -185,6 +215,17 @@ class Store:
         except Exception:  # a write that failed is told of again, and was told of
             if not self._broken:
                 raise
+
+
+def _of_first_process(steps: list[int]) -> list[int]:
+    """The list that the first process has, in all of them."""
+    if jax.process_count() == 1:
+        return steps
+    number = int(multihost_utils.broadcast_one_to_all(np.array(len(steps), np.int32)))
+    if not number:
+        return []
+    mine = np.array(steps if jax.process_index() == 0 else [0] * number, np.int32)
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)]
 
 
 @functools.cache

@@ -197,12 +197,13 @@ def compile_train(config: Config, spec: MeshSpec, price: float = 0.0) -> Report:
     model = model_shape(config)
     parallel.check_model(spec, model)
     config = fit_batch(config, spec)
-    if spec.platform == "gpu" and config.compute.attention in ("auto", "cudnn"):
-        # cuDNN builds its plan on the card; XLA's attention stands in, and takes more memory than it would.
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
     mesh = parallel.make_mesh(spec, described_devices(spec))
     rows = tuple(range(4)) if config.lora.rank and config.lora.new_tokens else ()
     plan = steps.Plan(config, model, mesh, spec, rows)
+    if plan.backend == "cudnn":
+        # cuDNN builds its plan on the card; XLA's attention stands in, and takes more memory than it would.
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
+        plan = dataclasses.replace(plan, config=config)
     with jax.set_mesh(mesh):
         lowered = steps.jitted_step(plan).lower(
             steps.abstract_state(plan), steps.abstract_frozen(plan), steps.abstract_batch(plan)

@@ -130,7 +130,7 @@ class Compute:
         dtype: of the computation; master weights and moments stay float32.
         frozen_dtype: of weights that LoRA leaves alone.
         remat: what the backward pass computes again: none, dots or full.
-        attention: xla, splash (TPU), cudnn (GPU), or auto for the mesh's own.
+        attention: xla, splash (TPU), cudnn (GPU, bfloat16), or auto for the mesh's own, in float32 on GPUs xla.
         loss_chunk: tokens of a row whose logits exist at once.
     """
 
@@ -336,6 +336,9 @@ def check(config: Config) -> Config:
     ):  # fmt: skip
         if number <= 0:
             raise UserError(f"config.{field}={number}: must be over 0")
+    if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
+        raise UserError("config.compute.attention=cudnn: takes no float32; --config.compute.dtype=bfloat16, or "
+                        "--config.compute.attention=auto")  # fmt: skip
     if config.lora.rank and not config.lora.merge and not config.model.source:
         raise UserError("config.lora.merge=False: an adapter needs a model.source to be loaded onto")
     if config.data.micro_batches < 0:

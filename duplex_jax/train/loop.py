@@ -47,6 +47,32 @@ class Profile:
     last: int
 
 
+class Tracing(contextlib.AbstractContextManager):
+    """Traces what a run does of a window of steps, also where it goes on or ends amid them."""
+
+    def __init__(self, profile: Profile | None, folder: Path):
+        self._profile, self._folder = profile, folder
+        self._since: int | None = None
+
+    def before(self, done: int) -> None:
+        """Starts the trace once `done` steps have brought the run into the window."""
+        window = self._profile
+        if window is not None and self._since is None and window.first <= done < window.last:
+            jax.profiler.start_trace(str(self._folder))
+            self._since = done
+
+    def after(self, done: int) -> None:
+        """Ends the trace behind the window's last step."""
+        if self._since is not None and self._profile is not None and done >= self._profile.last:
+            jax.profiler.stop_trace()
+            say(f"trace of steps {self._since} to {done} in {self._folder}")
+            self._since = None
+
+    def __exit__(self, *_: Any) -> None:
+        if self._since is not None:
+            jax.profiler.stop_trace()
+
+
 def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profile | None = None) -> int:
     """Trains, from the newest whole checkpoint in `workdir` where there is one.
 
@@ -76,6 +102,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)
+    checkpoints.check_shared(workdir)
     store = Store(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
     check_space(workdir, 2 * checkpoints.needed_bytes(abstract))
 
@@ -118,10 +145,10 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     peak = flops.peak(spec)
     bad_in_a_row, code = 0, 0
     window = Window()
-    with jax.set_mesh(mesh), Stopper() as stopper, contextlib.closing(store), contextlib.closing(metrics):
+    tracing = Tracing(profile, workdir / "profile")
+    with jax.set_mesh(mesh), Stopper() as stopper, contextlib.closing(store), contextlib.closing(metrics), tracing:
         for done in range(first, config.optim.steps):
-            if profile is not None and done == profile.first:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            tracing.before(done)
             began = time.monotonic()
             try:
                 local = next(batches)
@@ -136,9 +163,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
             out = {k: v.item() for k, v in jax.device_get(out).items()}  # waits for the step
             now = done + 1
             window.add(out["tokens"], config.data.batch * config.data.length)
-            if profile is not None and now == profile.last:
-                jax.profiler.stop_trace()
-                say(f"trace of steps {profile.first} to {profile.last} in {workdir / 'profile'}")
+            tracing.after(now)
 
             trouble = "" if out["finite"] and not out["spike"] else "spike" if out["finite"] else "not finite"
             bad_in_a_row = bad_in_a_row + 1 if trouble else 0

@@ -60,9 +60,11 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """Of attention."""
-        chosen = self.config.compute.attention
-        return self.spec.attention if chosen == "auto" else chosen
+        """Of attention; `auto` is the mesh's own where that takes the computation's dtype."""
+        compute = self.config.compute
+        if compute.attention != "auto":
+            return compute.attention
+        return "xla" if self.spec.attention == "cudnn" and compute.dtype == "float32" else self.spec.attention
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:

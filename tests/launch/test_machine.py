@@ -134,3 +134,18 @@ def test_control_c_ends_a_compilation_at_once(after: float):
         job.send_signal(signal.SIGINT)
         _, stderr = job.communicate(timeout=60)
     assert (job.returncode, stderr) == (130, "duplex-jax: interrupted\n")
+
+
+def test_the_compilation_cache_is_where_jax_was_told(tmp_path: Path):
+    """JAX's own variables, which the scripts of launch/cluster set, come before this package's folder."""
+    code = (
+        "import jax; from launch.app import use_compilation_cache; use_compilation_cache()\n"
+        "jax.jit(lambda x: x * 2 + 1)(jax.numpy.ones(3)).block_until_ready()"
+    )
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    env = ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "DUPLEX_JAX_CACHE": str(ours)}
+    told = {"JAX_COMPILATION_CACHE_DIR": str(theirs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for more in (told, {k: v for k, v in told.items() if "MIN" in k}):
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env | more, check=True)
+        assert any(theirs.iterdir())
+        assert any(ours.iterdir()) == (more is not told)

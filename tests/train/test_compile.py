@@ -1,5 +1,6 @@
 """Compiling for absent hardware: reports on pretended devices always, on a TPU topology where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ import pytest
 
 from duplex_jax import parallel
 from duplex_jax.train import compile as compiling
+from duplex_jax.train import step as steps
+from duplex_jax.train.config import load_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -163,3 +166,28 @@ def test_groups_of_equal_size_are_told_apart():
     for line, (group, local) in ways.items():
         assert compiling._group(line, spec) == group
         assert compiling._local(group, spec) is local
+
+
+GPUS = ("a100x1", "a100x8", "a100x40", "h100x8", "h100x64")
+
+
+@pytest.mark.parametrize("mesh", GPUS)
+def test_float32_on_gpus_takes_attention_that_knows_it(mesh: str):
+    """cuDNN's takes 16 bits alone."""
+    config, spec = load_config("configs/tiny.py"), parallel.load_mesh_spec(mesh)
+    assert config.compute.dtype == "float32"
+    cpu = parallel.make_mesh(parallel.load_mesh_spec("cpu1"))
+    plan = steps.Plan(config, compiling.model_shape(config), cpu, spec)
+    assert plan.backend == "xla"
+    half = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    assert dataclasses.replace(plan, config=half).backend == "cudnn"
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
+    reason="needs JAX's CUDA plugin: pip install 'duplex-jax[cuda]'",
+)
+def test_float32_compiles_for_a_gpu(tmp_path: Path):
+    result = run(*TINY, "--mesh=a100x8", "--config.data.batch=16", f"--json={tmp_path / 'r.json'}")
+    assert result.returncode == 0, result.stderr
+    assert [r["fits"] for r in json.loads((tmp_path / "r.json").read_text())] == [True, True]

@@ -94,6 +94,52 @@ def test_four_processes_are_one(inputs: tuple[Path, Path], unbroken: Path, tmp_p
     np.testing.assert_allclose(list(programs.losses(workdir).values()), list(theirs.values()), rtol=2e-4)
 
 
+def of_two(workdirs: list[Path], inputs: tuple[Path, Path], *flags: str) -> list[int]:
+    """Exit codes of a run of two processes."""
+    port = programs.free_port()
+    common = [f"--coordinator=localhost:{port}", "--num_processes=2", *flags]
+    processes = [
+        programs.start(workdir, *inputs, *common, f"--process_id={i}", mesh="cpu8")
+        for i, workdir in enumerate(workdirs)
+    ]
+    return [process.wait(timeout=500) for process in processes]
+
+
+def test_a_workdir_that_processes_do_not_share_is_refused_at_the_start(inputs: tuple[Path, Path], tmp_path: Path):
+    workdirs = [tmp_path / "a", tmp_path / "b"]
+    assert of_two(workdirs, inputs) == [2, 2], "\n".join(map(programs.log_of, workdirs))
+    for workdir in workdirs:
+        last = programs.log_of(workdir).splitlines()[-1]
+        assert last.startswith(f"duplex-jax: --workdir={workdir}: is not shared: process 1 of 2 does not see")
+    assert not (tmp_path / "a" / "checkpoints").exists()
+    assert not list(tmp_path.glob("*/.shared-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_the_step_that_the_first_one_chose(
+    inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    assert of_two([workdir] * 2, inputs, "--config.optim.steps=15") == [0, 0], programs.log_of(workdir)
+    (workdir / "checkpoints" / "15" / "_CHECKPOINT_METADATA").write_text("{}")
+    assert of_two([workdir] * 2, inputs) == [0, 0], programs.log_of(workdir)
+    assert "goes on from step 10, row 80" in programs.log_of(workdir)
+    ours, theirs = programs.losses(workdir), programs.losses(unbroken)
+    assert list(ours) == list(theirs)
+
+
+def test_a_run_that_goes_on_amid_the_profile_traces_the_rest(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
+    for window, told in (("10:26", "trace of steps 25 to 26"), ("3:9", ""), ("26:40", "")):
+        workdir = tmp_path / window.replace(":", "-")
+        shutil.copytree(unbroken, workdir)
+        shutil.rmtree(workdir / "checkpoints" / "30")
+        log = programs.run(workdir, *inputs, f"--profile={window}")
+        assert told in log
+        assert ("trace of steps" in log) == bool(told)
+        assert any((workdir / "profile").rglob("*.xplane.pb")) == (window != "3:9")
+        assert programs.losses(workdir) == programs.losses(unbroken)
+
+
 def test_a_decay_leaves_a_stable_checkpoint(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
     long = ["--config.optim.steps=60"]
     stable = tmp_path / "stable"
@@ -138,6 +184,7 @@ def test_trouble_names_its_rows(inputs: tuple[Path, Path], tmp_path: Path):
         (["--config.lora.rank=4", "--config.lora.targets=query"], "no weight 'query' in a layer"),
         (["--config=configs/tiyn.py"], "did you mean configs/tiny.py"),
         (["--profile=3"], "must be FIRST:LAST"),
+        (["--config.compute.attention=cudnn"], "takes no float32; --config.compute.dtype=bfloat16"),
         (["--workdir=/proc/x"], "cannot write there"),
     ],
 )  # fmt: skip
