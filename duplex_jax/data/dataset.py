@@ -3,14 +3,15 @@
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from duplex_jax.checkpoint.resolve import load_template
 from duplex_jax.data import encode, rows
@@ -19,6 +20,7 @@ from duplex_jax.data.rows import Document, Row
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_folder
 from duplex_jax.processes import end_with_parent
+from duplex_jax.schema import Schema, checked, read_json
 from duplex_jax.template import Code, Template
 from duplex_jax.tokenizer import fingerprint
 
@@ -28,8 +30,7 @@ ROWS_PER_SHARD = 16384
 _CHUNK = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(Schema):
     """One file of rows: its name, how many rows and bytes it has, and the SHA-256 of its bytes."""
 
     file: str
@@ -38,8 +39,7 @@ class Shard:
     sha256: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
+class Manifest(Schema):
     """What a packed dataset is.
 
     Attributes:
@@ -64,8 +64,8 @@ class Manifest:
     """
 
     format: int
-    length: int
-    rows: int
+    length: Annotated[int, Field(ge=16, le=rows.MAX_LENGTH)]
+    rows: Annotated[int, Field(ge=0)]
     tokens: int
     documents: int
     conversations: int
@@ -74,7 +74,7 @@ class Manifest:
     decisions: int
     template: str
     tokenizer: str
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, lt=2**24)]
     model: str
     categories: list[str]
     category_tokens: list[int]
@@ -268,7 +268,7 @@ def write_packed(
             shards=shards,
             late=late,
         )
-        (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -298,7 +298,7 @@ def _write_shards(
                     progress(tally)
         finally:
             _or_full(path, writer.close)
-        shards.append(Shard(path.name, count, path.stat().st_size, _sha256(path)))
+        shards.append(Shard(file=path.name, rows=count, bytes=path.stat().st_size, sha256=_sha256(path)))
     return shards
 
 
@@ -322,15 +322,16 @@ def read_manifest(folder: str | Path) -> Manifest:
         UserError: no packed dataset, or of another format.
     """
     path = Path(folder) / MANIFEST
-    try:
-        row = json.loads(path.read_text())
-        if row.get("format") != FORMAT:
-            raise UserError(f"{path}: format {row.get('format')!r}; this version reads {FORMAT}, so pack again")
-        return Manifest(**row | {"shards": [Shard(**s) for s in row["shards"]]})
-    except OSError as e:
-        raise UserError(f"{folder}: no packed dataset ({e.strerror}); `duplex-jax pack` makes one") from e
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path}: is no manifest of a packed dataset ({e}); pack again") from e
+    if not path.is_file():
+        raise UserError(f"{folder}: no packed dataset (it has no {MANIFEST}); `duplex-jax pack` makes one")
+    row = read_json(path, "pack again")
+    if row.get("format") != FORMAT:
+        raise UserError(f"{path}: format {str(row.get('format'))[:80]}; this version reads {FORMAT}, so pack again")
+    manifest = checked(Manifest, row, str(path), "pack again")
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file:
+            raise UserError(f"{path}: the shard {shard.file[:80]} must be a file beside it; pack again")
+    return manifest
 
 
 class PackedRows:
@@ -355,7 +356,7 @@ class PackedRows:
         self._data: Any = None
         for shard in self.manifest.shards:
             path = self.folder / shard.file
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UserError(f"{path}: is missing; the manifest lists it, so copy it or pack again")
             if path.stat().st_size != shard.bytes:
                 raise UserError(

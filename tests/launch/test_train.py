@@ -1,7 +1,6 @@
 """`duplex-jax train` and packed data: what they disagree on is taken from the data, or is one line."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,13 @@ from launch.train import as_packed
 
 def packed(folder: Path, length: int, template: str) -> str:
     """A packed dataset, as far as its manifest goes."""
-    manifest = Manifest(1, length, 1, 9, 1, 1, 0, 0, 1, template, "t", 9, "m", ["basic"], [9], "h", [])
+    manifest = Manifest(
+        format=1, length=length, rows=1, tokens=9, documents=1, conversations=1, split=0, left_out=0, decisions=1,
+        template=template, tokenizer="t", vocab_size=9, model="m", categories=["basic"], category_tokens=[9], hash="h",
+        shards=[],
+    )  # fmt: skip
     folder.mkdir()
-    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)))
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
     return str(folder)
 
 
