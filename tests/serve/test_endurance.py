@@ -2,10 +2,13 @@
 
 import asyncio
 import gc
+import itertools
+import json
 import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row
 from tests.serve.alone import alone, script
+from tests.serve.misbehave import COMPLETIONS, SAID
 from tests.serve.serving import Client, engine_of, run, serving
 from tests.tiny import CONFIG, FreshForward, tiny_model
 
@@ -30,42 +34,75 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-async def behave(place: str, seed: int, end: float, late: list[float]) -> tuple[list[str | None], list[str | None]]:
-    """A good client in one long session, whose connection is lost now and then: what it said, and what it got."""
-    rng, user, answers = random.Random(seed), list[str | None](), list[str | None]()
-    started: dict[str, Any] = {}
+Talk = tuple[int, list[str | None], list[str | None]]
+"""Seed, the user's slices and the assistant's."""
+
+
+async def behave(place: str, seeds: Iterator[int], end: float, late: list[float]) -> list[Talk]:
+    """A good client: one session after the other, whose connections are lost now and then and taken up again."""
+    talks: list[Talk] = []
     while time.monotonic() < end:
+        talks.append(await _talk(place, next(seeds), late))
+    return talks
+
+
+async def _talk(place: str, seed: int, late: list[float]) -> Talk:
+    rng, user, answers = random.Random(seed), list[str | None](), list[str | None]()
+    length, started = rng.randint(20, 40), dict[str, Any]()
+    while True:
         async with Client.connect(place) as client:
             if not started:
-                started = await client.start(seed=seed, temperature=0.8)
-                assert started["type"] == "started"
+                answer = await client.start(seed=seed, temperature=0.8)
+                if answer["type"] == "error" and answer["code"] == "full":
+                    await asyncio.sleep(0.1)
+                    continue
+                started = answer
+                assert started["type"] == "started", started
             else:
                 again = await client.resume(started)
                 assert (again["type"], again.get("slices")) == ("started", len(user)), again
-            while time.monotonic() < end and rng.random() < 0.97:
+            while len(user) < length:
                 user.append(rng.choice(script(seed)))
                 began = time.monotonic()
                 answers.append((await client.slice(user[-1]))["assistant"])
                 late.append(time.monotonic() - began)
-                await asyncio.sleep(0.1)
-            if time.monotonic() >= end:
+                await asyncio.sleep(0.05)
+                if rng.random() < 0.05:
+                    break
+            else:
                 await client.send(type="end")
-    return user, answers
+                await client.next("ended")
+                return seed, user, answers
+            if rng.random() < 0.5:
+                client.ws._writer.transport.abort()  # type: ignore[attr-defined]
+        await asyncio.sleep(rng.choice((0, 0.2, 2)))
 
 
-def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
-    async def test() -> None:
+def chaos(clients: int, seconds: float, path: str | None = None, slack_mib: float = 0) -> None:
+    """Clients that misbehave, by one protocol or by all, beside good sessions."""
+
+    async def test() -> list[Talk]:
         limits = Limits(per_client=10_000, parked_seconds=5, rest_after=30, parked=1000)
         wire = WireLimits(idle_seconds=2, sockets_per_client=1000)
         engine_of(tiny_model(), 8).warm_up(everything=True)
         async with serving(rows=8, limits=limits, wire=wire, waiting=16) as (server, place):
             late: list[float] = []
 
-            async def bad_ones(seconds: float) -> None:
+            async def bad_ones(seconds: float) -> dict[str, int]:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "tests.serve.misbehave", place, str(clients), str(seconds), cwd=REPOSITORY
+                    sys.executable,
+                    "-m",
+                    "tests.serve.misbehave",
+                    place,
+                    str(clients),
+                    str(seconds),
+                    *filter(None, [path]),
+                    cwd=REPOSITORY,
+                    stdout=asyncio.subprocess.PIPE,
                 )
-                assert await process.wait() == 0
+                output, _ = await process.communicate()
+                assert process.returncode == 0
+                return json.loads(output)
 
             async def settle() -> float:
                 for _ in range(100):
@@ -76,25 +113,27 @@ def chaos(clients: int, seconds: float, slack_mib: float = 0) -> None:
                 return resident()
 
             # What the first of them make the process take is no leak: buffers, code, the allocator's share.
-            await bad_ones(min(10, seconds / 2))
+            await bad_ones(min(20, seconds / 2))
             before = await settle()
-            end = time.monotonic() + seconds
-            good = [asyncio.create_task(behave(place, seed, end, late)) for seed in range(4)]
+            end, seeds = time.monotonic() + seconds, itertools.count()
+            good = [asyncio.create_task(behave(place, seeds, end, late)) for _ in range(4)]
             await asyncio.sleep(0.5)  # they have their rows; the others fight for the rest
-            await bad_ones(seconds)
-            talks = await asyncio.gather(*good)
+            done = await bad_ones(seconds)
+            talks = [talk for talks in await asyncio.gather(*good) for talk in talks]
             after = await settle()
             assert server.sessions.counts() == {"active": 0, "aside": 0, "parked": 0, "waiting": 0}
             assert server.sessions.hub.free == 8
             assert await server.sessions.hub.count_rows() == (0, 0)
             print(
-                f"{len(late)} good slices, p99 {np.percentile(late, 99):.2f} s; memory {before:.0f} to {after:.0f} MiB"
+                f"{path or 'all'}: {done['messages']} messages of {done['connections']} connections; "
+                f"{len(talks)} good sessions of {len(late)} slices, p99 {np.percentile(late, 99):.2f} s; memory {before:.0f} to {after:.0f} MiB"
             )
             assert after < before * 1.05 + slack_mib
-        for seed, (user, answers) in enumerate(talks):
-            assert answers == alone(user, seed, Sampling(), answers)
+        return talks
 
-    run(test, seconds * 2 + 400)
+    talks = asyncio.run(asyncio.wait_for(test(), seconds * 2 + 400))
+    for seed, user, answers in talks:
+        assert answers == alone(user, seed, Sampling(), answers)
 
 
 def test_clients_that_misbehave_cost_the_others_nothing():
@@ -102,8 +141,9 @@ def test_clients_that_misbehave_cost_the_others_nothing():
 
 
 @pytest.mark.slow
-def test_two_hundred_clients_misbehave_for_ten_minutes(caplog: pytest.LogCaptureFixture):
-    chaos(200, 600)
+@pytest.mark.parametrize("path", [*SAID, COMPLETIONS])
+def test_clients_of_a_protocol_misbehave_for_five_minutes(path: str, caplog: pytest.LogCaptureFixture):
+    chaos(100, 300, path)
     assert not [r.getMessage() for r in caplog.records if r.exc_info]
 
 
