@@ -73,7 +73,7 @@ class Server:
                 web.get("/v1/duplex", self._duplex),
                 web.get("/v1/realtime", self._realtime),
                 web.get("/v1/demo", self._demo),
-                web.post("/v1/chat/completions", Completions(self.sessions, self.model)),
+                web.post("/v1/chat/completions", Completions(self.sessions, self.model, self.wire.write_seconds)),
             ]
         )
         return app

@@ -1,5 +1,6 @@
 """OpenAI's chat completions over the same weights: turn by turn, streamed or whole."""
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.turns import SliceTurns, TurnSession, step_turns
 from duplex_jax.errors import UserError
-from duplex_jax.serve.connection import Caller
+from duplex_jax.serve.connection import Caller, WireLimits
 from duplex_jax.serve.hub import Full, Hub
 from duplex_jax.serve.incoming import Incoming, Refusal, as_object, read
 from duplex_jax.serve.sessions import Sessions
@@ -245,10 +246,12 @@ class Completions:
     Args:
         sessions: where a row comes from.
         model: the name it answers under.
+        write_seconds: that a part of a stream may wait for its reader, who is let go behind that.
     """
 
-    def __init__(self, sessions: Sessions, model: str):
+    def __init__(self, sessions: Sessions, model: str, write_seconds: float = WireLimits.write_seconds):
         self._sessions, self._hub, self._model = sessions, sessions.hub, model
+        self._write_seconds = write_seconds
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         """Answers one request."""
@@ -283,8 +286,17 @@ class Completions:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
             await response.prepare(request)
 
+            async def write(data: bytes) -> None:
+                try:
+                    async with asyncio.timeout(self._write_seconds):
+                        await response.write(b"data: " + data + b"\n\n")
+                except TimeoutError:
+                    if request.transport is not None:
+                        request.transport.abort()
+                    raise ConnectionResetError("the client does not read its answer") from None
+
             async def send(value: Mapping[str, Any]) -> None:
-                await response.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")
+                await write(json.dumps(value, ensure_ascii=False).encode())
 
             def chunk(delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
                 choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -305,7 +317,7 @@ class Completions:
             except Exception as e:  # the status was sent long ago
                 _log.exception("an answer broke off")
                 await send({"error": error("server_error", f"the answer broke off ({type(e).__name__})")})
-            await response.write(b"data: [DONE]\n\n")
+            await write(b"[DONE]")
             return response
 
 

@@ -34,6 +34,7 @@ class WireLimits:
         sockets: websockets of the whole server.
         sockets_per_client: websockets of one address.
         body_seconds: that a request's body may take.
+        write_seconds: that a part of a streamed answer may wait for its reader.
     """
 
     message_bytes: int = 256 * 1024
@@ -46,6 +47,7 @@ class WireLimits:
     sockets: int = 1024
     sockets_per_client: int = 64
     body_seconds: float = 20
+    write_seconds: float = 20
 
 
 @dataclasses.dataclass(eq=False)

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import json
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
 from duplex_jax.decode.session import DuplexSession
+from duplex_jax.serve import completions
+from duplex_jax.serve.connection import WireLimits
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row
@@ -173,6 +176,30 @@ def test_an_answer_stops_within_one_step_of_its_client(
                 go_on.set()
                 await soon(lambda: hub.free == 1)
                 assert steps[0] == 1
+            assert (await health(place))["rows"] == {"sessions": 0, "engine": 0}
+        assert not [r for r in caplog.records if r.exc_info]
+
+    run(test)
+
+
+def test_a_stream_that_nobody_reads_gives_its_row_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    async def endless(*args: Any) -> AsyncIterator[tuple[str, None]]:
+        """More words than the sockets' buffers take."""
+        while True:
+            yield "words " * 10_000, None
+            await asyncio.sleep(0)
+
+    async def test() -> None:
+        async with serving(wire=WireLimits(write_seconds=0.3)) as (server, place), aiohttp.ClientSession() as http:
+            monkeypatch.setattr(completions, "_texts", endless)
+            async with ask(place, http, stream=True) as answer:
+                assert answer.status == 200
+                assert server.sessions.hub.free == 3
+                await soon(lambda: server.sessions.hub.free == 4)
+                with pytest.raises(aiohttp.ClientError):
+                    await answer.read()
             assert (await health(place))["rows"] == {"sessions": 0, "engine": 0}
         assert not [r for r in caplog.records if r.exc_info]
 
