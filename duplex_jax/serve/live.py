@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,6 +71,7 @@ class LiveSession:
         self._allowance: int | None = None  # tokens that this answer may still take
         self._said: str | None = None  # what the user's voice said in the interval that is due
         self._first_sound: int | None = None  # the first slice that was spoken
+        self._unsaid = 0  # slices before this one that nobody has spoken yet stay unspoken
         self._clock: asyncio.Task[None] | None = None
         self._voice_lock = asyncio.Lock()
 
@@ -237,7 +238,10 @@ class LiveSession:
 
     async def heard(self, index: int, characters: int) -> str | None:
         """Takes unheard words out of the context; see `DuplexSession.heard`. Gives what stays of the slice."""
+        async with self._hushing():
+            return await self._cut(index, characters)
 
+    async def _cut(self, index: int, characters: int) -> str | None:
         def work(session: DuplexSession) -> str | None:
             session.heard(index, characters)
             return session.timeline[index - session.first].assistant if index >= session.first else None
@@ -248,13 +252,28 @@ class LiveSession:
         """As `heard`, told in samples of the sound that was played; gives the slice and its characters."""
         if self.voice is None:
             raise UserError("this session was started without audio")
-        place = await self._voiced(self.voice.heard, samples)
-        await self._voiced(self.voice.hush, samples)
-        if place is not None:
-            await self.heard(*place)
-        elif self._first_sound is not None:
-            await self.heard(self._first_sound, 0)
-        return place
+        async with self._hushing(samples):
+            place = await asyncio.to_thread(self.voice.heard, samples)
+            if place is not None:
+                await self._cut(*place)
+            elif self._first_sound is not None:
+                await self._cut(self._first_sound, 0)
+            return place
+
+    @contextlib.asynccontextmanager
+    async def _hushing(self, samples: int | None = None) -> AsyncIterator[None]:
+        """While words are taken out of the context nothing is spoken, and afterwards nothing of what was made before.
+
+        Args:
+            samples: of the sound that were played.
+        """
+        if self.voice is None:
+            yield
+            return
+        async with self._voice_lock:
+            yield
+            self._unsaid = self.slices
+            await asyncio.to_thread(self.voice.hush, samples)
 
     async def forget_heard(self) -> None:
         """Drops words that were heard and are in no slice yet."""
@@ -276,9 +295,8 @@ class LiveSession:
     async def cancel(self) -> None:
         """Silences the newest assistant slice."""
         self._urged = self._answering = False
-        await self._between(lambda s: s.cancel())
-        if self.voice is not None:
-            await self._voiced(self.voice.hush)
+        async with self._hushing():
+            await self._between(lambda s: s.cancel())
 
     async def snapshot(self) -> Snapshot:
         """The session without its cached entries.
@@ -379,10 +397,12 @@ class LiveSession:
             session = None if rests else await seat.come_back()
             spoken = await to_the_end(self._step(session, user, due, missed))
         if self.voice is not None and spoken is not None:
-            audio = await self._voiced(self.voice.speak, spoken.index, spoken.assistant)
-            if self._first_sound is None and spoken.assistant is not None:
-                self._first_sound = spoken.index
-            self.emit(audio)
+            async with self._voice_lock:
+                # The client may have said meanwhile that it heard less than what came before.
+                text = spoken.assistant if spoken.index >= self._unsaid else None
+                if self._first_sound is None and text is not None:
+                    self._first_sound = spoken.index
+                self.emit(await asyncio.to_thread(self.voice.speak, spoken.index, text))
 
     async def _step(self, session: DuplexSession | None, user: str | None, due: float, missed: int) -> Spoken | None:
         """One interval, without a session where it rests in silence; None where the slice was refused."""

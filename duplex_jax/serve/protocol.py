@@ -13,7 +13,7 @@ from duplex_jax.serve.events import Voice
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.incoming import Incoming, Refusal, as_object, converse, read, read_kind
 from duplex_jax.serve.live import LiveSession
-from duplex_jax.serve.sessions import Busy, Entry, NotFound, Sessions
+from duplex_jax.serve.sessions import Entry, NotFound, Sessions
 from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.sound import from_base64, from_bytes, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE
@@ -177,12 +177,14 @@ class Duplex:
         try:
             await converse(self._connection, self._handle, self._refuse)
         finally:
-            if self._entry is not None:
-                await (self._sessions.end if self._fatal else self._sessions.park)(self._entry)
+            if self._entry is not None and self._fatal and self._entry.caller is self._client:
+                await self._sessions.end(self._entry)
+            elif self._entry is not None:
+                await self._sessions.park(self._entry, self._client)
             await self._connection.close()
 
     def _refuse(self, error: UserError) -> None:
-        codes = {Full: "full", NotFound: "not_found", Busy: "busy"}
+        codes = {Full: "full", NotFound: "not_found"}
         code = codes.get(type(error), "bad_message")
         if isinstance(error, Refusal) and error.code == "server_error":
             code = error.code
@@ -230,6 +232,8 @@ class Duplex:
     def _session(self) -> LiveSession:
         if self._entry is None:
             raise Refusal("a message before 'start'; the first message is start or resume")
+        if self._entry.caller is not self._client:
+            raise Refusal("another connection has resumed this session")
         return self._entry.live
 
     async def _within(self, session: LiveSession, message: Incoming) -> dict[str, Any] | None:

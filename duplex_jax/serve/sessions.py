@@ -49,10 +49,6 @@ class NotFound(UserError):
     """No such session, or another's."""
 
 
-class Busy(NotFound):
-    """A session whose client has not gone, as far as the server knows."""
-
-
 @dataclasses.dataclass(eq=False)
 class Entry:
     """A session in the book.
@@ -187,11 +183,10 @@ class Sessions:
             self._leave(caller.address)
 
     async def take_up(self, id: str, token: str, emit: Callable[[Event], None], caller: Caller) -> Entry:
-        """The session of a client that comes back.
+        """The session of a client that comes back; a connection that has it still loses it.
 
         Raises:
             NotFound: it has ended, or the token is another's.
-            Busy: it has a client.
         """
         entry = self._entries.get(id)
         if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode("utf-8", "replace")):
@@ -199,21 +194,22 @@ class Sessions:
         async with entry.lock:  # it may just be on its way out of its row
             if id not in self._entries:
                 raise NotFound(f"session {id!r} has ended; start a new one")
-            if entry.caller is not None:
-                raise Busy(f"session {id!r} has a client already; end that connection first")
+            if entry.caller is not None:  # its connection is lost, and nobody has noticed yet
+                entry.live.emit(Trouble("taken_over", "another connection has resumed this session", fatal=True))
             entry.give_to(caller)
             entry.live.emit = emit
             entry.live.quiet_since = time.monotonic()
             entry.live.start()
         return entry
 
-    async def park(self, entry: Entry) -> None:
-        """The client has gone: the clock stops, the row is given up, and the session waits on the host."""
-        await to_the_end(self._park(entry))
+    async def park(self, entry: Entry, caller: Caller) -> None:
+        """The client has gone: the clock stops, the row is given up, and the session waits on the host. Nothing is
+        done where another connection has the session."""
+        await to_the_end(self._park(entry, caller))
 
-    async def _park(self, entry: Entry) -> None:
+    async def _park(self, entry: Entry, caller: Caller) -> None:
         async with entry.lock:
-            if entry.id not in self._entries or entry.caller is None:
+            if entry.id not in self._entries or entry.caller is not caller:
                 return
             entry.live.emit = lambda e: None
             await entry.live.stop()

@@ -114,10 +114,6 @@ class Client:
         return await self.next("slice", "error")
 
     async def resume(self, started: dict[str, Any]) -> dict[str, Any]:
-        """Takes a session up, as soon as the server has missed its last client."""
-        while True:
-            await self.send(type="resume", session=started["session"], token=started["token"])
-            answer = await self.next("started", "error")
-            if "client already" not in answer.get("message", ""):
-                return answer
-            await asyncio.sleep(0.01)
+        """Takes a session up."""
+        await self.send(type="resume", session=started["session"], token=started["token"])
+        return await self.next("started", "error")

@@ -2,18 +2,21 @@
 
 import asyncio
 import random
+from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.session import DuplexSession
 from duplex_jax.serve.access import Access
 from duplex_jax.serve.connection import WireLimits
+from duplex_jax.serve.events import Audio, Speech
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import from_row
 from tests.serve.alone import alone, script
-from tests.serve.serving import Client, engine_of, run, serving
+from tests.serve.serving import Client, busy, engine_of, run, serving, soon
 from tests.tiny import tiny_model
 
 
@@ -103,20 +106,32 @@ def test_a_client_that_comes_back_goes_on():
             async with Client.connect(place) as client:
                 started = await client.start()
                 answers = [(await client.slice(text))["assistant"] for text in user[:7]]
-                async with Client.connect(place) as other:
-                    await other.send(type="resume", session=started["session"], token=started["token"])
-                    assert (await other.next("error"))["code"] == "busy"
             async with Client.connect(place) as client:
                 await client.send(type="resume", session=started["session"], token="wrong")
                 assert (await client.next("error"))["code"] == "not_found"
-                for _ in range(50):  # the server may not have seen the first connection end
-                    await client.send(type="resume", session=started["session"], token=started["token"])
-                    message = await client.next("started", "error")
-                    if message["type"] == "started":
-                        break
-                    await asyncio.sleep(0.05)
-                assert message["slices"] == 7
+                assert (await client.resume(started))["slices"] == 7
                 answers += [(await client.slice(text))["assistant"] for text in user[7:]]
+        assert answers == alone(user)
+
+    run(test)
+
+
+def test_a_client_that_comes_back_takes_over_from_its_old_connection():
+    """Nobody has noticed yet that it is lost; what comes by it later changes nothing."""
+
+    async def test() -> None:
+        user = script(5, 14)
+        async with serving() as (server, place), Client.connect(place) as old, Client.connect(place) as client:
+            started = await old.start()
+            answers = [(await old.slice(text))["assistant"] for text in user[:7]]
+            assert (await client.resume(started))["slices"] == 7
+            await old.send(type="slice", text="not this")
+            await old.send(type="end")
+            error = await old.next("error")
+            assert (error["code"], error["fatal"]) == ("taken_over", True)
+            assert (await old.ws.receive()).type == aiohttp.WSMsgType.CLOSE
+            answers += [(await client.slice(text))["assistant"] for text in user[7:]]
+            assert server.sessions.counts() == {"active": 1, "aside": 0, "parked": 0, "waiting": 0}
         assert answers == alone(user)
 
     run(test)
@@ -336,5 +351,54 @@ def test_metrics_tell_of_slices_and_no_words():
             assert sum(float(v) for k, v in numbers.items() if k.startswith("duplex_slices_total")) == 12
             assert float(numbers['duplex_sessions{state="active"}']) == 1
             assert not any(word in page for word in ("hello", "capital"))
+
+    run(test)
+
+
+class Mouth:
+    """A voice of a hundred samples for each character, and nobody to hear."""
+
+    def __init__(self) -> None:
+        self.said: dict[int, str | None] = {}
+
+    def feed(self, pcm: np.ndarray) -> list[Speech]:
+        return []
+
+    def take(self) -> str | None:
+        return None
+
+    def speak(self, index: int, text: str | None) -> Audio:
+        self.said[index] = text
+        return Audio(index, np.ones(100 * len(text or ""), np.int16), 16_000)
+
+    def heard(self, samples: int) -> tuple[int, int] | None:
+        return next((index, len(text)) for index, text in self.said.items() if text)
+
+    def hush(self, played: int | None = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("message", [{"type": "played", "samples": 10**6}, {"type": "cancel"}])
+def test_a_slice_that_was_taken_back_is_not_spoken(message: dict[str, Any]):
+    """It is made while the client says that it heard no more than what came before."""
+
+    async def test() -> None:
+        mouth = Mouth()
+        async with serving(make_voice=lambda: mouth) as (server, place), Client.connect(place) as client:
+            await client.start(audio=True)
+            (entry,) = server.sessions._entries.values()
+            live = entry.live
+            for text in script(3, 8):
+                await client.slice(text)
+            await soon(lambda: len(mouth.said) == 8)
+            assert any(mouth.said.values())
+            async with busy(server.sessions.hub):
+                await client.send(type="slice", text="the capital of")
+                await soon(live._seat.lock.locked)
+                await client.send(**message)
+                await soon(lambda: live._seat.lock._waiters)
+            assert (await client.next("slice"))["assistant"]
+            await soon(lambda: len(mouth.said) == 9)
+            assert ((await live.timeline()).pairs[8].assistant, mouth.said[8]) == (None, None)
 
     run(test)

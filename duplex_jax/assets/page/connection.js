@@ -80,7 +80,6 @@ export class Connection {
     socket.onclose = () => {
       if (socket !== this.socket) return;
       if (this.state === "ending") this.#finish();
-      else if (refused && this.state === "reconnecting" && refused.code === "busy") this.#retry();
       else if (refused) this.#finish(refused.code, refused.message);
       else if (this.session) this.open ? this.#lost() : this.#retry();
       else if (opened) this.#finish("lost", "The server closed the connection.");
