@@ -83,22 +83,15 @@ def chaos(clients: int, seconds: float, path: str | None = None, slack_mib: floa
 
     async def test() -> list[Talk]:
         limits = Limits(per_client=10_000, parked_seconds=5, rest_after=30, parked=1000)
-        wire = WireLimits(idle_seconds=2, sockets_per_client=1000)
+        wire = WireLimits(sockets_per_client=1000)
         engine_of(tiny_model(), 8).warm_up(everything=True)
         async with serving(rows=8, limits=limits, wire=wire, waiting=16) as (server, place):
             late: list[float] = []
 
             async def bad_ones(seconds: float) -> dict[str, int]:
+                command = [sys.executable, "-m", "tests.serve.misbehave", place, str(clients), str(seconds)]
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "tests.serve.misbehave",
-                    place,
-                    str(clients),
-                    str(seconds),
-                    *filter(None, [path]),
-                    cwd=REPOSITORY,
-                    stdout=asyncio.subprocess.PIPE,
+                    *command, *filter(None, [path]), cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE
                 )
                 output, _ = await process.communicate()
                 assert process.returncode == 0
@@ -126,7 +119,8 @@ def chaos(clients: int, seconds: float, path: str | None = None, slack_mib: floa
             assert await server.sessions.hub.count_rows() == (0, 0)
             print(
                 f"{path or 'all'}: {done['messages']} messages of {done['connections']} connections; "
-                f"{len(talks)} good sessions of {len(late)} slices, p99 {np.percentile(late, 99):.2f} s; memory {before:.0f} to {after:.0f} MiB"
+                f"{len(talks)} good sessions of {len(late)} slices, p99 {np.percentile(late, 99):.2f} s; "
+                f"memory {before:.0f} to {after:.0f} MiB"
             )
             assert after < before * 1.05 + slack_mib
         return talks
