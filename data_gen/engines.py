@@ -77,12 +77,10 @@ class Processes:
         return list(self._pool._processes or {})
 
     def close(self) -> None:
-        processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in list((self._pool._processes or {}).values()):
             process.terminate()
-        for process in processes:
-            process.join()
+        # Waits for its thread, too: that closes pipes which the interpreter uses again at its end.
+        self._pool.shutdown(cancel_futures=True)
 
 
 class Ray:

