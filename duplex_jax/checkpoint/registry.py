@@ -132,7 +132,7 @@ def save_model(
     if format == "gguf":
         duplex = duplex_metadata(model)
         name = Path(model.name.removeprefix("hf:")).stem
-        said = {"general.name": name, "general.description": card.describe(model.template)}
+        said: dict[str, Any] = {"general.name": name, "general.description": card.describe(model.template)}
         if model.template.in_slices:  # llama.cpp ends an answer with any of the three
             said |= {"tokenizer.ggml.eot_token_id": model.template.end_id}
             said |= {"tokenizer.ggml.eom_token_id": model.template.idle_id}
