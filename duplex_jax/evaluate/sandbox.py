@@ -24,13 +24,19 @@ read (though it has no way to send it anywhere); without read-only mounts, many 
 is over.
 
 A program passes only if its last line was reached: then a random token is written that the guard outside knows. Leaving
-early by `sys.exit(0)` or `os._exit(0)` is no pass. But program and token share one process: a program that searches its
-own memory for it (`gc`, `ctypes`) can pretend. Programs that try their luck are found out, programs that aim at this
-module are not.
+early by `sys.exit(0)` or `os._exit(0)` is no pass. Where a test has the form `assert CALL == LITERAL` (all but 15 of
+HumanEval's 164 problems and all but one of MBPP's 974 have no other), the literal never enters the program's process:
+the value goes out as plain data and is compared by the guard, so neither `__eq__`, subclasses, tracing, changed tests
+nor a token that was found in memory make a wrong answer right. Other tests (`assert abs(f(x) - y) < 1e-6`, loops, plain
+truth) run inside the program's process, and a program that changes what `==` or `assert` mean there, or searches its
+own memory for the token (`gc`, `ctypes`), can pretend. Nor is a program kept from telling answers by heart, or from
+trying whether an input is one of the tests.
 """
 
+import ast
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -75,13 +81,57 @@ def _folder() -> Iterator[str]:
                 subprocess.run([*command, "--", path], check=False, capture_output=True)
 
 
-def _guarded(source: str, seconds: float, wall: float, memory_mib: int, disk_mib: int, output_mib: int) -> list[str]:
+@dataclass(frozen=True)
+class Program:
+    """Python text, and the literals that its tests expect: `__answer__(i, value)` in it stands for an assertion that
+    `value` equals the i-th."""
+
+    source: str
+    expected: tuple[str, ...] = ()
+
+
+def with_tests(code: str, tests: str) -> Program:
+    """Code with tests behind it; assertions of the form `CALL == LITERAL`, outside of loops and conditions, are
+    compared by the guard."""
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError, RecursionError):
+        return Program(f"{code}\n{tests}\n")
+    expected: list[str] = []
+
+    def rewrite(body: list[ast.stmt]) -> None:
+        for i, statement in enumerate(body):
+            if isinstance(statement, ast.FunctionDef):
+                rewrite(statement.body)
+            match statement:
+                case ast.Assert(ast.Compare(ast.Call() as call, [ast.Eq()], [right])) if _is_literal(right):
+                    number: ast.expr = ast.Constant(len(expected))
+                    expected.append(ast.unparse(right))
+                    told = ast.Expr(ast.Call(ast.Name("__answer__", ast.Load()), [number, call], []))
+                    body[i] = ast.copy_location(told, statement)
+
+    rewrite(tree.body)
+    return Program(f"{code}\n{ast.unparse(ast.fix_missing_locations(tree))}\n", tuple(expected))
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _guarded(
+    program: Program, seconds: float, wall: float, memory_mib: int, disk_mib: int, output_mib: int
+) -> list[str]:
     """Three lines of the guard: what was in force, the reason of the end, a detail."""
     with _folder() as folder:
         limits = [str(x) for x in (seconds, wall, memory_mib, disk_mib, output_mib, THREADS)]
+        source = program.source.encode("utf-8", "replace")  # text of a model may hold half a character
         run = subprocess.run(
-            [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(GUARD), folder, *limits],
-            input=source.encode("utf-8", "replace"),  # text of a model may hold half a character
+            [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(GUARD), str(len(source)), folder, *limits],
+            input=source + json.dumps(program.expected).encode(),
             capture_output=True,
             env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
             cwd=folder,
@@ -107,7 +157,7 @@ def protections() -> dict[str, tuple[str, ...]]:
     names: list[str] = []
     if sys.platform == "linux":
         try:
-            in_force, reason, detail, *_ = _guarded("", 5, 60, 1024, 1, 1)
+            in_force, reason, detail, *_ = _guarded(Program(""), 5, 60, 1024, 1, 1)
         except (OSError, subprocess.SubprocessError) as e:
             reason, detail = "error", str(e)
         if reason in ("error", "time"):
@@ -145,7 +195,7 @@ def check_sandbox() -> None:
 
 
 def run_program(
-    source: str,
+    program: str | Program,
     *,
     seconds: float = 3.0,
     wall_seconds: float | None = None,
@@ -156,7 +206,7 @@ def run_program(
     """Runs Python text as `__main__` and says whether its last line was reached without an exception.
 
     Args:
-        source: the program with its tests.
+        program: with its tests.
         seconds: time of the processor.
         wall_seconds: time on the clock; twice `seconds` and one more unless given.
         memory_mib: address space in MiB.
@@ -171,7 +221,8 @@ def run_program(
         raise UserError("limits of a program must be above zero")
     check_sandbox()
     try:
-        _, reason, detail, *_ = _guarded(source, seconds, wall, memory_mib, disk_mib, output_mib)
+        given = program if isinstance(program, Program) else Program(program)
+        _, reason, detail, *_ = _guarded(given, seconds, wall, memory_mib, disk_mib, output_mib)
     except (OSError, subprocess.SubprocessError) as e:
         reason, detail = "error", str(e)
     if reason == "unprotected":
@@ -179,7 +230,7 @@ def run_program(
     return Outcome(reason == "passed", reason, detail)
 
 
-def run_programs(sources: Sequence[str], workers: int | None = None, **limits: float) -> list[Outcome]:
+def run_programs(programs: Sequence[str | Program], workers: int | None = None, **limits: float) -> list[Outcome]:
     """`run_program` for each, `workers` at a time (unless given, as many as there are processors); in their order.
 
     Raises:
@@ -187,4 +238,4 @@ def run_programs(sources: Sequence[str], workers: int | None = None, **limits: f
     """
     check_sandbox()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(functools.partial(run_program, **limits), sources))  # type: ignore[arg-type]
+        return list(pool.map(functools.partial(run_program, **limits), programs))  # type: ignore[arg-type]

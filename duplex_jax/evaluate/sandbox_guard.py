@@ -5,9 +5,13 @@ it runs the program: file systems, descriptors, capabilities, system calls. The 
 What is said to be in force is what the child has just put on, never what the machine should be able to do.
 """
 
+import ast
 import contextlib
 import ctypes
+import decimal
+import fractions
 import functools
+import json
 import math
 import os
 import resource
@@ -18,8 +22,10 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 TAIL = 4096  # bytes of stderr that are kept
+ANSWERS = 1 << 20  # bytes of the program's answers that are read
 
 # System calls by their numbers on x86-64 and on 64-bit ARM; - where there is none.
 CALLS = """
@@ -282,6 +288,62 @@ def shut_in(folder: str, disk_mib: int, memory_mib: int, seconds: float, threads
     return names
 
 
+def plain(value: Any) -> str:
+    """A value as a Python literal, by what built-in types say of it: an overridden method changes nothing.
+
+    Raises:
+        TypeError: it is no plain data.
+    """
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        text = float.__repr__(value)
+        return {"inf": "1e999", "-inf": "-1e999", "nan": "..."}.get(text, text)  # NaN equals nothing
+    scalars: tuple[Any, ...] = (complex, str, bytes)
+    for kind in scalars:
+        if isinstance(value, kind):
+            return kind.__repr__(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{plain(k)}: {plain(v)}" for k, v in dict.items(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(plain, list.__iter__(value))) + "]"
+    if isinstance(value, tuple):
+        return "(" + "".join(plain(v) + ", " for v in tuple.__iter__(value)) + ")"
+    if type(value) in (type({}.keys()), type({}.items())):
+        value = set(value)
+    groups: tuple[Any, ...] = (set, frozenset)
+    for kind in groups:
+        if isinstance(value, kind):
+            return "{" + ", ".join(map(plain, kind.__iter__(value))) + "}" if kind.__len__(value) else "set()"
+    if type(value) in (fractions.Fraction, decimal.Decimal):
+        whole = fractions.Fraction(value)
+        return plain(int(whole) if whole.denominator == 1 else float(whole) if float(whole) == whole else None)
+    raise TypeError(f"an answer is of {type(value).__name__}, which is no plain data")
+
+
+def answer(report: int, write: Callable[[int, bytes], int], number: int, value: object) -> None:
+    """Says what the program gives where a test expects plain data; the guard compares."""
+    data = f"{number} {plain(value)}".encode("utf-8", "backslashreplace") + b"\n"
+    while data:
+        data = data[write(report, data) :]
+
+
+def are_right(answers: Sequence[bytes], expected: Sequence[str]) -> bool:
+    """Whether every expectation was met, each time that it was asked about."""
+    met = set()
+    for line in answers:
+        number, _, text = line.decode("utf-8", "replace").partition(" ")
+        try:
+            if ast.literal_eval(text) != ast.literal_eval(expected[int(number)]):
+                return False
+        except (ValueError, SyntaxError, TypeError, IndexError, MemoryError, RecursionError):
+            return False
+        met.add(int(number))
+    return len(met) == len(expected)
+
+
 def steps(report: int, source: bytes) -> Iterator[Callable[[], object]]:
     """The program, and what says that it came to its end: the same random token a second time.
 
@@ -292,6 +354,7 @@ def steps(report: int, source: bytes) -> Iterator[Callable[[], object]]:
     os.write(report, token + b"\n")
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
+    vars(main)["__answer__"] = functools.partial(answer, report, os.write)
     code = compile(source.decode(), "program.py", "exec", dont_inherit=True)
     return iter((functools.partial(exec, code, vars(main)), functools.partial(os.write, report, token)))
 
@@ -346,7 +409,7 @@ def watch(child: int, pipes: list[int], seconds: float, wall: float, most: int) 
             if not data:
                 poll.unregister(fd)
                 left.discard(fd)
-            kept[fd] = (kept[fd] + data)[:TAIL] if fd == report else (kept[fd] + data)[-TAIL:]
+            kept[fd] = (kept[fd] + data)[:ANSWERS] if fd == report else (kept[fd] + data)[-TAIL:]
             taken += len(data)
         if ended and not (ready and left and taken <= most + (1 << 20)):
             break
@@ -368,9 +431,22 @@ def watch(child: int, pipes: list[int], seconds: float, wall: float, most: int) 
     return kept[report], reason or f"code {os.WEXITSTATUS(status)}", kept[err]
 
 
-def main(folder: str, seconds: str, wall: str, memory_mib: str, disk_mib: str, output_mib: str, threads: str) -> None:
-    """Reads a program from stdin; prints what was in force, the reason of its end, and its last words, a line each."""
-    source = sys.stdin.buffer.read()
+def read(most: int = -1) -> bytes:
+    """So many bytes of stdin, and no more than these; all that is left by default."""
+    data = b""
+    while len(data) != most and (more := os.read(0, 1 << 16 if most < 0 else min(1 << 16, most - len(data)))):
+        data += more
+    return data
+
+
+def main(length: str, folder: str, *limits: str) -> None:
+    """Reads a program from stdin; prints what was in force, the reason of its end, and its last words, a line each.
+
+    Behind the program come the literals that its tests expect. They are read when the child is there already: nothing
+    in its memory tells them.
+    """
+    source = read(int(length))
+    seconds, wall, memory_mib, disk_mib, output_mib, threads = limits
     names = leave()
     pipes = [os.pipe() for _ in range(3)]
     child = os.fork()
@@ -392,14 +468,17 @@ def main(folder: str, seconds: str, wall: str, memory_mib: str, disk_mib: str, o
             os._exit(1)
     for _, fd in pipes:
         os.close(fd)
+    expected = json.loads(read() or b"[]")
     report, reason, err = watch(child, [p for p, _ in pipes], float(seconds), float(wall), int(output_mib) << 20)
-    in_force, token, word = (*report.split(b"\n"), b"", b"")[:3]
+    in_force, token, *said = *report.split(b"\n"), b""
+    *answers, word = said[:-1] or [b""]
     lines = [line.strip() for line in err.decode("utf-8", "replace").splitlines() if line.strip()]
     detail = "".join(c if c.isprintable() else "?" for c in lines[-1][:500]) if lines else ""
     if not token:
         reason = reason if reason in ("time", "memory") else "unprotected"
     elif word == token:
-        reason = "passed"
+        reason = "passed" if are_right(answers, expected) else "failed"
+        detail = "" if reason == "passed" else "an answer is not what the test expects"
     elif word in (b"failed", b"memory", b"exit"):
         reason = reason if reason in ("time", "output") else word.decode()
     elif reason.startswith("code "):

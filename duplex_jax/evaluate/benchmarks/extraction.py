@@ -7,6 +7,8 @@ on behind the answer, into questions that the model makes up, for nothing stops 
 import re
 from collections.abc import Collection
 
+from duplex_jax.evaluate.sandbox import Program, with_tests
+
 # What a HumanEval completion ends at: the next thing at the margin.
 _HUMANEVAL_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "<|endoftext|>")
 
@@ -190,7 +192,7 @@ def new_mbpp_post(output: str) -> str:
     return re.split(r'^"""', output, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def program(head: str, completion: str, tests: str) -> str:
+def program(head: str, completion: str, tests: str) -> Program:
     """A program that ends without an exception if and only if the completion passes the tests.
 
     Args:
@@ -198,4 +200,4 @@ def program(head: str, completion: str, tests: str) -> str:
         completion: code, as extracted from an output.
         tests: what to run behind it.
     """
-    return f"{head}{completion}\n{tests}\n"
+    return with_tests(f"{head}{completion}", tests)

@@ -17,6 +17,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import extraction
 from duplex_jax.evaluate.benchmarks.hub import source
 from duplex_jax.evaluate.benchmarks.tasks import arc_fields, find_file, mmlu_gold, parse_line, text
+from duplex_jax.evaluate.sandbox import Program
 
 Row = Mapping[str, Any]
 
@@ -302,7 +303,7 @@ def is_right(task: Task, question: Question, output: str) -> bool:
     return task.matches(question, task.extract(question, output))
 
 
-def program(task: Task, question: Question, output: str) -> str:
+def program(task: Task, question: Question, output: str) -> Program:
     """What to run, in a sandbox, to know whether an output of a code task is right: then it ends without an exception.
 
     Raises:
