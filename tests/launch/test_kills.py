@@ -19,6 +19,7 @@ import pytest
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.evaluate.study import store
 from duplex_jax.template import make_template
+from duplex_jax.timeline import Event, write_timelines
 from tests import made_timelines
 from tests.checkpoint.test_gguf import merging_tokenizer
 from tests.evaluate.test_yardsticks import FILES
@@ -52,9 +53,10 @@ JOBS = {
     "train": Job(("train", "--config={repository}/tests/train/small_run.py", "--workdir=out",
                   "--config.data.train={inputs}/timelines", "--config.model.tokenizer={inputs}/model",
                   "--config.checkpoint.export=True")),
-    "behaviour": Job(("evaluate", "behaviour", "--model={inputs}/model", "--data={inputs}/timelines", "--out=out",
+    "behaviour": Job(("evaluate", "behaviour", "--model={inputs}/model", "--data={inputs}/held_out.jsonl", "--out=out",
                       "--limit=24", "--seeds=0,1", "--rows=4")),
-    "yardsticks": Job(("evaluate", "yardsticks", "--model={inputs}/model", "--data={inputs}/yardsticks", "--out=out")),
+    "yardsticks": Job(("evaluate", "yardsticks", "--model={inputs}/model", "--data={inputs}/yardsticks", "--out=out",
+                       "--limit=4", "--seeds=0,1")),
     "convert": Job(convert("--out=out/model")),
     "convert --overwrite": Job(convert("--out=out/model", "--dtype=bfloat16", "--overwrite"),
                                convert("--out=out/model")),
@@ -75,6 +77,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = fresh_model(config)
     save_model(LoadedModel("merging", model, tokenizer, make_template("compact", tokenizer)), folder / "merging")
     made_timelines.write(folder, n=60)
+    held_out = made_timelines.timelines(24)
+    for timeline in held_out:
+        timeline.events = [Event("query_end", 0)]
+    write_timelines(folder / "held_out.jsonl", held_out)
     rows = [
         {"id": f"{i}-{w}", "data": [f"Tell me about the {w}.", f"The {w} is old. It is {i} years old. It stays."]}
         for i in range(10)
@@ -130,6 +136,10 @@ def state(place: Path) -> dict[str, Any]:
         elif path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [(r["step"], r["loss"], r["grad_norm"]) for r in rows]
+        elif path.parent.name == "replays":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows.sort(key=lambda row: row["number"])
+            found[name] = [row | {"meta": {**row.get("meta", {}), "seconds": None}} for row in rows]
         elif path.name == "adapt.json":
             found[name] = json.loads(path.read_text()) | {"seconds": None}
         else:
