@@ -33,17 +33,25 @@ STAGES = ("write", "timelines", "pack", "train", "measure", "export")
 
 _MODEL = app.path_flag("model", None, "The chat model: a folder, a file, hf:owner/name, or a known name.")
 _OUT = app.path_flag("out", None, "Folder of everything; a run that was stopped goes on there.")
-_HOURS = flags.DEFINE_float("hours", None, "Time for writing and training, instead of --tokens.", lower_bound=0.01)
-_TOKENS = flags.DEFINE_float("tokens", 3e6, "Tokens to train on.", lower_bound=1)
-_DIALOGUES = app.paths_flag("dialogues", "Your own dialogues, beside those that the model writes.")
-_CONFIG = app.path_flag("config", "configs/adapt_lora.py", "Of the training; --config.a.b=value changes it.")
-_MESH = app.path_flag("mesh", "cpu1", "Where to train: a mesh of configs/mesh/, or a Python file.")
+_HOURS = flags.DEFINE_float(
+    "hours", None, "Hours for writing and training together; replaces --tokens.", lower_bound=0.01
+)
+_TOKENS = flags.DEFINE_float("tokens", 3e6, "Number of tokens to train on.", lower_bound=1)
+_DIALOGUES = app.paths_flag("dialogues", "Files of your own dialogues, added to those that the model writes.")
+_CONFIG = app.path_flag("config", "configs/adapt_lora.py", "Training config; --config.a.b=value overrides a field.")
+_MESH = app.path_flag(
+    "mesh", "cpu1", "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh()."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
-_COUNT = flags.DEFINE_integer("count", 0, "Dialogues to write; by default one for every 600 tokens.", lower_bound=0)
-_ROWS = flags.DEFINE_integer("rows", 32, "Dialogues written at once.", lower_bound=1)
-_SPOKEN = flags.DEFINE_float("spoken", 0.5, "Share of timelines with users as recognisers write.", 0.0, 1.0)
-_YARDSTICKS = app.path_flag("yardsticks", "", "Folder of `evaluate yardsticks`; empty leaves them out.")
-_STAGES = flags.DEFINE_list("stages", list(STAGES), "Which stages to run.")
+_COUNT = flags.DEFINE_integer(
+    "count", 0, "Number of dialogues to write; 0 means one for every 600 tokens.", lower_bound=0
+)
+_ROWS = flags.DEFINE_integer("rows", 32, "Number of dialogues written at once (batch size).", lower_bound=1)
+_SPOKEN = flags.DEFINE_float(
+    "spoken", 0.5, "Share of timelines whose user text looks like speech recognition or chat.", 0.0, 1.0
+)
+_YARDSTICKS = app.path_flag("yardsticks", "", "Data folder for `evaluate yardsticks`; empty skips them.")
+_STAGES = flags.DEFINE_list("stages", list(STAGES), "Stages to run; all by default.")
 
 _DOTTED: list[tuple[str, str]] = []
 # Timelines for each dialogue that was written, by category.
@@ -317,7 +325,7 @@ def main(argv: list[str]) -> int | None:
     chosen = app.names("stages", _STAGES.value, STAGES)
     for path in [*_DIALOGUES.value, *([_YARDSTICKS.value] if _YARDSTICKS.value else [])]:
         if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder; --dialogues and --yardsticks name what is there")
+            raise UserError(f"{path}: no such file or folder; --dialogues and --yardsticks must name existing paths")
     _config_of("name")  # a wrong config is told before anything is written
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)

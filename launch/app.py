@@ -180,7 +180,7 @@ class _Path(flags.ArgumentParser[str]):
 
 
 class _Paths(_Path):
-    """Several of them, commas between."""
+    """Several paths, separated by commas."""
 
     def parse(self, argument: Any) -> Any:
         if isinstance(argument, str):
@@ -195,7 +195,7 @@ def path_flag(name: str, default: str | None, help: str, **options: Any) -> Any:
 
 
 def paths_flag(name: str, help: str) -> Any:
-    """A flag that names some of them, commas between; by default none."""
+    """A flag that names several paths, separated by commas; empty by default."""
     return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","), module_name=_caller())
 
 
@@ -210,9 +210,11 @@ class StoreFlags:
     def __init__(self, module: str):
         here: dict[str, Any] = {"module_name": module}
         self._weights = flags.DEFINE_enum(
-            "weights", None, STORES, "How weights are stored; by default float32 on a CPU, bfloat16 elsewhere.", **here
+            "weights", None, STORES, "dtype of the weights; by default float32 on a CPU, bfloat16 elsewhere.", **here
         )
-        self._entries = flags.DEFINE_enum("entries", None, STORES, "How cached keys and values are; likewise.", **here)
+        self._entries = flags.DEFINE_enum(
+            "entries", None, STORES, "dtype of the cached keys and values; same default.", **here
+        )
 
     @property
     def weights(self) -> str | None:
@@ -237,7 +239,7 @@ def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
             raise UserError(f"--{flag}: {name!r} is unknown; "
                             + (f"did you mean {near[0]!r}?" if near else f"some of {', '.join(known)}"))  # fmt: skip
     if not given or len(set(given)) < len(given):
-        raise UserError(f"--{flag}={','.join(given)}: needs some of {', '.join(known)}, and none of them twice")
+        raise UserError(f"--{flag}={','.join(given)}: must list any of {', '.join(known)}, each at most once")
     return given
 
 
@@ -250,9 +252,9 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[Any]:
     try:
         found = [kind(v) for v in given]
     except ValueError as e:
-        raise UserError(f"--{flag}={','.join(given)}: {e}; give numbers with commas between them") from e
+        raise UserError(f"--{flag}={','.join(given)}: {e}; give numbers separated by commas") from e
     if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)):
-        raise UserError(f"--{flag}={','.join(given)}: needs finite numbers, and none of them twice")
+        raise UserError(f"--{flag}={','.join(given)}: must be finite numbers, each at most once")
     return found
 
 

@@ -31,13 +31,15 @@ MEASUREMENTS = {
     "speech": "benchmarks.speech:bench_speech",
 }
 
-_JSON = app.path_flag("json", None, "Write the figures there, too.")
+_JSON = app.path_flag("json", None, "Also write the figures to this JSON file.")
 _ARGUMENTS = [
-    app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name."),
-    flags.DEFINE_string("histories", None, "decode: tokens said before the measured slice, as in 256,4096."),
-    flags.DEFINE_integer("repeats", None, "decode: measurements of each fast way.", lower_bound=1),
-    flags.DEFINE_integer("slow_repeats", None, "decode: measurements of each way that encodes the history anew.", 1),
-    app.path_flag("png", None, "decode: draw the figures there."),
+    app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name."),
+    flags.DEFINE_string("histories", None, "decode: history lengths in tokens, for example 256,4096."),
+    flags.DEFINE_integer("repeats", None, "decode: number of measurements for each cached method.", lower_bound=1),
+    flags.DEFINE_integer(
+        "slow_repeats", None, "decode: number of measurements for each method that re-encodes the history.", 1
+    ),
+    app.path_flag("png", None, "decode: write a plot to this PNG file."),
 ]
 
 

@@ -31,28 +31,46 @@ _MODEL = app.path_flag(
     "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
     "smollm2-135m-instruct with --mode=turn_based.",
 )  # fmt: skip
-_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
-_MODE = flags.DEFINE_enum("mode", "duplex", ["duplex", "turn_based"], "Slices, or the baseline of whole turns.")
+_TEMPLATE = flags.DEFINE_enum(
+    "template",
+    None,
+    ["minicpm", "chatml", "compact"],
+    "Template that turns slices into tokens; by default the model's own.",
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "duplex",
+    ["duplex", "turn_based"],
+    "duplex: talk in time slices. turn_based: talk in whole turns (the baseline).",
+)
 _TIMELINE = app.path_flag("timeline", None, "Replay the user's side of this JSONL file on a virtual clock.")
-_OUT = app.path_flag("out", None, "With --timeline: write the timelines that came out to this JSONL file.")
-_ROWS = flags.DEFINE_integer("rows", 1, "With --timeline: conversations at once.", lower_bound=1)
-_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
-_IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Above 0 the model is more patient, below 0 more eager.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of every random draw.", 0, 2**32 - 1)
-_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
-_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_OUT = app.path_flag("out", None, "With --timeline: write the resulting timelines to this JSONL file.")
+_ROWS = flags.DEFINE_integer(
+    "rows", 1, "With --timeline: number of conversations replayed at once (batch size).", lower_bound=1
+)
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", lower_bound=0.1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_IDLE_BIAS = flags.DEFINE_float(
+    "idle_bias", 0.0, "Added to the logit of <idle>: above 0 the model speaks less, below 0 more."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.", 0, 2**32 - 1)
+_SYSTEM = flags.DEFINE_string("system", None, "System prompt; none by default.")
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
 _STORES = app.StoreFlags(__name__)
-_KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
-_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Of a turn-based answer.", lower_bound=1)
+_KEEP_IDLE = flags.DEFINE_integer(
+    "keep_idle", 1, "Number of consecutive silent pairs kept in the context; -1 keeps all.", -1
+)
+_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unprompted: a silent user slice is answered with silence.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Maximum length of a turn-based answer in tokens.", lower_bound=1)
 _SERVER = flags.DEFINE_string(
-    "server", None, "Talk to a `duplex-jax serve`, as ws://localhost:8765; its model, no --model here. The key it may "
-    "ask for comes from DUPLEX_JAX_API_KEY.",
+    "server", None, "URL of a running `duplex-jax serve`, for example ws://localhost:8765. It replaces --model; the "
+    "API key, if required, is read from DUPLEX_JAX_API_KEY.",
 )  # fmt: skip
-_JSON = flags.DEFINE_bool("json", False, "One JSON object a line on standard output, for programs.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line on standard output.")
 
 DEFAULT_MODELS = {"duplex": "smollm2-135m-duplex", "turn_based": "smollm2-135m-instruct"}
 """What is talked to where --model is not given, by mode."""
@@ -133,7 +151,7 @@ def _timelines(path: str) -> list[Timeline]:
     """What is to be replayed; whatever is wrong with the files is said before a model is loaded."""
     timelines = list(read_timelines(path))
     if not timelines:
-        raise UserError(f"{path}: holds no timeline; one JSON object a line")
+        raise UserError(f"{path}: contains no timeline; expected one JSON object per line")
     if _OUT.value:
         check_writable(_OUT.value)
     return timelines
@@ -363,10 +381,12 @@ def main(argv: list[str]) -> None:
     if _OUT.value and not _TIMELINE.value:
         raise UserError("--out needs --timeline, the file whose user side is replayed")
     if _SYSTEM.value and not whole_characters(_SYSTEM.value):
-        raise UserError("--system: not UTF-8; give it as UTF-8 text")
+        raise UserError("--system: not valid UTF-8; pass UTF-8 text")
     timelines = _timelines(_TIMELINE.value) if _TIMELINE.value else []
     if _SERVER.value and (_MODEL.value or _MODE.value == "turn_based"):
-        raise UserError("--server: the server has its model, and duplex sessions here; leave --model and --mode out")
+        raise UserError(
+            "--server: the server chooses the model and every session is duplex; leave out --model and --mode"
+        )
     options = _options()
     if timelines and _SERVER.value:
         _replay_remotely(timelines)

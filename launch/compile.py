@@ -12,18 +12,26 @@ from duplex_jax.files import atomic_write, check_writable
 from launch import app
 from launch.dotted import take_dotted
 
-_CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
-_MESH = app.path_flag("mesh", "v5e-16", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
-_DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
-_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
-_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
-_PROGRAMS = flags.DEFINE_list("programs", ["train", "decode"], "Some of train, decode and sessions.")
-_PRICE = flags.DEFINE_float("price", 0.0, "train: dollars for an hour of one device.", lower_bound=0.0)
-_CONTEXTS = flags.DEFINE_list("contexts", ["256", "1024", "4096"], "sessions: tokens that each holds.")
-_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "sessions: a tick of the clock.", lower_bound=0.01)
-_SESSIONS = flags.DEFINE_integer("sessions", 0, "decode: rows on all devices; 0 for what fits.", lower_bound=0)
-_CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: tokens a row.", lower_bound=1)
-_JSON = app.path_flag("json", None, "Write the reports there, too.")
+_CONFIG = app.path_flag("config", None, "Python config file, as in configs/; --config.a.b=value overrides a field.")
+_MESH = app.path_flag(
+    "mesh", "v5e-16", "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh()."
+)
+_DATA = flags.DEFINE_integer("data", 0, "Devices along the data axis; 0 keeps the mesh's value.", lower_bound=0)
+_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along the fsdp axis; 0 keeps the mesh's value.", lower_bound=0)
+_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along the tensor axis; 0 keeps the mesh's value.", lower_bound=0)
+_PROGRAMS = flags.DEFINE_list(
+    "programs", ["train", "decode"], "Programs to compile: any of train, decode and sessions."
+)
+_PRICE = flags.DEFINE_float("price", 0.0, "train: price of one device in dollars per hour.", lower_bound=0.0)
+_CONTEXTS = flags.DEFINE_list("contexts", ["256", "1024", "4096"], "sessions: context lengths in tokens to report.")
+_SLICE_SECONDS = flags.DEFINE_float(
+    "slice_seconds", 2.0, "sessions: length of a time slice in seconds.", lower_bound=0.01
+)
+_SESSIONS = flags.DEFINE_integer(
+    "sessions", 0, "decode: total number of rows on all devices; 0 means as many as fit.", lower_bound=0
+)
+_CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: maximum context length of a row in tokens.", lower_bound=1)
+_JSON = app.path_flag("json", None, "Also write the reports to this JSON file.")
 
 _DOTTED: list[tuple[str, str]] = []
 
@@ -42,9 +50,9 @@ def main(argv: list[str]) -> int:
         raise UserError("compile needs --config=FILE (--help lists the flags)")
     for program in _PROGRAMS.value:
         if program not in ("train", "decode", "sessions"):
-            raise UserError(f"--programs={program}: must be some of train, decode and sessions, commas between them")
+            raise UserError(f"--programs={program}: must be any of train, decode and sessions, separated by commas")
     if not all(context.isdecimal() and int(context) for context in _CONTEXTS.value):
-        raise UserError(f"--contexts={','.join(_CONTEXTS.value)}: must be numbers of tokens, commas between them")
+        raise UserError(f"--contexts={','.join(_CONTEXTS.value)}: must be token counts separated by commas")
     if _JSON.value:
         check_writable(_JSON.value)
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))

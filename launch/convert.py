@@ -17,28 +17,32 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import check_folder, check_new_file
 from launch import app
 
-_MODEL = app.path_flag("model", None, "A folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
-_OUT = app.path_flag("out", None, "The folder (or .gguf file) to write; it appears complete or not at all.")
+_MODEL = app.path_flag("model", None, "Model: a folder, a .gguf or .safetensors file, hf:owner/name, or a known name.")
+_OUT = app.path_flag("out", None, "Output folder (or .gguf file); it appears complete or not at all.")
 _FORMAT = flags.DEFINE_enum(
     "format", "hf", (*FORMATS, "adapter", "peft"),
-    "hf: transformers loads it. orbax: training starts from it. gguf: a file for llama.cpp. adapter: LoRA's updates "
-    "alone, of an adapter or of a checkpoint (--model=WORKDIR or WORKDIR@STEP, by default its newest). peft: the same "
-    "for Hugging Face's PEFT.",
+    "hf: for transformers. orbax: a checkpoint to train from. gguf: for llama.cpp. adapter: only the LoRA updates of "
+    "an adapter or checkpoint (--model=WORKDIR for the newest, or WORKDIR@STEP). peft: the same for Hugging Face "
+    "PEFT.",
 )  # fmt: skip
 _DTYPE = flags.DEFINE_string(
-    "dtype", None, "float32, bfloat16 or float16; each tensor's own by default. gguf: q8_0 too, float16 by default."
+    "dtype",
+    None,
+    "float32, bfloat16 or float16; by default each tensor keeps its dtype. gguf: also q8_0; default float16.",
 )
-_TEMPLATE = flags.DEFINE_string("template", None, "How slices become tokens; tokens that it needs are added.")
+_TEMPLATE = flags.DEFINE_string(
+    "template", None, "Template that turns slices into tokens; missing control tokens are added."
+)
 _HF_TYPE = flags.DEFINE_enum(
     "hf_type", "auto", ("auto", "minicpm"),
-    "auto: Llama, or Granite where there are scales. minicpm: the released MiniCPM's keys, for llama.cpp's converter.",
+    "auto: Llama, or Granite if the model has scales. minicpm: MiniCPM's released keys, for llama.cpp's converter.",
 )  # fmt: skip
 _IDLE_BIAS = flags.DEFINE_float(
-    "idle_bias", None, "The model's own bias on idle from now on; by default what it had. `evaluate behaviour` draws "
-    "the curve that it is chosen from.",
+    "idle_bias", None, "Bias on <idle> stored in the export; by default unchanged. `evaluate behaviour` plots the "
+    "curve to choose it from.",
 )  # fmt: skip
 _OVERWRITE = flags.DEFINE_boolean(
-    "overwrite", False, "Replace --out where it is there and not empty; an adapter's README.md stays."
+    "overwrite", False, "Replace --out if it exists and is not empty; an adapter's README.md is kept."
 )
 
 
@@ -83,7 +87,7 @@ def _write_adapter(model: str, out: str) -> None:
     from duplex_jax.train.export import read_adapter
 
     if _TEMPLATE.value:
-        raise UserError(f"--template={_TEMPLATE.value}: an adapter keeps the template that it was trained with")
+        raise UserError(f"--template={_TEMPLATE.value}: an adapter keeps its training template; leave the flag out")
     what, trained = read_adapter(model)
     if _IDLE_BIAS.value is not None:
         what = dataclasses.replace(what, idle_bias=Sampling(idle_bias=_IDLE_BIAS.value).idle_bias)

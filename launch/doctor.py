@@ -79,8 +79,8 @@ def _sharded_step(mesh: "Mesh") -> str:
     found = step(jax.device_put(w, everywhere), jax.make_array_from_callback(x.shape, batch, lambda at: x[at]))
     wanted = 2 * x.T @ (x @ w) / x.size
     if not np.allclose(np.asarray(found), wanted, rtol=0.05, atol=0.05):
-        raise UserError("a gradient over all devices is not what the host finds; check the links between devices")
-    return f"a gradient over {mesh.size} devices is what the host finds"
+        raise UserError("the gradient over all devices differs from the host's result; check the links between devices")
+    return f"a gradient over {mesh.size} devices matches the host"
 
 
 def _save(folder: Path, mesh: "Mesh") -> str:
@@ -99,7 +99,7 @@ def _save(folder: Path, mesh: "Mesh") -> str:
         back = ocp.load(place.absolute() / "state", state)
         seconds = time.perf_counter() - began
     if not np.array_equal(np.asarray(back["x"]), np.asarray(state["x"])):
-        raise UserError(f"{folder}: what was saved there comes back otherwise; give another --workdir")
+        raise UserError(f"{folder}: data saved there reads back differently; give another --workdir")
     return f"{state['x'].nbytes >> 20} MiB to {folder} and back in {seconds:.2f} s"
 
 

@@ -21,27 +21,38 @@ from duplex_jax.evaluate.behaviour import DEGENERATE
 from launch import app
 
 _MODEL = app.path_flag(
-    "model", None, f"A folder, a file, hf:owner/name, a known name, or one of {', '.join(DEGENERATE)}."
+    "model", None, f"Model: a folder, a file, hf:owner/name, a known name, or one of {', '.join(DEGENERATE)}."
 )
-_DATA = app.path_flag("data", None, "Held-out timelines with events: a JSONL file, or a folder of them.")
-_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
-_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Replay everything once for each of these seeds.")
+_DATA = app.path_flag("data", None, "Held-out timelines with events: a JSONL file, or a folder of JSONL files.")
+_OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
+_TEMPLATE = flags.DEFINE_enum(
+    "template",
+    None,
+    ["minicpm", "chatml", "compact"],
+    "Template that turns slices into tokens; by default the model's own.",
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Random seeds; every conversation is replayed once per seed.")
 _IDLE_BIAS = flags.DEFINE_list(
-    "idle_bias", ["0"], "Beside the model's own. For the trade-off curve: the table is of 0, or the first; the others "
-    "take one seed each.",
+    "idle_bias", ["0"], "Biases on <idle> for the trade-off curve, on top of the model's own. The table shows 0, or "
+    "the first if 0 is absent; the others use one seed each.",
 )  # fmt: skip
-_LIMIT = flags.DEFINE_integer("limit", 0, "So many conversations, in turn from each category; 0 for all.", 0)
-_ROWS = flags.DEFINE_integer("rows", 8, "Conversations at once.", lower_bound=1)
-_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
-_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
-_KEEP_IDLE = flags.DEFINE_integer("keep_idle", 1, "Silent pairs in a row that the context keeps; -1 keeps all.", -1)
-_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unasked: silence is answered with silence.")
-_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", lower_bound=0.1)
-_BESIDE = app.paths_flag("beside", "Folders of other runs on the same data, to stand in the table too.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Maximum number of conversations, taken in turn from each category; 0 for all.", 0
+)
+_ROWS = flags.DEFINE_integer("rows", 8, "Number of conversations run at once (batch size).", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SYSTEM = flags.DEFINE_string("system", None, "System prompt; none by default.")
+_KEEP_IDLE = flags.DEFINE_integer(
+    "keep_idle", 1, "Number of consecutive silent pairs kept in the context; -1 keeps all.", -1
+)
+_DORMANT = flags.DEFINE_bool("dormant", False, "Never speak unprompted: a silent user slice is answered with silence.")
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", lower_bound=0.1)
+_BESIDE = app.paths_flag("beside", "Output folders of other runs on the same data, to include in the table.")
 
 
 def main(argv: list[str]) -> None:

@@ -28,30 +28,35 @@ from launch import app
 if TYPE_CHECKING:
     from duplex_jax.checkpoint.registry import LoadedModel
 
-_MODEL = app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
 _FORM = flags.DEFINE_enum(
     "form", "likelihood", ["likelihood", "generation"],
-    "Score the likelihood of given choices, or what the model writes.",
+    "likelihood: score the given choices. generation: score what the model writes.",
 )  # fmt: skip
 _TASKS = flags.DEFINE_list(
     "tasks", ["arc_easy", "arc_challenge", "hellaswag", "mmlu"],
-    f"By likelihood some of {', '.join(TASKS)}; by generation some of {', '.join(generation.TASKS)}.",
+    f"Tasks. likelihood: any of {', '.join(TASKS)}; generation: any of {', '.join(generation.TASKS)}.",
 )  # fmt: skip
 _WAYS = flags.DEFINE_list(
     "ways", ["turn_based", "duplex"],
-    f"How to ask: by likelihood some of {', '.join(WAYS)}; by generation some of {', '.join(conversations.WAYS)}.",
+    f"Prompting modes. likelihood: any of {', '.join(WAYS)}; generation: any of {', '.join(conversations.WAYS)}.",
 )  # fmt: skip
-_DATA = app.path_flag("data", None, "Folder of the benchmarks' files.")
-_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "So many items of each task, the same for every model; 0 for all.", 0)
-_BESIDE = app.paths_flag("beside", "Folders of other models' results on the same items, to compare with.")
-_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
-_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
+_DATA = app.path_flag("data", None, "Folder with the benchmark files.")
+_OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Maximum number of items per task, the same for every model; 0 for all.", 0)
+_BESIDE = app.paths_flag("beside", "Folders with other models' results on the same items, for comparison.")
+_TEMPLATE = flags.DEFINE_enum(
+    "template",
+    None,
+    ["minicpm", "chatml", "compact"],
+    "Template that turns slices into tokens; by default the model's own.",
+)
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
 
 
-_ROWS = flags.DEFINE_integer("rows", 8, "Generation: questions at once.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Generation: of the shots and of the answers.")
-_ALLOW_CODE = flags.DEFINE_bool("allow_code", False, "Generation: run programs that the model wrote, in a sandbox.")
+_ROWS = flags.DEFINE_integer("rows", 8, "generation: number of questions run at once (batch size).", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "generation: random seed for the shots and the answers.")
+_ALLOW_CODE = flags.DEFINE_bool("allow_code", False, "generation: run programs that the model wrote, in a sandbox.")
 
 
 def main(argv: list[str]) -> None:

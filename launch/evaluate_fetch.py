@@ -12,8 +12,8 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import hub, tasks, ultraeval
 from launch import app
 
-_DATA = app.path_flag("data", None, "Folder of the benchmarks' files; made if it is not there.")
-_TASKS = flags.DEFINE_list("tasks", list(ultraeval.TASKS), f"Some of {', '.join(ultraeval.TASKS)}.")
+_DATA = app.path_flag("data", None, "Folder for the benchmark files; created if it is missing.")
+_TASKS = flags.DEFINE_list("tasks", list(ultraeval.TASKS), f"Tasks: any of {', '.join(ultraeval.TASKS)}.")
 
 
 def main(argv: list[str]) -> None:

@@ -31,33 +31,48 @@ from launch.requests import RequestFlags
 
 EXIT_UNFINISHED = 3
 
-_MODEL = app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name.")
-_TASKS = flags.DEFINE_list("tasks", ["mt_bench", *TABLE_5], f"Some of {', '.join(TASKS)}.")
-_WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"How to ask: some of {', '.join(WAYS)}.")
-_DATA = app.path_flag("data", None, "Folder of the questions and of the judge's prompts.")
-_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "So many questions of each task, the same for every model; 0 for all.", 0)
-_BESIDE = app.paths_flag("beside", "Folders of other models' judged answers, to compare with.")
+_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
+_TASKS = flags.DEFINE_list("tasks", ["mt_bench", *TABLE_5], f"Tasks: any of {', '.join(TASKS)}.")
+_WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"Prompting modes: any of {', '.join(WAYS)}.")
+_DATA = app.path_flag("data", None, "Folder with the questions and the judge's prompts.")
+_OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Maximum number of questions per task, the same for every model; 0 for all.", 0
+)
+_BESIDE = app.paths_flag("beside", "Folders with other models' judged answers, for comparison.")
 _PAIRWISE = flags.DEFINE_bool(
-    "pairwise", False, "Show the judge MT-Bench answers beside each other too, in both orders."
+    "pairwise", False, "Also have the judge compare MT-Bench answers in pairs, in both orders."
 )
-_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Conversations at once.", lower_bound=1)
-_CAPACITY = flags.DEFINE_integer("capacity", None, "Most tokens of a context; 4096 by default.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_SYSTEM = flags.DEFINE_string("system", None, "A system prompt.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Most tokens of an answer.", lower_bound=1)
-_QUIET = flags.DEFINE_integer("quiet", 3, "An answer in slices is over after so many silent ones.", lower_bound=1)
-_PATIENCE = flags.DEFINE_integer("patience", 10, "Slices to wait for a model that says nothing.", lower_bound=1)
+_TEMPLATE = flags.DEFINE_enum(
+    "template",
+    None,
+    ["minicpm", "chatml", "compact"],
+    "Template that turns slices into tokens; by default the model's own.",
+)
+_ROWS = flags.DEFINE_integer("rows", 8, "Number of conversations run at once (batch size).", lower_bound=1)
+_CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
+_SYSTEM = flags.DEFINE_string("system", None, "System prompt; none by default.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Maximum length of an answer in tokens.", lower_bound=1)
+_QUIET = flags.DEFINE_integer(
+    "quiet", 3, "Number of silent slices after which an answer counts as finished.", lower_bound=1
+)
+_PATIENCE = flags.DEFINE_integer(
+    "patience", 10, "Number of slices to wait for a model that has not started to answer.", lower_bound=1
+)
 
-_JUDGE = flags.DEFINE_string("judge_model", "", "The judge's name at --judge_url; without it nothing is judged.")
+_JUDGE = flags.DEFINE_string("judge_model", "", "Name of the judge model at --judge_url; if empty, nothing is judged.")
 _FIELDS = app.path_flag(
-    "judge_fields", None, "A JSON file of what the judge's requests carry besides, by kind: rating, json, pair."
+    "judge_fields", None, "JSON file with extra fields for the judge's requests, by kind: rating, json, pair."
 )
-_REQUESTS = RequestFlags(__name__, "judge_url", "Replies of the judge that may be unreadable.", "OUT/replies.sqlite")
+_REQUESTS = RequestFlags(
+    __name__, "judge_url", "Number of times to ask the judge until a reply can be parsed.", "OUT/replies.sqlite"
+)
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from duplex_jax.evaluate.summary.sources import read_sources
 from duplex_jax.files import check_writable, local_path
 from launch import app
 
-_OUT = app.path_flag("out", None, "Folder of the page.")
+_OUT = app.path_flag("out", None, "Output folder of the report.")
 
 
 def main(argv: list[str]) -> None:

@@ -19,46 +19,70 @@ from launch.listening import ListenFlags
 PARTS = ("serve", "report")
 MODES = ("duplex", "turn_based")
 
-_DB = app.path_flag("db", None, "The study's file; `serve` makes it where there is none.")
-_OUT = app.path_flag("out", None, "report: folder of the results.")
-_CSV = flags.DEFINE_bool("csv", False, "report: scores.csv too, a line for each questionnaire.")
-_TIMELINES = flags.DEFINE_bool("timelines", False, "report: conversations.jsonl too, with everybody's words.")
+_DB = app.path_flag("db", None, "Database file of the study; `serve` creates it if it is missing.")
+_OUT = app.path_flag("out", None, "report: output folder.")
+_CSV = flags.DEFINE_bool("csv", False, "report: also write scores.csv, one line per questionnaire.")
+_TIMELINES = flags.DEFINE_bool(
+    "timelines", False, "report: also write conversations.jsonl with the full text of every conversation."
+)
 
 _MODEL = {
-    "a": app.path_flag("model_a", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name."),
-    "b": app.path_flag("model_b", "smollm2-135m-instruct", "What it is compared with."),
+    "a": app.path_flag(
+        "model_a", "smollm2-135m-duplex", "First model: a folder, a file, hf:owner/name, or a known name."
+    ),
+    "b": app.path_flag("model_b", "smollm2-135m-instruct", "Second model, given in the same forms."),
 }
 _MODE = {
-    "a": flags.DEFINE_enum("mode_a", "duplex", MODES, "How it talks."),
-    "b": flags.DEFINE_enum("mode_b", "turn_based", MODES, "How it talks."),
+    "a": flags.DEFINE_enum("mode_a", "duplex", MODES, "Whether this model talks in slices or in whole turns."),
+    "b": flags.DEFINE_enum("mode_b", "turn_based", MODES, "Whether this model talks in slices or in whole turns."),
 }
 _TEMPLATE = {
-    "a": flags.DEFINE_enum("template_a", None, ["minicpm", "chatml", "compact"], "How slices become tokens."),
-    "b": flags.DEFINE_enum("template_b", None, ["minicpm", "chatml", "compact"], "How slices become tokens."),
+    "a": flags.DEFINE_enum(
+        "template_a",
+        None,
+        ["minicpm", "chatml", "compact"],
+        "Template that turns slices into tokens; by default the model's own.",
+    ),
+    "b": flags.DEFINE_enum(
+        "template_b",
+        None,
+        ["minicpm", "chatml", "compact"],
+        "Template that turns slices into tokens; by default the model's own.",
+    ),
 }
-_SESSIONS = flags.DEFINE_integer("sessions", 5, "Conversations with each model; the paper has at least 5.", 1)
-_OPENINGS = app.path_flag("openings", None, "Their first sentences, one a line; the package's own by default.")
-_NOTE = app.path_flag("note", None, "Sample instructions, one a line; the package's own by default.")
-_CONSENT = app.path_flag("consent", None, "What participants agree to; the package's own by default.")
-_AT_ONCE = flags.DEFINE_integer("at_once", 4, "Conversations at once with each model; others wait.", lower_bound=1)
-_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a conversation's context.", lower_bound=1)
-_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep this many tokens; 0 keeps all.", lower_bound=0)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Most tokens of a turn-based answer.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("conversation_minutes", 30.0, "The longest conversation.", lower_bound=0.1)
+_SESSIONS = flags.DEFINE_integer("sessions", 5, "Number of conversations with each model; the paper has at least 5.", 1)
+_OPENINGS = app.path_flag("openings", None, "File of opening sentences, one per line; by default the package's own.")
+_NOTE = app.path_flag("note", None, "File of sample instructions, one per line; by default the package's own.")
+_CONSENT = app.path_flag("consent", None, "File with the consent text; by default the package's own.")
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once", 4, "Maximum number of simultaneous conversations per model; further participants wait.", lower_bound=1
+)
+_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Maximum context length of a conversation in tokens.", lower_bound=1)
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", 0.1, 60.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Maximum length of a turn-based answer in tokens.", lower_bound=1)
+_MINUTES = flags.DEFINE_float(
+    "conversation_minutes", 30.0, "Maximum length of a conversation in minutes.", lower_bound=0.1
+)
 _GRACE = flags.DEFINE_float(
-    "resume_seconds", 60.0, "How long a conversation goes on without its page.", lower_bound=0.0
+    "resume_seconds", 60.0, "Seconds that a conversation is kept after its page disconnects.", lower_bound=0.0
 )
 _LISTEN = ListenFlags(__name__, "the study")
-_PER_HOUR = flags.DEFINE_integer("participants_per_hour", 60, "Participants of one address in an hour.", lower_bound=1)
+_PER_HOUR = flags.DEFINE_integer(
+    "participants_per_hour", 60, "Maximum number of participants per address and hour.", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
     """Runs the study, or describes what is in its file."""
     if not argv or argv[0] not in PARTS:
-        raise UserError(f"evaluate study needs one of {', '.join(PARTS)} behind it, as in: evaluate study serve --db=F")
+        raise UserError(
+            f"evaluate study needs a command, one of {', '.join(PARTS)}; for example: evaluate study serve --db=F"
+        )
     app.no_arguments(argv[1:])
     if not _DB.value:
         raise UserError(f"evaluate study {argv[0]} needs --db=FILE")

@@ -19,15 +19,17 @@ from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate import yardsticks
 from launch import app
 
-_MODEL = app.path_flag("model", None, "A folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
 _DATA = app.path_flag("data", None, "Folder with flexi/*.jsonl and turnsense.jsonl.")
-_OUT = app.path_flag("out", None, "Folder of the results; a run that was stopped goes on there.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Replay everything once for each of these seeds.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Number of sentences of each scenario; 0 for all.", 0)
-_ROWS = flags.DEFINE_integer("rows", 16, "Conversations at once.", lower_bound=1)
+_OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Random seeds; every conversation is replayed once per seed.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Maximum number of sentences per scenario; 0 for all.", 0)
+_ROWS = flags.DEFINE_integer("rows", 16, "Number of conversations run at once (batch size).", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float("top_p", 0.8, "Keep the most probable tokens up to this mass.", 0.0, 1.0)
-_IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Added to the logit of idle, beside the model's own.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
+)
+_IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Added to the logit of <idle>, on top of the model's own bias.")
 
 
 def main(argv: list[str]) -> None:

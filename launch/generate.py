@@ -34,60 +34,93 @@ from launch.requests import RequestFlags
 EXIT_PROBLEMS = 1
 EXIT_UNFINISHED = 3
 
-_INPUT = app.path_flag("input", None, "Dialogues: a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder.")
-_OUT = app.path_flag("out", None, "Folder of the data set; a run that was stopped goes on there.")
-_CHECK = app.path_flag("check", None, "Check a data set: every rule of the format and of its categories.")
-_STATS = app.path_flag("stats", None, "Describe a data set: Table 1 beside the paper's, histograms to --out.")
+_INPUT = app.path_flag(
+    "input", None, "Source dialogues: a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a folder."
+)
+_OUT = app.path_flag("out", None, "Output folder of the data set; an interrupted run resumes from it.")
+_CHECK = app.path_flag("check", None, "Data set to check against every rule of the format and of its categories.")
+_STATS = app.path_flag("stats", None, "Data set to describe: Table 1 next to the paper's, with histograms in --out.")
 _CONVERSE = flags.DEFINE_integer(
-    "converse", None, "Have --rewriter_model answer everyday questions: so many dialogues, to --out=FILE.jsonl.",
+    "converse", None, "Number of dialogues in which --rewriter_model answers everyday questions, to --out=FILE.jsonl.",
     lower_bound=1,
 )  # fmt: skip
 _WRITE = flags.DEFINE_integer(
-    "write", None, "Have --model write so many dialogues by itself, users' messages too: OUT/spoken and OUT/plain.",
+    "write", None, "Number of dialogues that --model writes itself, both sides, to OUT/spoken and OUT/plain.",
     lower_bound=1,
 )  # fmt: skip
-_WRITER = app.path_flag("model", None, "With --write: a chat model, as every job takes it.")
-_ROWS = flags.DEFINE_integer("rows", 32, "With --write: dialogues at once.", lower_bound=1)
-
-_CATEGORIES = flags.DEFINE_list("categories", ["paper"], "Categories, or 'paper' (the six) or 'all' (the extras too).")
-_SHARES = flags.DEFINE_list("shares", [], "NAME=NUMBER,...: timelines for each source dialogue; Table 1's by default.")
-_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same data set.")
-_TOKENIZER = app.path_flag(
-    "tokenizer", "smollm2-135m-instruct", "Cuts assistant messages: a model's folder, .gguf file or name."
+_WRITER = app.path_flag(
+    "model", None, "With --write: the chat model; a folder, a file, hf:owner/name, or a known name."
 )
-_IDLE = flags.DEFINE_integer("max_idle_pairs", 3, "Most silent pairs between turns; 0 as in the paper.", lower_bound=0)
-_BLOCK = flags.DEFINE_integer("block", 500, "Source dialogues of a shard.", lower_bound=5)
-_LIMIT = flags.DEFINE_integer("limit", 0, "Take only so many dialogues; 0 for all.", lower_bound=0)
+_ROWS = flags.DEFINE_integer(
+    "rows", 32, "With --write: number of dialogues written at once (batch size).", lower_bound=1
+)
+
+_CATEGORIES = flags.DEFINE_list(
+    "categories", ["paper"], "Category names, 'paper' for the six of the paper, or 'all' to add the extra ones."
+)
+_SHARES = flags.DEFINE_list(
+    "shares", [], "NAME=NUMBER,...: timelines per source dialogue; by default the paper's Table 1."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed; the same seed gives the same data set.")
+_TOKENIZER = app.path_flag(
+    "tokenizer",
+    "smollm2-135m-instruct",
+    "Tokenizer that cuts assistant messages: a model folder, a .gguf file or a known name.",
+)
+_IDLE = flags.DEFINE_integer(
+    "max_idle_pairs", 3, "Maximum number of silent pairs between turns; the paper has 0.", lower_bound=0
+)
+_BLOCK = flags.DEFINE_integer("block", 500, "Number of source dialogues per shard.", lower_bound=5)
+_LIMIT = flags.DEFINE_integer("limit", 0, "Maximum number of source dialogues; 0 for all.", lower_bound=0)
 _ZSTD = flags.DEFINE_boolean("zstd", False, "Compress the shards (.jsonl.zst).")
-_BAD = flags.DEFINE_float("max_bad_fraction", 0.05, "More bad rows than this stop the run.", 0.0, 1.0)
+_BAD = flags.DEFINE_float(
+    "max_bad_fraction", 0.05, "Stop if more than this share of the input rows is invalid.", 0.0, 1.0
+)
 _SPOKEN_WORDS = flags.DEFINE_integer(
-    "spoken_words", 0, "End a dialogue before the first message that nobody would speak: of more words than this, of "
-    "several lines, or not ASCII; 0 keeps all.", lower_bound=0,
+    "spoken_words", 0, "End a dialogue before its first message that is longer than this many words, has several "
+    "lines, or is not ASCII; 0 keeps all.", lower_bound=0,
 )  # fmt: skip
 _SPOKEN = flags.DEFINE_float(
-    "spoken", 0.0, "Share of the timelines whose user is heard as a recogniser or a chat window gives it: lower case, "
-    "few marks or none, fillers, restarts, typos.", 0.0, 1.0,
+    "spoken", 0.0, "Share of timelines whose user text looks like speech recognition or chat: lower case, little "
+    "punctuation, fillers, restarts, typos.", 0.0, 1.0,
 )  # fmt: skip
 _FOLD = flags.DEFINE_string(
-    "fold", "", "K/N: only dialogues whose id falls in part K of N; -K/N: all others. Splits by source dialogue."
+    "fold",
+    "",
+    "K/N keeps only dialogues whose id falls in part K of N; -K/N keeps all others. Splits by source dialogue.",
 )
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Local processes.", lower_bound=1)
-_ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the work runs.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", os.cpu_count() or 1, "Number of local processes; by default one per core.", lower_bound=1
+)
+_ENGINE = flags.DEFINE_enum(
+    "engine", "local", ["local", "ray"], "local: processes on this machine. ray: a Ray cluster."
+)
 
 _TRANSITIONS = flags.DEFINE_enum(
-    "transitions", "paper", Transitions.NAMES, "What users break in with: the paper's sentences, short ones, or both."
+    "transitions",
+    "paper",
+    Transitions.NAMES,
+    "Sentences with which users interrupt. paper: those of the paper. spoken: short ones. both: a mix.",
 )
-_REWRITER = flags.DEFINE_enum("rewriter", "template", ["template", "openai"], "Who writes what no dialogue holds.")
-_MODEL = flags.DEFINE_string("rewriter_model", None, "The model's name there.")
+_REWRITER = flags.DEFINE_enum(
+    "rewriter",
+    "template",
+    ["template", "openai"],
+    "Writes the text that the source dialogues lack: templates, or a model behind an OpenAI-compatible API.",
+)
+_MODEL = flags.DEFINE_string("rewriter_model", None, "Name of the model at --base_url.")
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Of the model; 0.7 by default, 0.2 with --converse.", lower_bound=0.0
+    "temperature", None, "Sampling temperature of the rewriter; 0.7 by default, 0.2 with --converse.", lower_bound=0.0
 )
 _REQUESTS = RequestFlags(
-    __name__, "base_url", "Replies to a question that may be unusable.",
+    __name__, "base_url", "Number of times to ask for a text until a reply is usable.",
     "OUT/replies.sqlite, with --converse OUT.replies.sqlite,",
 )  # fmt: skip
 _BATCH = flags.DEFINE_enum(
-    "batch", None, ["write", "submit", "collect"], "Ask by OpenAI's Batch files in OUT/batch instead of live."
+    "batch",
+    None,
+    ["write", "submit", "collect"],
+    "Use OpenAI batch files in OUT/batch instead of live requests: write, submit or collect them.",
 )
 
 
@@ -135,7 +168,7 @@ def _converse(number: int) -> int:
     if not _OUT.value:
         raise UserError("--converse needs --out=FILE.jsonl, and --base_url and --rewriter_model of a chat model")
     if _INPUT.value or _BATCH.value:
-        raise UserError("--converse asks a model live and reads no dialogues; leave --input and --batch away")
+        raise UserError("--converse queries a model live and reads no dialogues; leave out --input and --batch")
     out = Path(_OUT.value)
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out}: --converse writes one file of dialogues; give a name that ends in .jsonl")
@@ -194,7 +227,7 @@ def _generate(dialogues: Path, out: Path) -> int:
     if _REWRITER.value == "openai":
         sampling = _sampling("--rewriter=openai", 0.7)
     elif _BATCH.value:
-        raise UserError("--batch needs --rewriter=openai; templates ask nobody")
+        raise UserError("--batch needs --rewriter=openai; the template rewriter sends no requests")
     total = count_dialogues(dialogues, _LIMIT.value)
     tokenizer = resolve_tokenizer(_TOKENIZER.value)
     recipe = make_recipe(

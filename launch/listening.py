@@ -26,15 +26,25 @@ class ListenFlags:
     def __init__(self, module: str, what: str):
         here: dict[str, Any] = {"module_name": module}
         self._host = flags.DEFINE_string(
-            "host", "localhost", "The address to listen on; 0.0.0.0 is every one of this machine, :: with IPv6.", **here
+            "host",
+            "localhost",
+            "Address to listen on; 0.0.0.0 means every IPv4 address of this machine, :: also IPv6.",
+            **here,
         )
-        self._port = flags.DEFINE_integer("port", 8765, "The port to listen on; 0 takes a free one.", 0, 65535, **here)
-        self.api_keys = app.path_flag("api_key_file", None, "Ask for one of these keys, one a line.", **here)
+        self._port = flags.DEFINE_integer("port", 8765, "Port to listen on; 0 picks a free one.", 0, 65535, **here)
+        self.api_keys = app.path_flag(
+            "api_key_file", None, "File of accepted API keys, one per line; without it no key is required.", **here
+        )
         self._hosts = flags.DEFINE_list(
-            "allowed_hosts", [], f"Other names under which clients reach {what}, as behind a proxy; * for any.", **here
+            "allowed_hosts",
+            [],
+            f"Further host names under which clients reach {what}, for example behind a proxy; * allows any.",
+            **here,
         )
-        self._cert = app.path_flag("tls_cert", None, "Speak TLS: a PEM file, the certificate and its chain.", **here)
-        self._key = app.path_flag("tls_key", None, "The certificate's private key, if it is not in --tls_cert.", **here)
+        self._cert = app.path_flag(
+            "tls_cert", None, "PEM file with the TLS certificate and its chain; enables TLS.", **here
+        )
+        self._key = app.path_flag("tls_key", None, "PEM file with the private key, if it is not in --tls_cert.", **here)
         self._tls: ssl.SSLContext | None = None
 
     @property
@@ -72,7 +82,7 @@ class ListenFlags:
                 f"--host={self.host}: others could reach it without a key; give --api_key_file, or localhost"
             )
         if self._key.value and not self.has_tls:
-            raise UserError("--tls_key needs --tls_cert, the certificate that it is of")
+            raise UserError("--tls_key needs --tls_cert, the matching certificate")
         if self.has_tls:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             try:

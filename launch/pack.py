@@ -7,18 +7,18 @@ from absl import flags
 from data_gen.progress import Progress
 from launch import app
 
-_INPUT = app.path_flag("input", None, "Timelines or chats: a .jsonl file, or a folder of them.", required=True)
-_OUT = app.path_flag("out", None, "Folder to make.", required=True)
+_INPUT = app.path_flag("input", None, "Timelines or chats: a .jsonl file, or a folder of .jsonl files.", required=True)
+_OUT = app.path_flag("out", None, "Output folder.", required=True)
 _MODEL = app.path_flag(
-    "model", None, "Whose tokenizer: a folder, a .gguf file, hf:owner/name or a name.", required=True
+    "model", None, "Model whose tokenizer to use: a folder, a .gguf file, hf:owner/name or a known name.", required=True
 )
-_LENGTH = flags.DEFINE_integer("length", 4096, "Tokens a row.")
-_TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; the tokenizer's own by default.")
+_LENGTH = flags.DEFINE_integer("length", 4096, "Length of a packed row in tokens.")
+_TEMPLATE = flags.DEFINE_string("template", "", "minicpm, chatml or compact; by default the tokenizer's own.")
 _LATE = flags.DEFINE_float(
-    "late", 0.0, "Share of a timeline's answers that begin one to four pairs late, behind silence that is no target.",
+    "late", 0.0, "Share of answers delayed by one to four silent pairs; that silence carries no loss.",
     0.0, 1.0,
 )  # fmt: skip
-_WORKERS = flags.DEFINE_integer("workers", 2, "Processes that encode.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", 2, "Number of encoding processes.", lower_bound=1)
 
 
 def main(argv: list[str]) -> int | None:

@@ -25,28 +25,33 @@ class RequestFlags:
         here: dict[str, Any] = {"module_name": module}
         self._name = url
         self.url = flags.DEFINE_string(
-            url, "https://api.openai.com/v1", "An OpenAI-compatible API; its key comes from OPENAI_API_KEY.", **here
+            url,
+            "https://api.openai.com/v1",
+            "Base URL of an OpenAI-compatible API; the key is read from OPENAI_API_KEY.",
+            **here,
         )
-        self.concurrency = flags.DEFINE_integer("concurrency", 16, "Requests in flight.", lower_bound=1, **here)
+        self.concurrency = flags.DEFINE_integer(
+            "concurrency", 16, "Maximum number of requests in flight.", lower_bound=1, **here
+        )
         self._timeout = flags.DEFINE_float(
-            "request_timeout", 120.0, "Seconds for one request.", lower_bound=0.1, **here
+            "request_timeout", 120.0, "Timeout of one request in seconds.", lower_bound=0.1, **here
         )
         self._retries = flags.DEFINE_integer(
-            "retries", 6, "Times to send a request again that got no reply.", lower_bound=0, **here
+            "retries", 6, "Number of times to retry a request that got no reply.", lower_bound=0, **here
         )
         self.attempts = flags.DEFINE_integer("attempts", 3, unusable, lower_bound=1, **here)
-        self.cache = app.path_flag("cache", None, f"File of the replies; {cache} by default.", **here)
+        self.cache = app.path_flag("cache", None, f"File that stores the replies; {cache} by default.", **here)
         self._tokens = flags.DEFINE_integer(
-            "budget_tokens", 0, "Most tokens of all replies in the cache; 0: any.", **here
+            "budget_tokens", 0, "Maximum number of tokens for all replies in the cache; 0 means no limit.", **here
         )
         self._dollars = flags.DEFINE_float(
-            "budget_dollars", 0.0, "Most dollars likewise; needs the prices; 0: any.", **here
+            "budget_dollars", 0.0, "Maximum cost of all replies in dollars; needs the prices; 0 means no limit.", **here
         )
         self._price_in = flags.DEFINE_float(
-            "price_in", 0.0, "Dollars for a million prompt tokens.", lower_bound=0.0, **here
+            "price_in", 0.0, "Price of a million prompt tokens in dollars.", lower_bound=0.0, **here
         )
         self._price_out = flags.DEFINE_float(
-            "price_out", 0.0, "Dollars for a million completion tokens.", lower_bound=0.0, **here
+            "price_out", 0.0, "Price of a million completion tokens in dollars.", lower_bound=0.0, **here
         )
 
     def check(self) -> None:

@@ -6,35 +6,47 @@ from duplex_jax.errors import UserError, extra
 from launch import app
 from launch.listening import ListenFlags
 
-_MODEL = app.path_flag("model", "smollm2-135m-duplex", "A folder, a file, hf:owner/name, or a known name.")
-_TEMPLATE = flags.DEFINE_enum("template", None, ["minicpm", "chatml", "compact"], "How slices become tokens.")
+_MODEL = app.path_flag("model", "smollm2-135m-duplex", "First model: a folder, a file, hf:owner/name, or a known name.")
+_TEMPLATE = flags.DEFINE_enum(
+    "template",
+    None,
+    ["minicpm", "chatml", "compact"],
+    "Template that turns slices into tokens; by default the model's own.",
+)
 _LISTEN = ListenFlags(__name__, "this server")
-_SESSIONS = flags.DEFINE_integer("sessions", 8, "Sessions at once: rows of the batch.", lower_bound=1)
-_WAITING = flags.DEFINE_integer("waiting", 64, "Newcomers that may wait for a row.", lower_bound=0)
-_CAPACITY = flags.DEFINE_integer("capacity", 2048, "Tokens of a session's context; old pairs make room.", lower_bound=1)
+_SESSIONS = flags.DEFINE_integer("sessions", 8, "Maximum number of simultaneous sessions (batch size).", lower_bound=1)
+_WAITING = flags.DEFINE_integer("waiting", 64, "Maximum number of sessions waiting for a free row.", lower_bound=0)
+_CAPACITY = flags.DEFINE_integer(
+    "capacity", 2048, "Maximum context length of a session in tokens; the oldest pairs are dropped.", lower_bound=1
+)
 _STORES = app.StoreFlags(__name__)
-_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "The clock: seconds of a time slice.", 0.1, 60.0)
-_PER_CLIENT = flags.DEFINE_integer("sessions_per_client", 8, "Sessions of one address.", lower_bound=1)
-_SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "The longest session.", lower_bound=0.001)
-_PARKED = flags.DEFINE_float("resume_seconds", 300, "How long a session waits for a client that has gone.", 0)
-_ORIGINS = flags.DEFINE_list("allowed_origins", [], "Pages of other servers that may connect; * for all.")
+_SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", 0.1, 60.0)
+_PER_CLIENT = flags.DEFINE_integer(
+    "sessions_per_client", 8, "Maximum number of sessions per client address.", lower_bound=1
+)
+_SESSION_HOURS = flags.DEFINE_float("session_hours", 24, "Maximum length of a session in hours.", lower_bound=0.001)
+_PARKED = flags.DEFINE_float("resume_seconds", 300, "Seconds that a session is kept after its client disconnects.", 0)
+_ORIGINS = flags.DEFINE_list("allowed_origins", [], "Origins of other sites whose pages may connect; * allows all.")
 _SNAPSHOT_KEY = app.path_flag(
     "snapshot_key_file",
     None,
-    "Signs snapshots; servers that share it share them. ~/.cache/duplex_jax/snapshot.key by default.",
+    "Key file that signs snapshots; servers with the same key accept each other's. By default "
+    "~/.cache/duplex_jax/snapshot.key.",
 )
 _REPLICAS = flags.DEFINE_integer(
-    "replicas", 1, "Servers behind one port, on the machines of a Ray cluster: needs pip install 'duplex-jax[ray]'.",
+    "replicas", 1, "Number of servers behind one port, on a Ray cluster; above 1 needs pip install 'duplex-jax[ray]'.",
     lower_bound=1,
 )  # fmt: skip
 _ORDINARY_PORT = flags.DEFINE_integer(
     "ordinary_port",
     None,
-    "Listen here too, for the turn-based mode of the paper's web client, which asks for 8766.",
+    "Second port, for the turn-based mode of the paper's web client, which expects 8766; none by default.",
     1,
     65535,
 )
-_VOICE = flags.DEFINE_bool("voice", None, "Hear and speak: needs pip install 'duplex-jax[voice]'; by default if it is.")
+_VOICE = flags.DEFINE_bool(
+    "voice", None, "Enable speech; needs pip install 'duplex-jax[voice]' and is on by default if that is installed."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +69,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if _REPLICAS.value > 1:
         if not _LISTEN.port or _LISTEN.has_tls:
-            raise UserError("--replicas: they share one port, which must be named, and speak no TLS; end it at a proxy")
+            raise UserError(
+                "--replicas: give a fixed --port, which the servers share, and no --tls_cert; terminate TLS at a proxy"
+            )
         with extra("ray", "--replicas"):
             from launch.replicas import run
         run(options, _REPLICAS.value, _LISTEN.host, _LISTEN.port, lambda: _tell(options.name, _LISTEN.port))

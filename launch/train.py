@@ -15,18 +15,24 @@ from launch.dotted import take_dotted
 if TYPE_CHECKING:
     from duplex_jax.train.config import Config
 
-_CONFIG = app.path_flag("config", None, "A Python file of configs/; --config.a.b=value changes any field.")
-_MESH = app.path_flag("mesh", "cpu1", "A mesh of configs/mesh/, or a Python file with a get_mesh().")
-_DATA = flags.DEFINE_integer("data", 0, "Devices along data; 0 for the mesh's own.", lower_bound=0)
-_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along fsdp; 0 for the mesh's own.", lower_bound=0)
-_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along tensor; 0 for the mesh's own.", lower_bound=0)
-_WORKDIR = app.path_flag("workdir", None, "Checkpoints, metrics and the exported model; a run goes on from it.")
-_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, steps to trace into WORKDIR/profile.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of the first process; Slurm, TPU pods and Open MPI are recognised without."
+_CONFIG = app.path_flag("config", None, "Python config file, as in configs/; --config.a.b=value overrides a field.")
+_MESH = app.path_flag(
+    "mesh", "cpu1", "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh()."
 )
-_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run; 0 for what the cluster says.")
-_PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this is.")
+_DATA = flags.DEFINE_integer("data", 0, "Devices along the data axis; 0 keeps the mesh's value.", lower_bound=0)
+_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along the fsdp axis; 0 keeps the mesh's value.", lower_bound=0)
+_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along the tensor axis; 0 keeps the mesh's value.", lower_bound=0)
+_WORKDIR = app.path_flag(
+    "workdir", None, "Folder for checkpoints, metrics and the exported model; an interrupted run resumes from it."
+)
+_PROFILE = flags.DEFINE_string(
+    "profile", "", "FIRST:LAST: steps to profile; traces go to WORKDIR/profile. Off by default."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of the first process; not needed under Slurm, TPU pods or Open MPI."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes in the run; 0 asks the cluster.")
+_PROCESS = flags.DEFINE_integer("process_id", -1, "Index of this process; -1 asks the cluster.")
 
 _DOTTED: list[tuple[str, str]] = []
 

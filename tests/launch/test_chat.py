@@ -206,7 +206,7 @@ def test_bad_flags(chat, tmp_path: Path, flags: list[str], words: list[str]):
         (GOOD.replace(b'"hi"', b'"a <idle> b"'), ["in.jsonl:1: output[0].content: '<idle>' inside other text"]),
         (GOOD * 2 + GOOD[:40], ["in.jsonl:3: not JSON"]),
         (GOOD + GOOD.replace(b"hi", b"h\xff"), ["in.jsonl:2: not UTF-8 (byte 42)"]),
-        (b"\n\n", ["in.jsonl: holds no timeline"]),
+        (b"\n\n", ["in.jsonl: contains no timeline"]),
     ],
 )
 def test_bad_timelines(chat, tmp_path: Path, data: bytes, words: list[str]):

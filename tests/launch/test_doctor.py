@@ -17,6 +17,6 @@ def test_doctor(tmp_path: Path):
     assert "jax " in versions
     assert devices.split(maxsplit=1)[1].startswith("8 x cpu")
     assert "TFLOP/s" in rates
-    assert step.endswith("a gradient over 8 devices is what the host finds")
+    assert step.endswith("a gradient over 8 devices matches the host")
     assert f"8 MiB to {tmp_path} and back" in save
     assert list(tmp_path.iterdir()) == []

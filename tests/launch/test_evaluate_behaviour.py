@@ -50,7 +50,7 @@ def test_help_lists_the_flags():
         (["behavior"], "evaluate has no part 'behavior'; did you mean 'behaviour'?"),
         (["--model=m"], "--model=m comes behind the part: duplex-jax evaluate behaviour"),
         (["behaviour", "--model=m"], "needs --model=M, --data=TIMELINES and --out=FOLDER"),
-        (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--seeds=1,1"], "none of them twice"),
+        (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--seeds=1,1"], "each at most once"),
         (["behaviour", "--model=oracle", "--data=DATA", "--out=DATA"], "cannot write there"),
         (["behaviour", "--model=oracle", "--data=DATA", "--out=OUT", "--beside=OUT"], "no report of behaviour there"),
     ],

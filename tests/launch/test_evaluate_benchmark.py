@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
         (["--model=m"], "needs --model=M, --data=FOLDER and --out=FOLDER"),
         (["--model=m", "--data=DATA", "--out=OUT", "--tasks=arc_esy"],
          "'arc_esy' is unknown; did you mean 'arc_easy'?"),
-        (["--model=m", "--data=DATA", "--out=OUT", "--tasks=arc_easy", "--ways=plain,plain"], "none of them twice"),
+        (["--model=m", "--data=DATA", "--out=OUT", "--tasks=arc_easy", "--ways=plain,plain"], "each at most once"),
         (["--model=m", "--data=DATA", "--out=OUT"], "arc_challenge_test.jsonl: is missing, and task arc_challenge"),
         (["--model=m", "--data=none", "--out=OUT"], "none: no such folder"),
         (["--model=m", "--data=DATA", "--out=OUT", "--tasks=arc_easy", "--beside=OUT"], "no results of benchmarks"),

@@ -82,6 +82,6 @@ def test_chat_replays_on_a_server(tmp_path: Path):
             code, _, err = await chat("--model=x")
             assert code == 2
             assert err.count("\n") == 1
-            assert "leave --model" in err
+            assert "leave out --model" in err
 
     run(test)
