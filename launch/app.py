@@ -213,7 +213,7 @@ class StoreFlags:
             "weights", None, STORES, "dtype of the weights; by default float32 on a CPU, bfloat16 elsewhere.", **here
         )
         self._entries = flags.DEFINE_enum(
-            "entries", None, STORES, "dtype of the cached keys and values; same default.", **here
+            "entries", None, STORES, "dtype of the cached keys and values; same default as --weights.", **here
         )
 
     @property

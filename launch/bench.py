@@ -33,7 +33,7 @@ MEASUREMENTS = {
 
 _JSON = app.path_flag("json", None, "Also write the figures to this JSON file.")
 _ARGUMENTS = [
-    app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name."),
+    app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name."),
     flags.DEFINE_string("histories", None, "decode: history lengths in tokens, for example 256,4096."),
     flags.DEFINE_integer("repeats", None, "decode: number of measurements for each cached method.", lower_bound=1),
     flags.DEFINE_integer(

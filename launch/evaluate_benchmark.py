@@ -28,7 +28,7 @@ from launch import app
 if TYPE_CHECKING:
     from duplex_jax.checkpoint.registry import LoadedModel
 
-_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
 _FORM = flags.DEFINE_enum(
     "form", "likelihood", ["likelihood", "generation"],
     "likelihood: score the given choices. generation: score what the model writes.",

@@ -31,7 +31,7 @@ from launch.requests import RequestFlags
 
 EXIT_UNFINISHED = 3
 
-_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
 _TASKS = flags.DEFINE_list("tasks", ["mt_bench", *TABLE_5], f"Tasks: any of {', '.join(TASKS)}.")
 _WAYS = flags.DEFINE_list("ways", ["turn_based", "duplex"], f"Prompting modes: any of {', '.join(WAYS)}.")
 _DATA = app.path_flag("data", None, "Folder with the questions and the judge's prompts.")

@@ -19,7 +19,7 @@ from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate import yardsticks
 from launch import app
 
-_MODEL = app.path_flag("model", None, "First model: a folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
 _DATA = app.path_flag("data", None, "Folder with flexi/*.jsonl and turnsense.jsonl.")
 _OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Random seeds; every conversation is replayed once per seed.")

@@ -6,7 +6,7 @@ from duplex_jax.errors import UserError, extra
 from launch import app
 from launch.listening import ListenFlags
 
-_MODEL = app.path_flag("model", "smollm2-135m-duplex", "First model: a folder, a file, hf:owner/name, or a known name.")
+_MODEL = app.path_flag("model", "smollm2-135m-duplex", "Model: a folder, a file, hf:owner/name, or a known name.")
 _TEMPLATE = flags.DEFINE_enum(
     "template",
     None,

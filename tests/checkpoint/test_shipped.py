@@ -89,7 +89,7 @@ def test_without_its_base(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/first_conversation.md"])
+@pytest.mark.parametrize("page", ["docs/models.md", "docs/tutorials/first_conversation.md"])
 def test_examples_in_python(duplex: LoadedModel, page: str, capsys: pytest.CaptureFixture[str]):
     """They run as they stand there."""
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
