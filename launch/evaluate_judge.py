@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
                     outcomes = _pairwise(questions["mt_bench"], pairs, prompts, judge, client)
             except (Stopped, judging.NoReply) as e:
                 print("\n".join(client.report.lines("judge")))
-                print(f"unfinished: {e}. Every answer and reply is kept: run again to go on.")
+                print(f"unfinished: {e}. Every answer and reply is kept; run the same command again to resume.")
                 return EXIT_UNFINISHED
         client_report = client.report.as_json()
         print("\n".join([*client.report.lines("judge"), ""]))

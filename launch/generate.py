@@ -183,7 +183,9 @@ def _converse(number: int) -> int:
         print(line)
     if summary.stopped or summary.unfinished:
         why = f": {summary.stopped}" if summary.stopped else ""
-        print(f"unfinished{why}; {summary.unfinished} dialogues wait. Every reply is kept: run again to go on.")
+        print(
+            f"unfinished{why}; {summary.unfinished} dialogues wait. Replies are kept; run the command again to resume."
+        )
         return EXIT_UNFINISHED
     print(
         f"{out}: {summary.dialogues:,} dialogues of {summary.rounds:,} rounds from {summary.openings:,} openings; "
@@ -260,7 +262,7 @@ def _generate(dialogues: Path, out: Path) -> int:
         return 0
     if summary.stopped or summary.unfinished:
         why = f": {summary.stopped}" if summary.stopped else ""
-        print(f"unfinished{why}; {summary.unfinished} shards wait. Every reply is kept: run again to go on.")
+        print(f"unfinished{why}; {summary.unfinished} shards wait. Replies are kept; run the command again to resume.")
         return EXIT_UNFINISHED
     return 0
 
