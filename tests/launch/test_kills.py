@@ -28,8 +28,8 @@ from tests.tiny import fresh_model, tiny_model, with_config
 REPOSITORY = Path(__file__).parents[2]
 SEEDS = range(int(os.environ.get("DUPLEX_KILLS", "3")))
 ADAPT = (
-    "--count=40", "--rows=8", "--tokens=16384", "--config.data.length=256", "--config.checkpoint.every=5",
-    "--config.lora.rank=2", "--config.lora.alpha=4",
+    "--config={repository}/configs/adapt_lora.py", "--count=40", "--rows=8", "--tokens=16384",
+    "--config.data.length=256", "--config.checkpoint.every=5", "--config.lora.rank=2", "--config.lora.alpha=4",
 )  # fmt: skip
 
 
