@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
         _write_adapter(_MODEL.value, _OUT.value)
         return
     is_gguf = _FORMAT.value == "gguf"
-    model = load_model(_MODEL.value, dtype=None if is_gguf else _DTYPE.value, template=_TEMPLATE.value)
+    given, unread = None if is_gguf else _DTYPE.value, _FORMAT.value != "orbax"
+    model = load_model(_MODEL.value, dtype=given, template=_TEMPLATE.value, unread=unread)
     if _IDLE_BIAS.value is not None:
         model.template.idle_bias = Sampling(idle_bias=_IDLE_BIAS.value).idle_bias
     loaded = time.perf_counter()

@@ -14,7 +14,6 @@ import numpy as np
 from duplex_jax.checkpoint import safetensors
 from duplex_jax.checkpoint.names import DTYPES, Part, Tensor, assemble, disassemble, get, parts
 from duplex_jax.errors import UserError, extra
-from duplex_jax.files import set_default_mode
 from duplex_jax.model.config import ModelConfig, from_hf, to_hf
 from duplex_jax.model.tree import Params
 from duplex_jax.schema import read_json
@@ -158,7 +157,7 @@ def _shards(
     shard: list[Part] = []
     size = 0
     for part in parts(config, "hf"):
-        bytes_ = math.prod(part.shape) * (dtype or get(params, part.path).dtype).itemsize
+        bytes_ = math.prod(part.shape) * _dtype_of(params, part, dtype).itemsize
         if shard and size + bytes_ > shard_bytes:
             yield size, shard
             shard, size = [], 0
@@ -167,37 +166,36 @@ def _shards(
     yield size, shard
 
 
+def _dtype_of(params: Params, part: Part, dtype: np.dtype | None) -> np.dtype:
+    return np.dtype(dtype or get(params, part.path).dtype)
+
+
 def save_weights(
     folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes weights as safetensors into an existing folder; more than `shard_bytes` become several files.
 
-    One shard at a time is copied.
+    One tensor at a time is copied, and read, where it is still in a file.
 
     Args:
         folder: see `files.atomic_folder` for all or nothing.
         config: the model; rows that pad its vocabulary are left out.
-        params: its weights, numpy or jax.
+        params: its weights, numpy, jax or unread.
         dtype: of the tensors; None keeps their own.
         shard_bytes: the most that one file holds, unless a single tensor is larger.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     shards = list(_shards(config, params, dtype, shard_bytes))
     weight_map: dict[str, str] = {}
     for i, (_, shard) in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {part.name: disassemble(config, params, part, dtype) for part in shard}
-        try:
-            # Older transformers refuse a file whose metadata does not say that it came from PyTorch.
-            save_file(arrays, folder / name, metadata={"format": "pt"})
-            set_default_mode(folder / name)  # the library makes private files
-        except SafetensorError as e:
-            raise OSError(str(e)) from e
+        own = {part.name: part for part in shard}
+        tensors = {part.name: (part.shape, _dtype_of(params, part, dtype)) for part in shard}
+        safetensors.write_file(
+            folder / name, tensors, lambda tensor, own=own: disassemble(config, params, own[tensor], dtype)
+        )
         weight_map |= {part.name: name for part in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for size, _ in shards)}, "weight_map": weight_map}

@@ -1,14 +1,16 @@
-"""Reads a `.safetensors` file's header and opens its tensors.
+"""Reads a `.safetensors` file's header and opens its tensors; writes a file tensor by tensor.
 
-By hand, because the library says that a file is cut off and not in which tensor. Format: safetensors' README.
+By hand, because the library says that a file is cut off and not in which tensor, and writes only what is in memory as a
+whole. Format: safetensors' README.
 """
 
 import functools
 import itertools
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -70,6 +72,36 @@ def open_file(path: Path) -> dict[str, Tensor]:
         if begin < end:
             raise UserError(f"{path}: tensors {first} and {second} overlap; fetch it again")
     return tensors
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable[[str], np.ndarray]
+) -> None:
+    """Writes a file of which one tensor at a time is in memory.
+
+    Args:
+        path: the file.
+        tensors: shape and dtype of each, by name.
+        read: gives a tensor's values.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    kinds = {dtype: kind for kind, dtype in _KINDS.items()}
+    # Large items first, so that each tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
+    # Older transformers refuse a file whose metadata does not say that it came from PyTorch.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in ordered:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, _ in ordered:
+            f.write(np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8).data)
 
 
 def _open(path: Path, name: str, entry: _Entry, start: int, length: int) -> Tensor:

@@ -57,6 +57,17 @@ def test_one_conversation(kind: str, most: float, tmp_path: Path):
     assert job.returncode == 0, said
 
 
+@pytest.mark.parametrize(("format", "most"), [marked("hf", 0.65e9), marked("gguf", 0.65e9)])
+def test_a_conversion(format: str, most: float, tmp_path: Path):
+    """The model has 0.54 GB in float32, a Python that has JAX 0.25."""
+    job = start("convert", "--model=smollm2-135m-duplex", f"--out={tmp_path}/m.gguf", f"--format={format}")
+    assert job.stdout
+    with job.stdout:
+        said = job.stdout.read()
+    assert peak(job) <= most
+    assert job.returncode == 0, said
+
+
 @pytest.mark.parametrize("most", [marked(2.0e9)])
 def test_sixteen_conversations(most: float):
     job = start("serve", "--sessions=16", "--sessions_per_client=16", "--port=0", "--voice=false")
