@@ -224,13 +224,12 @@ def test_what_a_study_has_acknowledged_is_kept(tmp_path: Path):
     db, told = tmp_path / "study.db", []
     for seed in range(2 * len(SEEDS)):
         command = [sys.executable, "-c", STUDY, str(db), str(10**6)]
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        told.append(int(process.stdout.readline()))
-        time.sleep(random.Random(seed).uniform(0, 0.3))
-        process.kill()
-        told += map(int, process.stdout.read().split())
-        process.wait()
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            told.append(int(process.stdout.readline()))
+            time.sleep(random.Random(seed).uniform(0, 0.3))
+            process.kill()
+            told += map(int, process.stdout.read().split())
     last = subprocess.run(
         [sys.executable, "-c", STUDY, str(db), "0"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
