@@ -29,10 +29,9 @@ from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks import generation, ultraeval
+from duplex_jax.evaluate.benchmarks.harness_tasks import answer
 from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row, token_budget
-from duplex_jax.evaluate.benchmarks.scoring import answer
-from duplex_jax.evaluate.benchmarks.tasks import Item, read_benchmark
+from duplex_jax.evaluate.benchmarks.questions import Item, is_right, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import plain
 from duplex_jax.tokenizer import decode
 
@@ -241,15 +240,15 @@ def _read(data: str, items: int, questions: int) -> tuple[dict[str, list[Any]], 
     asked: dict[str, list[Any]] = {}
     marks: dict[str, Callable[[int, Any], bool]] = {}
     for task in LIKELIHOOD:
-        benchmark = read_benchmark(task, data)
+        benchmark = read_benchmark("likelihood", task, data)
         chosen = [benchmark.items[n] for n in benchmark.chosen(items)]
         asked[task] = chosen
         marks[task] = lambda n, choice, chosen=chosen: choice == chosen[n].gold  # type: ignore[misc]
     if questions:
-        of = generation.read_benchmark(GENERATION, data)
-        some = [of.questions[n] for n in of.chosen(questions)]
+        of = read_benchmark("generation", GENERATION, data)
+        some = [of.items[n] for n in of.chosen(questions)]
         asked[GENERATION] = [question.input.strip() for question in some]
-        marks[GENERATION] = lambda n, text: ultraeval.is_right(of.task, some[n], text)
+        marks[GENERATION] = lambda n, text: is_right(of.task, some[n], text)
     return asked, marks
 
 

@@ -1,33 +1,30 @@
 """`duplex-jax evaluate benchmark`: standard benchmarks by log-likelihood or by generation, turn-based and in slices."""
 
-import contextlib
-import functools
 import importlib.metadata
+import importlib.util
+import logging
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from data_gen.progress import Progress
-from duplex_jax.decode.engine import Engine
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate import conversations
+from duplex_jax.evaluate import conversations, sandbox
 from duplex_jax.evaluate.behaviour_run import check_settings, model_settings
-from duplex_jax.evaluate.benchmarks import generation
 from duplex_jax.evaluate.benchmarks import report as reports
-from duplex_jax.evaluate.benchmarks import run as runs
-from duplex_jax.evaluate.benchmarks.tasks import TASKS, read_benchmark
+from duplex_jax.evaluate.benchmarks.questions import TASKS, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS
 from launch import app
 
 if TYPE_CHECKING:
     from duplex_jax.checkpoint.registry import LoadedModel
 
+_LIKELY, _WRITTEN = TASKS["likelihood"], TASKS["generation"]
+_ASKED = {"likelihood": tuple(WAYS), "generation": tuple(conversations.WAYS)}
 _MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
 _FORM = flags.DEFINE_enum(
     "form", "likelihood", ["likelihood", "generation"],
@@ -35,13 +32,13 @@ _FORM = flags.DEFINE_enum(
 )  # fmt: skip
 _TASKS = flags.DEFINE_list(
     "tasks", ["arc_easy", "arc_challenge", "hellaswag", "mmlu"],
-    f"Tasks. likelihood: any of {', '.join(TASKS)}; generation: any of {', '.join(generation.TASKS)}.",
+    f"Tasks. likelihood: any of {', '.join(_LIKELY)}; generation: any of {', '.join(_WRITTEN)}.",
 )  # fmt: skip
 _WAYS = flags.DEFINE_list(
     "ways", ["turn_based", "duplex"],
     f"Prompting modes. likelihood: any of {', '.join(WAYS)}; generation: any of {', '.join(conversations.WAYS)}.",
 )  # fmt: skip
-_DATA = app.path_flag("data", None, "Folder with the benchmark files.")
+_DATA = app.path_flag("data", "", "Folder with the benchmark files; by default they come from the Hugging Face hub.")
 _OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Maximum number of items per task, the same for every model; 0 for all.", 0)
 _BESIDE = app.paths_flag("beside", "Folders with other models' results on the same items, for comparison.")
@@ -60,57 +57,80 @@ _ALLOW_CODE = flags.DEFINE_bool("allow_code", False, "generation: run programs t
 
 
 def main(argv: list[str]) -> None:
-    """Reads the items, asks what was not asked before, scores, writes."""
+    """Reads the items, has the harness ask what was not asked before, writes its figures."""
     app.no_arguments(argv)
-    if not (_MODEL.value and _DATA.value and _OUT.value):
-        raise UserError("evaluate benchmark needs --model=M, --data=FOLDER and --out=FOLDER")
-    by = _by_likelihood if _FORM.value == "likelihood" else _by_generation
-    by(_MODEL.value, _DATA.value, Path(_OUT.value))
+    if not (_MODEL.value and _OUT.value):
+        raise UserError("evaluate benchmark needs --model=M and --out=FOLDER, and --data=FOLDER where there is no hub")
+    form, out = _FORM.value, Path(_OUT.value)
+    tasks = app.names("tasks", _TASKS.value, TASKS[form])
+    ways = app.names("ways", _WAYS.value, _ASKED[form])
+    _check_code([task for task in tasks if TASKS[form][task].runs_code])
+    benchmarks = {task: read_benchmark(form, task, _DATA.value) for task in tasks}
+    beside = [reports.read_beside(form, folder, benchmarks) for folder in _BESIDE.value]
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluate benchmark runs EleutherAI's lm-evaluation-harness: pip install 'duplex-jax[harness]'")
+    model, settings = _load(_MODEL.value, out, form)
+    for task, benchmark in benchmarks.items():
+        check_settings(out / task, {"items": len(benchmark.items), "sha256": benchmark.sha256})
+    described: dict[str, Any] = {}
+    for task, benchmark in benchmarks.items():
+        described[task] = {"sha256": benchmark.sha256, "items": len(benchmark.items)}
+        described[task] |= {"chosen": len(benchmark.chosen(_LIMIT.value)), "ways": {}}
+        if form == "likelihood":
+            described[task]["chance"] = reports.chance(benchmark, _LIMIT.value)
+    for way, task, samples in _samples(model, form, tasks, ways, settings["capacity"], out):
+        described[task]["ways"][way] = reports.describe(form, benchmarks[task], samples)
+    report = settings | {
+        "command": shlex.join(["duplex-jax", "evaluate", "benchmark", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy", "lm-eval")},
+        "tasks": described,
+        "beside": [
+            {name: value for name, value in of.items() if name != "tasks"}
+            | {"differences": reports.compare(form, described, of["tasks"])}
+            for of in beside
+        ],
+    }
+    written = reports.write_report(report, out)
+    print("\n".join(reports.table(report)))
+    print(f"\nwrote {', '.join(written)} in {out}")
 
 
-def _by_likelihood(name: str, data: str, out: Path) -> None:
-    tasks = app.names("tasks", _TASKS.value, TASKS)
-    ways = app.names("ways", _WAYS.value, WAYS)
-    benchmarks = {task: read_benchmark(task, data) for task in tasks}
-    beside = [runs.read_beside(folder, benchmarks) for folder in _BESIDE.value]
-    model, settings = _load(name, out, "benchmark")
-    with contextlib.ExitStack() as stack:
-
-        def progress(tokens: int) -> Callable[[int], None]:
-            return stack.enter_context(Progress("tokens", tokens)).add
-
-        found = runs.ask(model, benchmarks, ways, _LIMIT.value, settings["capacity"], out, progress)
-    _write(reports, out, settings, {
-        "tasks": reports.describe(benchmarks, found, _LIMIT.value),
-        "beside": [about | {"differences": reports.compare(benchmarks, found, theirs)} for about, theirs in beside],
-    })  # fmt: skip
+def _check_code(tasks: list[str]) -> None:
+    """Refuses tasks whose answers are programs, where these may not or cannot be run."""
+    if tasks and not _ALLOW_CODE.value:
+        raise UserError(f"--tasks={','.join(tasks)}: runs programs that the model wrote; allow that with --allow_code")
+    if tasks:
+        sandbox.check_sandbox()
 
 
-def _by_generation(name: str, data: str, out: Path) -> None:
-    tasks = app.names("tasks", _TASKS.value, generation.TASKS)
-    ways = app.names("ways", _WAYS.value, conversations.WAYS)
-    generation.check_code(tasks, _ALLOW_CODE.value)
-    benchmarks = {task: generation.read_benchmark(task, data) for task in tasks}
-    beside = [generation.read_beside(folder, benchmarks) for folder in _BESIDE.value]
-    model, settings = _load(name, out, "generation", seed=_SEED.value)
+def _samples(
+    model: "LoadedModel", form: str, tasks: list[str], ways: list[str], capacity: int, out: Path
+) -> Iterator[tuple[str, str, list[Any]]]:
+    """Way, task, and what the harness logged of its items, each answer with its marks."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
 
-    @functools.cache
-    def engine() -> Engine:
-        return conversations.make_engine(model, _ROWS.value, settings["capacity"])
+    from duplex_jax.evaluate.harness import TASKS as FOLDER
+    from duplex_jax.evaluate.harness import DuplexLM
 
-    @contextlib.contextmanager
-    def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        with Progress(what, total) as shown:
-            yield lambda tokens: shown.add(1)
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    data = {"data": _DATA.value, "seed": _SEED.value}
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=data)
+    names = {f"{'likelihood' if form == 'likelihood' else 'ultraeval'}_{task}": task for task in tasks}
+    lm = DuplexLM(model, rows=_ROWS.value, capacity=capacity, seed=_SEED.value, log=out)
+    for way in ways:
+        lm.way = way
+        found: Any = lm_eval.simple_evaluate(
+            lm, tasks=list(names), task_manager=manager, limit=_LIMIT.value or None, bootstrap_iters=0,
+            confirm_run_unsafe_code=_ALLOW_CODE.value,
+        )  # fmt: skip
+        for name, task in names.items():
+            yield way, task, found["samples"][name]
 
-    found = generation.ask(engine, benchmarks, ways, _LIMIT.value, _SEED.value, out, progress)
-    _write(generation, out, settings, {
-        "tasks": generation.describe(benchmarks, found),
-        "beside": [about | {"differences": generation.compare(benchmarks, found, theirs)} for about, theirs in beside],
-    })  # fmt: skip
 
-
-def _load(name: str, out: Path, what: str, **settings: Any) -> "tuple[LoadedModel, dict[str, Any]]":
+def _load(name: str, out: Path, form: str) -> "tuple[LoadedModel, dict[str, Any]]":
     """The model, and the settings that its results depend on, kept in `out`."""
     from duplex_jax.checkpoint.registry import load_model
 
@@ -118,21 +138,11 @@ def _load(name: str, out: Path, what: str, **settings: Any) -> "tuple[LoadedMode
     app.use_compilation_cache()
     model = load_model(name, dtype="auto", template=_TEMPLATE.value)
     settings = {
-        "what": what, "capacity": _CAPACITY.value or min(4096, model.config.max_position_embeddings),
-    } | model_settings(name, model) | settings  # fmt: skip
+        "what": reports.FILES[form], "capacity": _CAPACITY.value or min(4096, model.config.max_position_embeddings),
+    } | model_settings(name, model)  # fmt: skip
+    settings |= {"seed": _SEED.value} if form == "generation" else {}
     check_settings(out, settings)
     return model, settings
-
-
-def _write(form: ModuleType, out: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    report = settings | {
-        "command": shlex.join(["duplex-jax", "evaluate", "benchmark", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
-    } | found  # fmt: skip
-    written = form.write_report(report, out)
-    print("\n".join(form.table(report)))
-    print(f"\nwrote {', '.join(written)} in {out}")
 
 
 def start() -> None:

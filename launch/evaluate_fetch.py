@@ -9,11 +9,12 @@ from absl import flags
 
 from data_gen.progress import Progress
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks import hub, tasks, ultraeval
+from duplex_jax.evaluate.benchmarks.files import fetch, files_of
+from duplex_jax.evaluate.benchmarks.questions import CONFIGS, CONFIGS_SOURCE, TASKS
 from launch import app
 
 _DATA = app.path_flag("data", None, "Folder for the benchmark files; created if it is missing.")
-_TASKS = flags.DEFINE_list("tasks", list(ultraeval.TASKS), f"Tasks: any of {', '.join(ultraeval.TASKS)}.")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS["generation"]), f"Tasks: any of {', '.join(TASKS['generation'])}.")
 
 
 def main(argv: list[str]) -> None:
@@ -21,17 +22,17 @@ def main(argv: list[str]) -> None:
     app.no_arguments(argv)
     if not _DATA.value:
         raise UserError("evaluate fetch needs --data=FOLDER, the folder for the benchmarks' files")
-    chosen = [ultraeval.TASKS[name] for name in app.names("tasks", _TASKS.value, ultraeval.TASKS)]
+    chosen = [TASKS["generation"][name] for name in app.names("tasks", _TASKS.value, TASKS["generation"])]
     folder = Path(_DATA.value)
     for task in chosen:
-        if there := tasks.files_of(folder, task.file):
+        if there := files_of(folder, task.file):
             print(f"{there[0]}: is there already")
             continue
         with Progress(f"questions of {task.name}") as shown:
-            path = hub.fetch(task.file, folder, task.parse, shown.add)
+            path = fetch(task.file, folder, task.parse, shown.add)
         print(f"wrote {path}")
-    if any(task.configs for task in chosen) and not tasks.files_of(folder, ultraeval.CONFIGS):
-        print(f"ceval and cmmlu read {folder / ultraeval.CONFIGS}.jsonl, too; it is {ultraeval.CONFIGS_SOURCE}")
+    if any(task.configs for task in chosen) and not files_of(folder, CONFIGS):
+        print(f"ceval and cmmlu read {folder / CONFIGS}.jsonl, too; it is {CONFIGS_SOURCE}")
 
 
 def start() -> None:

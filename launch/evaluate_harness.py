@@ -5,6 +5,7 @@ duplex-jax evaluate harness --model_args=model=M,way=plain --tasks=arc_easy,gsm8
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from duplex_jax.errors import UserError
 from launch import app
@@ -21,6 +22,8 @@ def start() -> None:
         given = ["run", *given]
     if given[0] == "run" and not any(a == "--model" or a.startswith("--model=") for a in given):
         given = ["run", "--model", "duplex_jax", *given[1:]]
+    if given[0] in COMMANDS and not any(a.startswith("--include_path") for a in given):
+        given += ["--include_path", str(Path(__file__).parents[1] / "duplex_jax" / "evaluate" / "tasks")]
     sys.argv = ["duplex-jax evaluate harness", *given]
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -116,15 +116,19 @@ def model_settings(name: str, model: LoadedModel) -> dict[str, Any]:
 class Records:
     """A JSONL file that grows by a line for each conversation that is done: what is there is never asked again.
 
-    A last line that was cut off is forgotten. The folder is made where there is none.
+    A last line that was cut off is forgotten. The folder is made where there is none. Without a path they are in
+    memory alone.
 
     Raises:
         UserError: the place cannot be written, or a line is not what was written there.
     """
 
-    def __init__(self, path: Path):
-        self.path = check_writable(path)
+    def __init__(self, path: Path | None = None):
+        self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
+        if path is None:
+            return
+        check_writable(path)
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         for n, line in enumerate(whole.splitlines(), 1):
@@ -140,8 +144,9 @@ class Records:
     def add(self, number: int, row: dict[str, Any]) -> None:
         row = {"number": number, **row}
         try:
-            with open(self.path, "ab") as f:
-                f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            if self.path is not None:
+                with open(self.path, "ab") as f:
+                    f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         except OSError as e:
             raise UserError(f"{self.path}: cannot write ({e.strerror}); what is there stays") from e
         self.rows[number] = row

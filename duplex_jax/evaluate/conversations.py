@@ -15,6 +15,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
 from duplex_jax.slicing import slice_words
+from duplex_jax.template import Template
 from duplex_jax.tokenizer import decode
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class _Query(NamedTuple):
     user: str
     given: str = ""
     answered: bool = False
+    ids: tuple[int, ...] = ()
 
 
 class SingleTurn(NamedTuple):
@@ -63,9 +65,9 @@ class SingleTurn(NamedTuple):
     turns: tuple[_Query]
 
     @classmethod
-    def of(cls, name: str, query: str) -> "SingleTurn":
-        """The question `name` that asks `query`."""
-        return cls(name, (_Query(query),))
+    def of(cls, name: str, query: str, ids: Sequence[int] = ()) -> "SingleTurn":
+        """The question `name` that asks `query`, or begins with `ids`."""
+        return cls(name, (_Query(query, ids=tuple(ids)),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Asking:
         quiet: an answer in slices is over after so many silent slices behind it.
         patience: a model that says nothing from the query's last slice on is waited for so many slices.
         system: a system prompt.
+        until: an answer by turns is over behind any of these texts.
     """
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -87,6 +90,7 @@ class Asking:
     quiet: int = 3
     patience: int = 10
     system: str | None = None
+    until: tuple[str, ...] = ()
 
 
 class Answer(TypedDict):
@@ -191,7 +195,7 @@ def _by_turns(session: TurnSession, question: Question, asking: Asking, seed: in
         stopped = "too_long"
         if limit > 0:
             session.ask(turn.user, limit)
-            while session.answering:
+            while session.answering and not _stops(template, ids, asking.until):
                 ids += yield None
             stopped = "length" if len(ids) >= limit else "end" if ids else "silent"
         text = decode(template.tokenizer, ids).strip() if ids else ""
@@ -200,8 +204,23 @@ def _by_turns(session: TurnSession, question: Question, asking: Asking, seed: in
     return answers
 
 
+def _stops(template: Template, ids: list[int], until: Sequence[str]) -> bool:
+    return bool(ids and until) and any(text in decode(template.tokenizer, ids) for text in until)
+
+
+def _go_on(session: TurnSession, question: Question, asking: Asking, seed: int) -> Conversation:
+    """One prompt, which is token ids already, and what the model goes on with; as `_by_turns`."""
+    ids: list[int] = []
+    session.go_on(question.turns[0].ids, asking.max_tokens)  # type: ignore[attr-defined]
+    while session.answering and not _stops(session.engine.template, ids, asking.until):
+        ids += yield None
+    text = decode(session.engine.template.tokenizer, ids) if ids else ""
+    stopped = "length" if session.answering or len(ids) >= asking.max_tokens else "end" if ids else "silent"
+    return [Answer(answer=text, tokens=len(ids), early=0, stopped=stopped, forgot=False)]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Way:
+class Way:
     """Opens a session, leads its conversation, and steps several sessions at once."""
 
     session: Callable[..., Any]
@@ -209,28 +228,38 @@ class _Way:
     step: Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
 
 
-WAYS: dict[str, _Way] = {
-    "turn_based": _Way(TurnSession, _by_turns, step_turns),
-    "duplex": _Way(DuplexSession, _in_slices, step_sessions),
-    "duplex_whole": _Way(DuplexSession, functools.partial(_in_slices, whole=True), step_sessions),
+WAYS: dict[str, Way] = {
+    "turn_based": Way(TurnSession, _by_turns, step_turns),
+    "duplex": Way(DuplexSession, _in_slices, step_sessions),
+    "duplex_whole": Way(DuplexSession, functools.partial(_in_slices, whole=True), step_sessions),
 }
 """Turn-based: the whole query in, the whole answer out. Duplex: the query in slices of 4-6 words, one at a time, then
 silence until the model has fallen silent; the words of all slices joined are the answer. Duplex, whole: the same with
 the whole query in one slice."""
 
 
+PLAIN = Way(functools.partial(TurnSession, start=()), _go_on, step_turns)
+"""Bare text, which the model goes on with; a turn's `ids` are the prompt."""
+
+
 def ask_questions(
-    engine: Callable[[], Engine], task: str, questions: Sequence[Question], numbers: Sequence[int], way: str,
-    asking: Asking, records: Records, done: Callable[[int], None],
-) -> None:  # fmt: skip
+    engine: Callable[[], Engine],
+    task: str,
+    questions: Mapping[int, Question] | Sequence[Question],
+    numbers: Sequence[int],
+    way: str | Way,
+    asking: Asking,
+    records: Records,
+    done: Callable[[int], None],
+) -> None:
     """Has the conversations answered that `records` lacks, as many at once as the engine has rows.
 
     Args:
         engine: gives the engine, where it is needed.
         task: of the questions.
-        questions: all of them.
+        questions: all of them, or by number those that are asked.
         numbers: which of them to ask.
-        way: in `WAYS`.
+        way: in `WAYS`, or another one.
         asking: how.
         records: gets `id` and `turns`, the answers, of each conversation as it ends.
         done: called with how many tokens were said.
@@ -238,7 +267,7 @@ def ask_questions(
     waiting = [n for n in numbers if n not in records.rows]
     if not waiting:
         return
-    model, how = engine(), WAYS[way]
+    model, how = engine(), way if isinstance(way, Way) else WAYS[way]
     # By number: the session, its conversation, and what is to be fed next.
     live: dict[int, tuple[Any, Conversation, Any]] = {}
 

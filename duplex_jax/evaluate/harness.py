@@ -6,8 +6,9 @@ Importing this registers the model. Likelihoods are those of `benchmarks.likelih
 import collections
 import functools
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,28 +23,59 @@ from tqdm import tqdm
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
+from duplex_jax.evaluate import conversations
 from duplex_jax.evaluate.behaviour_run import Records
-from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row
-from duplex_jax.evaluate.benchmarks.tasks import Item
+from duplex_jax.evaluate.benchmarks.likelihood import Likelihoods, log_likelihoods, make_row
+from duplex_jax.evaluate.benchmarks.questions import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation
 from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions, make_engine
 from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.tokenizer import decode
 
+TASKS = Path(__file__).with_name("tasks")
+"""Folder of our own tasks, for the harness's `--include_path`."""
+ALL_WAYS = tuple(dict.fromkeys([*WAYS, *conversations.WAYS]))
 # Stands around a control token's name in a prompt that the chat template made: no text of a task holds it.
 _MARK = "\0"
 _MAX_TOKENS = 256
 
 
+class LogLikelihood(float):
+    """A continuation's log-likelihood, with what the harness has no place for.
+
+    Attributes:
+        words: the same given that each token is neither idle nor the end of a slice.
+        too_long: whether the beginning was cut for it to fit the context.
+    """
+
+    words: float
+    too_long: bool
+
+    def __new__(cls, value: float, words: float, too_long: bool) -> "LogLikelihood":
+        made = super().__new__(cls, value)
+        made.words, made.too_long = words, too_long
+        return made
+
+
+class Said(str):
+    """An answer, with what became of it in `about`: see `conversations.Answer`."""
+
+    about: conversations.Answer
+
+    def __new__(cls, text: str, about: conversations.Answer) -> "Said":
+        made = super().__new__(cls, text)
+        made.about = about
+        return made
+
+
 class _Wanted(NamedTuple):
     """What a request for words asks for."""
 
-    context: str
-    sampling: Sampling
-    max_tokens: int
-    until: tuple[str, ...]
+    number: int
+    question: SingleTurn
+    task: str
+    asking: Asking
 
 
 @register_model("duplex_jax")
@@ -53,13 +85,18 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     Args:
         model: as `load_model` takes it, or a loaded one.
         way: `plain`, the harness's prompt as it is; `turn_based`, the prompt as the user's message in the family's
-            chat template; `duplex`, the prompt in slices of 4-6 words. The last two take a continuation without the
-            white space in front of it: the assistant begins to speak there.
+            chat template; `duplex`, the prompt in slices of 4-6 words; `duplex_whole`, in one slice, for answers only.
+            All but the first take a continuation without the white space in front of it: the assistant begins to
+            speak there.
         rows: answers that are written at once.
         dtype: of the weights; float32 on CPU and bfloat16 elsewhere by default.
         capacity: most tokens of a context; 4096, or what the model has. What is longer loses its beginning, as the
-            harness's own models do it.
+            harness's own models do it; but a question that is too long to be answered by turns or in slices gets an
+            empty answer.
         template: how slices become tokens, by name.
+        seed: of the random draws.
+        log: folder that keeps what was found for each item of each task, `TASK/WAY.jsonl` and
+            `TASK/WAY.answers.jsonl`; what is there is not asked again. Empty keeps nothing.
         batch_size, max_batch_size, device: the harness gives these to every model. Likelihoods are batched by length
             and JAX has its own devices, so they mean nothing here.
 
@@ -68,20 +105,30 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(
-        self, model: str | LoadedModel = "", way: str = "plain", rows: int = 8, dtype: str = "auto", capacity: int = 0,
-        template: str | None = None, batch_size: Any = None, max_batch_size: Any = None, device: Any = None,
+        self,
+        model: str | LoadedModel = "",
+        way: str = "plain",
+        rows: int = 8,
+        dtype: str = "auto",
+        capacity: int = 0,
+        template: str | None = None,
+        seed: int = 0,
+        log: str | Path = "",
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
         **unknown: Any,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if unknown or not model:
-            raise UserError(f"--model_args={','.join(unknown)}: must be model=M, and any of way, rows, dtype, capacity "
-                            "and template, with commas between them")  # fmt: skip
-        if way not in WAYS:
-            raise UserError(f"way={way}: is unknown; one of {', '.join(WAYS)}")
+            raise UserError(f"--model_args={','.join(unknown)}: must be model=M, and any of way, rows, dtype, "
+                            "capacity, template, seed and log, with commas between them")  # fmt: skip
+        if way not in ALL_WAYS:
+            raise UserError(f"way={way}: is unknown; one of {', '.join(ALL_WAYS)}")
         if not isinstance(rows, int) or not isinstance(capacity, int) or rows < 1 or capacity < 0:
             raise UserError(f"rows={rows}, capacity={capacity}: must be whole numbers, rows 1 or more")
         loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype=dtype, template=template)
-        self.model, self.way, self._rows = loaded, way, rows
+        self.model, self.way, self._rows, self._seed, self._log = loaded, way, rows, seed, log
         self.capacity = capacity or min(4096, loaded.config.max_position_embeddings)
         names = map(re.escape, loaded.tokenizer.special)
         self._control = re.compile(f"{_MARK}({'|'.join(names)}){_MARK}")
@@ -141,15 +188,18 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
         first = self.model.config.bos_token_id
         return self.model.template.end_id if first is None else first
 
-    def _continuation(self, context: str, continuation: str) -> Continuation:
+    def _continuation(self, context: str, continuation: str, seed: str) -> tuple[Continuation, bool]:
+        """The tokens of both, and whether the beginning had to go; `seed` draws the lengths of slices."""
+        if self.way not in WAYS:
+            raise UserError(f"way={self.way} is for answers; likelihoods take one of {', '.join(WAYS)}")
         if self.way != "plain" and context.strip():
             item = Item(context, (continuation.strip(),), 0)
-            (found,) = WAYS[self.way](self.model.template, item, context)
+            (found,) = WAYS[self.way](self.model.template, item, seed)
         else:
             found = self._text(context, continuation)
         if not found.scored:
             raise UserError(f"the continuation {continuation!r} has no token of its own behind {context[-40:]!r}")
-        return self._cut(found)
+        return self._cut(found), len(found.ids) > self.capacity
 
     def _text(self, context: str, continuation: str) -> Continuation:
         """One string is encoded and then cut, white space with what follows it, as the harness does it."""
@@ -173,29 +223,61 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
     def _on_device(self) -> MiniCPM:
         return jax.tree.map(jnp.asarray, self.model.model)
 
-    def _scores(self, questions: Sequence[Sequence[Continuation]], quiet: bool) -> list[list[tuple[float, bool]]]:
-        """By question and continuation the log-likelihood, and whether greedy decoding would say it."""
+    def _records(self, task: str, kind: str) -> Records:
+        """What is kept of one of our own tasks; of others nothing is."""
+        return Records(Path(self._log) / task / f"{self.way}.{kind}" if self._log and task else None)
+
+    def _scores(
+        self, questions: Sequence[Sequence[Continuation]], quiet: bool, done: Callable[[int, Likelihoods], None]
+    ) -> None:
+        """Tells `done` of each question's log-likelihoods, and whether greedy decoding would say each continuation."""
         rows = [make_row(continuations) for continuations in questions]
-        found: dict[int, list[tuple[float, bool]]] = {}
-        of = log_likelihoods(self._on_device, rows, self.model.template.stop_ids, self.capacity)
-        for number, scores in tqdm(of, total=len(rows), disable=quiet, desc="Running loglikelihood requests"):
-            found[number] = list(zip(scores.all, scores.greedy, strict=True))
-        return [found[number] for number in range(len(rows))]
+        if rows:
+            of = log_likelihoods(self._on_device, rows, self.model.template.stop_ids, self.capacity)
+            for number, found in _shown(of, len(rows), quiet, "questions by likelihood"):
+                done(number, found)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """By request, (context, continuation), the log-likelihood and whether greedy decoding would say it."""
-        texts = [request.args for request in requests]
+        """By request, (context, continuation), the log-likelihood, a `LogLikelihood`, and whether greedy decoding
+        would say it."""
         # Continuations of one context are one row; equal ones are asked once.
-        places: dict[str, dict[str, int]] = collections.defaultdict(dict)
-        for context, continuation in texts:
-            places[context].setdefault(continuation, len(places[context]))
-        numbers = {context: number for number, context in enumerate(places)}
-        questions = [[self._continuation(c, text) for text in texts_] for c, texts_ in places.items()]
-        scores = self._scores(questions, disable_tqdm)
-        found = [scores[numbers[context]][places[context][text]] for context, text in texts]
-        for pair, score in zip(texts, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, score)
-        return found
+        places: dict[Any, dict[str, int]] = collections.defaultdict(dict)
+        names = [(*_name(request), request.args[0]) for request in requests]
+        for name, request in zip(names, requests, strict=True):
+            places[name].setdefault(request.args[1], len(places[name]))
+        records = {task: self._records(task, "jsonl") for task in dict.fromkeys(name[0] for name in names)}
+        # Items of our own tasks have a number; others are not kept.
+        found: dict[Any, dict[str, Any]] = {
+            name: records[name[0]].rows[name[1]] for name in places if name[1] in records[name[0]].rows
+        }
+        missing = [name for name in places if name not in found]
+        asked = []
+        cut = []
+        for name in missing:
+            task, number, context = name
+            seed = context if number is None else f"{task}/{number}"
+            pairs = [self._continuation(context, text, seed) for text in places[name]]
+            asked.append([continuation for continuation, _ in pairs])
+            cut.append(any(long for _, long in pairs))
+
+        def done(place: int, scores: Likelihoods) -> None:
+            name = missing[place]
+            row = {"all": scores.all, "words": scores.words, "greedy": list(scores.greedy), "too_long": cut[place]}
+            found[name] = row
+            if name[1] is not None:
+                records[name[0]].add(name[1], row)
+
+        self._scores(asked, disable_tqdm, done)
+        answers = []
+        for name, request in zip(names, requests, strict=True):
+            row, place = found[name], places[name][request.args[1]]
+            try:
+                score = LogLikelihood(row["all"][place], row["words"][place], row["too_long"])
+                answers.append((score, bool(row["greedy"][place])))
+            except (KeyError, IndexError) as e:
+                raise UserError(f"{records[name[0]].path}: item {name[1]} lacks {e}; give a new --out") from None
+            self.cache_hook.add_partial("loglikelihood", request.args, answers[-1])
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """By request the log-likelihood of all its text, in windows as long as the context."""
@@ -208,8 +290,11 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
                 windows.append([Continuation([*context, *said], list(range(len(context), len(context) + len(said))))])
                 owners.append(number)
         found = [0.0] * len(requests)
-        for owner, ((score, _),) in zip(owners, self._scores(windows, disable_tqdm), strict=True):
-            found[owner] += score
+
+        def done(place: int, scores: Likelihoods) -> None:
+            found[owners[place]] += scores.all[0]
+
+        self._scores(windows, disable_tqdm, done)
         for request, score in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
         return found
@@ -222,74 +307,69 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
         return make_engine(model, self._rows, self.capacity, model.model.dtype)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """By request, (context, settings), what the model goes on with, up to the first of the stop texts."""
-        wanted = [_wanted(*request.args) for request in requests]
-        answers: dict[int, str] = {}
-        with tqdm(total=len(wanted), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+        """By request, (context, settings), what the model goes on with, up to the first of the stop texts: a `Said`."""
+        used: dict[Any, int] = collections.Counter()
+        wanted = [self._wanted(place, request, used) for place, request in enumerate(requests)]
+        # Those that are asked alike, several at once.
+        alike: dict[tuple[str, Asking], list[_Wanted]] = collections.defaultdict(list)
+        for w in wanted:
+            alike[w.task, w.asking].append(w)
+        records = {task: self._records(task, "answers.jsonl") for task, _ in alike}
+        way = conversations.PLAIN if self.way == "plain" else self.way
+        with _bar(len(wanted), disable_tqdm, "answers") as bar:
+            for (task, asking), group in alike.items():
+                questions = {w.number: w.question for w in group}
+                ask_questions(lambda: self._engine, task, questions, list(questions), way, asking, records[task],
+                              lambda tokens: bar.update())  # fmt: skip
+        answers: list[str] = []
+        for w, request in zip(wanted, requests, strict=True):
+            (about,) = answer_rows(w.question, records[w.task], w.number)
+            assert about is not None
+            text = postprocess_generated_text(about["answer"], list(w.asking.until), None)
+            answers.append(Said(text, about))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
 
-            def done(number: int, text: str) -> None:
-                answers[number] = postprocess_generated_text(text, list(wanted[number].until), None)
-                self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
-                bar.update()
+    def _wanted(self, place: int, request: Any, used: dict[Any, int]) -> _Wanted:
+        """A request for words as the harness's own models read it: greedy unless it asks for samples."""
+        context, settings = request.args
+        kwargs: Any = normalize_gen_kwargs(dict(settings), _MAX_TOKENS)
+        temperature = float(kwargs.get("temperature") or 0.0) if kwargs["do_sample"] else 0.0
+        sampling = Sampling(temperature, float(kwargs.get("top_p", 1.0)), int(kwargs.get("top_k", 0)))
+        until = tuple(s for s in kwargs["until"] if s)
+        asking = Asking(sampling, self._seed, kwargs["max_gen_toks"], until=until)
+        task, number = _name(request)
+        name = f"{zlib.crc32(context.encode()):08x}" if number is None else str(number)
+        # One question several times: each has a name, and draws, of its own.
+        if again := used[task, name]:
+            name = f"{name}/{again}"
+        used[task, name.partition("/")[0]] += 1
+        number = place if number is None or again else number
+        ids = self._prompt(context, asking.max_tokens) if self.way == "plain" else ()
+        return _Wanted(number, SingleTurn.of(name, context, ids), task, asking)
 
-            by = self._in_slices if self.way == "duplex" else self._by_turns
-            by(wanted, done)
-        return [answers[number] for number in range(len(wanted))]
-
-    def _by_turns(self, wanted: Sequence[_Wanted], done: Any) -> None:
-        """The longest prompts first, as many at once as there are rows; a row that is done takes the next one."""
-        prompts = [self._prompt(w) for w in wanted]
-        waiting = sorted(range(len(wanted)), key=lambda n: len(prompts[n]))
-        live: dict[TurnSession, tuple[int, list[int]]] = {}
-        try:
-            while waiting or live:
-                while waiting and len(live) < self._rows:
-                    number = waiting.pop()
-                    session = TurnSession(self._engine, sampling=wanted[number].sampling, start=())
-                    session.go_on(prompts[number], wanted[number].max_tokens)
-                    live[session] = number, []
-                for session, ids in step_turns(live).items():
-                    number, said = live[session]
-                    said += ids
-                    text = decode(self.model.tokenizer, said) if said else ""
-                    if not session.answering or any(stop in text for stop in wanted[number].until):
-                        del live[session]
-                        session.close()
-                        done(number, text)
-        finally:
-            for session in live:
-                session.close()
-
-    def _prompt(self, wanted: _Wanted) -> list[int]:
-        if self.way == "turn_based":
-            ids = self.model.template.turn_prompt([("user", wanted.context)])
-        else:
-            ids = [*self._start(wanted.context), *self._encode(wanted.context)] or [self._prefix_id]
-        room = self.capacity - wanted.max_tokens - self._engine.max_slice_tokens
+    def _prompt(self, context: str, max_tokens: int) -> list[int]:
+        ids = [*self._start(context), *self._encode(context)] or [self._prefix_id]
+        room = self.capacity - max_tokens - self._engine.max_slice_tokens
         if room < 1:
-            raise UserError(f"max_gen_toks={wanted.max_tokens} leaves no room for a prompt in a context of "
+            raise UserError(f"max_gen_toks={max_tokens} leaves no room for a prompt in a context of "
                             f"{self.capacity} tokens; give a larger capacity")  # fmt: skip
         return ids[-room:]
 
-    def _in_slices(self, wanted: Sequence[_Wanted], done: Any) -> None:
-        """The prompt in slices, then silence until the model has fallen silent; see `conversations`."""
-        alike = collections.defaultdict(list)
-        for number, w in enumerate(wanted):
-            alike[w.sampling, w.max_tokens].append(number)
-        questions = [SingleTurn.of(str(n), w.context) for n, w in enumerate(wanted)]
-        with tempfile.TemporaryDirectory() as folder:
-            for (sampling, max_tokens), numbers in alike.items():
-                records = Records(Path(folder) / f"{numbers[0]}.jsonl")
-                asking = Asking(sampling, max_tokens=max_tokens)
-                ask_questions(lambda: self._engine, "", questions, numbers, "duplex", asking, records, lambda n: None)
-                for number in numbers:
-                    (answer,) = answer_rows(questions[number], records, number)
-                    done(number, answer["answer"] if answer else "")
+
+def _name(request: Any) -> tuple[str, int | None]:
+    """Task and number of an item of our own tasks; an empty text and None of others."""
+    doc = request.doc or {}
+    return (doc["task"], doc["number"]) if "task" in doc and "number" in doc else ("", None)
 
 
-def _wanted(context: str, settings: Mapping[str, Any]) -> _Wanted:
-    """A request for words as the harness's own models read it: greedy unless it asks for samples."""
-    kwargs: Any = normalize_gen_kwargs(dict(settings), _MAX_TOKENS)
-    temperature = float(kwargs.get("temperature") or 0.0) if kwargs["do_sample"] else 0.0
-    sampling = Sampling(temperature, float(kwargs.get("top_p", 1.0)), int(kwargs.get("top_k", 0)))
-    return _Wanted(context, sampling, kwargs["max_gen_toks"], tuple(s for s in kwargs["until"] if s))
+def _bar(total: int, quiet: bool, what: str) -> Any:
+    """Progress: a bar on a terminal, now and then a line elsewhere."""
+    return tqdm(total=total, disable=quiet, desc=what, mininterval=0.1 if sys.stderr.isatty() else 30)
+
+
+def _shown(found: Iterable[Any], total: int, quiet: bool, what: str) -> Iterable[Any]:
+    with _bar(total, quiet, what) as bar:
+        for row in found:
+            yield row
+            bar.update()

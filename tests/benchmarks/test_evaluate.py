@@ -10,7 +10,7 @@ import pytest
 from benchmarks import evaluate as bench
 from duplex_jax.checkpoint.registry import load_model, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks.tasks import Item
+from duplex_jax.evaluate.benchmarks.questions import Item
 from tests.launch.test_evaluate_behaviour import REPOSITORY
 from tests.tiny import END, tiny_model, with_params
 

@@ -2,8 +2,8 @@
 
     python -m tests.evaluate.against_harness --data=FOLDER --items=0 --mmlu=500 --json=FILE
 
-The same float32 weights on both sides. The harness reads the same items in its own tasks' prompts; ours come from
-`evaluate benchmark`'s code, so that equal prompts are a finding too. `FOLDER` is that of `evaluate benchmark --data`.
+The same float32 weights on both sides. The harness reads the same items in its own tasks' prompts; ours are the tasks
+of `evaluate benchmark`, so that equal prompts are a finding too. `FOLDER` is that of `evaluate benchmark --data`.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import numpy as np
 
 from duplex_jax.checkpoint.registry import LoadedModel, load_model, save_model
 from duplex_jax.data.encode import input_lines
-from duplex_jax.evaluate.benchmarks import run as runs
-from duplex_jax.evaluate.benchmarks.scoring import answer
-from duplex_jax.evaluate.benchmarks.tasks import Benchmark, arc_fields, mmlu_gold, read_benchmark
+from duplex_jax.evaluate.benchmarks.files import find_file
+from duplex_jax.evaluate.benchmarks.harness_tasks import answer
+from duplex_jax.evaluate.benchmarks.questions import Benchmark, arc_fields, mmlu_gold, read_benchmark
 from duplex_jax.evaluate.reports import columns
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu")
@@ -51,20 +51,20 @@ def _row(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in fields} | {"label": int(row["label"])}
 
 
-def write_tasks(benchmarks: Mapping[str, Benchmark], limits: Mapping[str, int], folder: Path) -> None:
+def write_tasks(benchmarks: Mapping[str, Benchmark], data: Path, limits: Mapping[str, int], folder: Path) -> None:
     """The harness's own tasks over local files of the chosen items: `ours_TASK.yaml` and `ours_TASK.jsonl`."""
     import lm_eval
 
     tasks = Path(lm_eval.__file__).parent / "tasks"
     for task, benchmark in benchmarks.items():
-        lines = [line for _, line in input_lines([benchmark.path])]
+        lines = [line for _, line in input_lines([find_file(data, benchmark.task.file, task, "")])]
         rows = [_row(task, json.loads(lines[n])) for n in benchmark.chosen(limits[task])]
-        data = folder / f"ours_{task}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path = folder / f"ours_{task}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (folder / f"ours_{task}.yaml").write_text(
             _INCLUDE[task].format(tasks=tasks)
             + f"task: ours_{task}\ntag: null\ndataset_path: json\ndataset_name: null\n"
-            f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data))}}}}}\n"
+            f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(path))}}}}}\n"
             "training_split: null\nvalidation_split: null\ntest_split: test\n"
         )
 
@@ -91,27 +91,42 @@ def by_harness(model: str, arguments: dict[str, Any], tasks: Sequence[str], fold
     }
 
 
+def _ours(model: LoadedModel, task: str, data: Path, way: str, limit: int) -> dict[int, list[float]]:
+    """By number of the item the log-likelihoods of its choices."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from duplex_jax.evaluate import harness
+
+    name, metadata = f"likelihood_{task}", {"data": str(data)}
+    manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False, metadata=metadata)
+    lm = harness.DuplexLM(model, way=way)
+    found: Any = lm_eval.simple_evaluate(
+        lm, tasks=[name], task_manager=manager, limit=limit or None, bootstrap_iters=0
+    )  # fmt: skip
+    return {s["doc"]["number"]: [float(r[0][0]) for r in s["resps"]] for s in found["samples"][name]}
+
+
 def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str, folder: Path) -> list[dict[str, Any]]:
     """A row for each task: accuracies, their difference in points, how often both take the same choice, and how far
     log-likelihoods are apart at most: `apart` where both were asked the very same text, `apart_other` elsewhere. Ours
     has no white space around options and endings; the harness leaves what the files or its own clearing have there.
     """
-    benchmarks = {task: read_benchmark(task, data) for task in limits}
+    benchmarks = {task: read_benchmark("likelihood", task, str(data)) for task in limits}
     save_model(model, folder / "model", dtype="float32", overwrite=True)
-    write_tasks(benchmarks, limits, folder)
+    write_tasks(benchmarks, data, limits, folder)
     arguments = {"pretrained": str(folder / "model"), "dtype": "float32", "device": "cpu"}
     with contextlib.redirect_stdout(sys.stderr):
         theirs = by_harness("hf", arguments, list(limits), folder, way)
     rows = []
     for task, benchmark in benchmarks.items():
-        ours = runs.ask(model, {task: benchmark}, [way], limits[task], 4096, folder / "out", lambda n: lambda k: None)
+        ours = _ours(model, task, data, way, limits[task])
         row: dict[str, Any] = {"task": task, "way": way, "items": 0, "same_text": 0, "apart": 0.0, "apart_other": 0.0}
         for metric in ("acc", "acc_norm"):
             row[metric] = {"ours": 0, "theirs": 0, "same_choice": 0}
-        for (number, found), sample in zip(ours[task, way].items(), theirs[task]["samples"], strict=True):
+        for (number, found), sample in zip(ours.items(), theirs[task]["samples"], strict=True):
             item = benchmark.items[number]
             said = [float(resp[0][0]) for resp in sample["resps"]]
-            assert found is not None
             # Bare text goes on behind a space, in the chat template the assistant begins at once.
             expected = [f" {choice}" if way == "plain" else choice for choice in item.choices]
             prompts, choices = zip(*sample["arguments"], strict=True)
@@ -120,14 +135,14 @@ def compare(model: LoadedModel, data: Path, limits: Mapping[str, int], way: str,
             )  # fmt: skip
             row["items"] += 1
             row["same_text"] += same
-            apart = float(np.abs(np.subtract(found.all, said)).max())
+            apart = float(np.abs(np.subtract(found, said)).max())
             where = "apart" if same else "apart_other"
             row[where] = max(row[where], apart)
             # Ours divides by bytes, the harness by characters of its own text.
             lengths = [len(c.removeprefix(" ") if way == "plain" else c) for c in choices]
             by = {"acc": (None, None), "acc_norm": ([len(c.encode()) for c in item.choices], lengths)}
             for metric, (our_lengths, their_lengths) in by.items():
-                a, b = answer(found.all, our_lengths), answer(said, their_lengths)
+                a, b = answer(found, our_lengths), answer(said, their_lengths)
                 row[metric]["ours"] += a == item.gold
                 row[metric]["theirs"] += b == item.gold
                 row[metric]["same_choice"] += a == b

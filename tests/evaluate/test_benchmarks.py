@@ -13,13 +13,14 @@ import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks import run as runs
+from duplex_jax.evaluate.benchmarks import questions
+from duplex_jax.evaluate.benchmarks.files import chosen
+from duplex_jax.evaluate.benchmarks.harness_tasks import METRICS, choice_marks
 from duplex_jax.evaluate.benchmarks.likelihood import Likelihoods, log_likelihoods, make_row, padded_length
-from duplex_jax.evaluate.benchmarks.report import compare, describe
-from duplex_jax.evaluate.benchmarks.scoring import METRICS, accuracies, answer, chance, differences, is_right
-from duplex_jax.evaluate.benchmarks.tasks import TASKS, Item, read_benchmark
+from duplex_jax.evaluate.benchmarks.questions import Benchmark, Item
+from duplex_jax.evaluate.benchmarks.report import chance, difference, mean
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation, duplex_pairs
-from duplex_jax.evaluate.statistics import paired_difference
+from duplex_jax.evaluate.statistics import paired_difference, wilson
 from duplex_jax.timeline import SlicePair
 from tests.tiny import logits_of, tiny_model
 
@@ -41,6 +42,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "mmlu_continuation": {"subject": "high_school_physics", "question": "Up?", "choices": ["yes", "no", "both", "0"],
                           "answer": 2},
 }  # fmt: skip
+
+
+TASKS = questions.TASKS["likelihood"]
+
+
+def read_benchmark(task: str, folder: Path) -> Benchmark:
+    return questions.read_benchmark("likelihood", task, str(folder))
 
 
 def write(folder: Path, task: str, *rows: Any) -> None:
@@ -100,11 +108,9 @@ def test_missing_and_doubled_files(tmp_path: Path):
         read_benchmark("hellaswag", tmp_path)
 
 
-def test_fewer_items_are_the_first_of_more(tmp_path: Path):
-    write(tmp_path, "arc_easy", *[ROWS["arc_easy"]] * 50)
-    benchmark = read_benchmark("arc_easy", tmp_path)
-    assert sorted(benchmark.chosen()) == list(range(50))
-    assert benchmark.chosen(7) == benchmark.chosen(20)[:7] != list(range(7))
+def test_fewer_items_are_the_first_of_more():
+    assert sorted(chosen(50)) == list(range(50))
+    assert chosen(50, 7) == chosen(50, 20)[:7] != list(range(7))
 
 
 def test_a_duplex_query_is_silence_until_its_last_slice():
@@ -182,43 +188,90 @@ def test_lengths_are_padded_by_a_third_at_most():
     assert [padded_length(n) for n in (1, 64, 65, 96, 97, 129, 193, 4096)] == [64, 64, 96, 96, 128, 192, 256, 4096]
 
 
-def scores(items: list[Item], say: Callable[[int, Item], list[float]]) -> dict[str, Any]:
-    found = [Likelihoods(say(n, item), say(n, item)) for n, item in enumerate(items)]
-    return {
-        m: r["value"] for m, r in accuracies([is_right(i, f) for i, f in zip(items, found, strict=True)]).items()
-    }  # fmt: skip
+def marks(item: Item, said: list[float]) -> dict[str, float]:
+    found = choice_marks(item._asdict(), [(x, False) for x in said])
+    assert found.pop("too_long") == 0
+    return found
 
 
 def test_an_oracle_scores_all_and_a_constant_answer_its_base_rate():
     items = [Item("q", ("aa", "bb", "cc", "dd"), gold) for gold in (0, 0, 0, 1, 2, 2, 3, 3, 3, 3)]
-    assert scores(items, lambda n, item: [float(c == item.gold) for c in range(4)]) == dict.fromkeys(METRICS, 1.0)
-    assert scores(items, lambda n, item: [-1.0, -1.0, -1.0, -1.0]) == dict.fromkeys(METRICS, 0.3)
+
+    def scores(of: Callable[[Item], list[float]]) -> dict[str, float]:
+        found = [marks(item, of(item)) for item in items]
+        return {metric: sum(row[metric] for row in found) / len(found) for metric in METRICS}
+
+    assert scores(lambda item: [float(c == item.gold) for c in range(4)]) == dict.fromkeys(METRICS, 1.0)
+    assert scores(lambda item: [-1.0] * 4) == dict.fromkeys(METRICS, 0.3)
     for constant, rate in enumerate((0.3, 0.1, 0.2, 0.4)):
-        found = scores(items, lambda n, item: [float(c == constant) for c in range(4)])  # noqa: B023
+        found = scores(lambda item: [float(c == constant) for c in range(4)])  # noqa: B023
         assert found == dict.fromkeys(METRICS, rate)
-    assert chance(items) == 0.25
-    assert chance(ITEMS) == pytest.approx((1 / 4 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert chance(Benchmark(TASKS["mmlu"], items, ""), 0) == 0.25
+    assert chance(Benchmark(TASKS["mmlu"], ITEMS, ""), 0) == pytest.approx((1 / 4 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
 
 
 def test_length_is_measured_in_bytes():
     item = Item("q", ("aaaa", "éééé", "b"), 1)
-    found = is_right(item, Likelihoods([-5.0, -8.0, -2.0], [-3.0, -8.0, -2.0]))
-    assert found == {"acc": False, "acc_norm": True, "acc_words": False, "acc_norm_words": False}
-    assert answer([-2.0, -1.0, -1.0]) == 1
+    assert marks(item, [-5.0, -8.0, -2.0]) == dict(zip(METRICS, (0, 1, 0, 1), strict=True))
+    assert marks(Item("q", ("a", "b", "c"), 1), [-2.0, -1.0, -1.0])["acc"] == 1  # the first of equals
 
 
 def test_paired_differences():
-    def right(*bits: int) -> list[dict[str, bool]]:
-        return [dict.fromkeys(METRICS, bool(b)) for b in bits]
+    def right(*bits: int) -> dict[str, dict[str, bool]]:
+        return {"": {str(n): bool(b) for n, b in enumerate(bits)}}
 
-    row = differences(right(1, 1, 1, 0, 0), right(1, 0, 0, 1, 0))["acc"]
+    row = difference(right(1, 1, 1, 0, 0), right(1, 0, 0, 1, 0))
+    assert row is not None
     assert (row["points"], row["won"], row["lost"]) == (pytest.approx(20), 2, 1)
     assert -100 <= row["low"] < 20 < row["high"] <= 100
-    other = differences(right(1, 0, 0, 1, 0), right(1, 1, 1, 0, 0))["acc"]
+    other = difference(right(1, 0, 0, 1, 0), right(1, 1, 1, 0, 0))
+    assert other is not None
     assert (other["low"], other["high"]) == (pytest.approx(-row["high"]), pytest.approx(-row["low"]))
-    same = differences(right(*[1, 0] * 100), right(*[1, 0] * 100))["acc"]
+    same = difference(right(*[1, 0] * 100), right(*[1, 0] * 100))
+    assert same is not None
     assert same["points"] == 0
     assert -2 < same["low"] < 0 < same["high"] < 2  # never a point
+    assert difference(right(1), {"": {"7": True}}) is None
+
+
+def test_a_score_is_the_mean_of_subtasks():
+    """A subtask of three questions counts as much as one of one; differences are of the same questions."""
+    right = {"algebra": {"0": True, "1": False, "2": False}, "geometry": {"3": True}}
+    assert mean(right)["value"] == pytest.approx((1 / 3 + 1) / 2)
+    none = {name: dict.fromkeys(of, False) for name, of in right.items()}
+    row = difference(right, none)
+    assert row is not None
+    assert row["points"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert (row["items"], row["won"], row["lost"]) == (4, 2, 0)
+    many = {"algebra": {str(n): n % 2 == 0 for n in range(9)}}
+    assert (mean(many)["low"], mean(many)["high"]) == pytest.approx(wilson(5, 9))  # of one subtask: a plain rate's
+
+
+def test_the_interval_of_a_mean_over_subtasks():
+    """Against many made-up models that are right in known shares of two subtasks: nineteen of twenty intervals hold the
+    mean of the shares, and the difference of two models lies in its own as often. Where nothing is right the interval
+    is as wide as for so many questions."""
+    rng = np.random.default_rng(0)
+    sizes = {"a": (40, 0.5), "b": (10, 0.3)}
+
+    def model(more: float) -> dict[str, dict[str, bool]]:
+        return {name: {f"{name}{n}": bool(rng.random() < p + more) for n in range(k)} for name, (k, p) in sizes.items()}
+
+    held = apart = 0
+    for _ in range(400):
+        ours, theirs = model(0.0), model(0.2)
+        found, row = mean(ours), difference(theirs, ours)
+        assert found["low"] is not None
+        assert found["high"] is not None
+        assert row is not None
+        held += found["low"] <= 0.4 <= found["high"]
+        apart += row["low"] <= 20 <= row["high"]
+    assert held >= 0.93 * 400
+    assert apart >= 0.93 * 400
+    none = mean(model(-1.0))
+    expected = wilson(0, 2**2 / (1 / 40 + 1 / 10))
+    assert expected is not None
+    assert (none["low"], none["high"]) == (0.0, pytest.approx(expected[1]))
 
 
 def test_the_interval_of_a_paired_difference_covers():
@@ -229,57 +282,6 @@ def test_the_interval_of_a_paired_difference_covers():
         assert 0.93 < np.mean([low <= p[1] - p[2] <= high for _, low, high in found]) < 0.98
     with pytest.raises(ValueError, match="no trial"):
         paired_difference(0, 0, 0, 0)
-
-
-def test_what_was_asked_is_not_asked_again(tmp_path: Path):
-    write(tmp_path / "data", "arc_easy", *[ROWS["arc_easy"] | {"query": f"Why {i}?"} for i in range(6)])
-    model, benchmarks = tiny_model(), {"arc_easy": read_benchmark("arc_easy", tmp_path / "data")}
-    fed: list[int] = []
-
-    def ask(limit: int, ways: tuple[str, ...] = ("turn_based", "duplex"), of: LoadedModel = model) -> Any:
-        fed.clear()
-        return runs.ask(of, benchmarks, ways, limit, 4096, tmp_path / "out", lambda n: fed.append)
-
-    first = ask(2)
-    assert len(fed) == 4
-    more = ask(5)
-    assert len(fed) == 6
-    assert {way: len(a) for (_, way), a in more.items()} == {"turn_based": 5, "duplex": 5}
-    assert all(more[key][n] == a for key, answers in first.items() for n, a in answers.items())
-    path = runs.records_path(tmp_path / "out", "arc_easy", "duplex")
-    kept = path.read_bytes()
-    path.write_bytes(kept[:-9])  # killed while it wrote
-    assert ask(5) == more
-    assert len(fed) == 1
-    assert sorted(path.read_bytes().splitlines()) == sorted(kept.splitlines())
-    assert ask(5) == more
-    assert not fed
-
-    settings = {"model": "tiny", "weights": "w"}
-    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
-    beside, theirs = runs.read_beside(tmp_path / "out", benchmarks)
-    assert beside == settings | {"folder": str(tmp_path / "out")}
-    rows = compare(benchmarks, {("arc_easy", "duplex"): more["arc_easy", "duplex"]}, theirs)
-    assert [(r["way"], r["other_way"], r["items"]) for r in rows] == [
-        ("duplex", "duplex", 5), ("duplex", "turn_based", 5)
-    ]  # fmt: skip
-    assert rows[0]["acc"]["points"] == 0
-
-    write(tmp_path / "data", "arc_easy", ROWS["arc_easy"])
-    benchmarks["arc_easy"] = read_benchmark("arc_easy", tmp_path / "data")
-    with pytest.raises(UserError, match="holds results with items=6, and now it is 1"):
-        ask(1)
-    with pytest.raises(UserError, match="was measured on other items"):
-        runs.read_beside(tmp_path / "out", benchmarks)
-
-
-def test_items_that_are_too_long_are_left_out_and_counted(tmp_path: Path):
-    write(tmp_path / "data", "arc_easy", ROWS["arc_easy"], ROWS["arc_easy"] | {"query": "Why? " * 50})
-    benchmarks = {"arc_easy": read_benchmark("arc_easy", tmp_path / "data")}
-    found = runs.ask(tiny_model(), benchmarks, ["plain"], 0, 128, tmp_path / "out", lambda n: lambda k: None)
-    assert found["arc_easy", "plain"][1] is None
-    row = describe(benchmarks, found, 0)["arc_easy"]["ways"]["plain"]
-    assert (row["scored"], row["too_long"]) == (1, 1)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks.tasks import Item
+from duplex_jax.evaluate.benchmarks.likelihood import make_row
+from duplex_jax.evaluate.benchmarks.questions import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS
 from tests.evaluate import against_harness
 from tests.launch.test_evaluate_behaviour import run
@@ -123,8 +125,9 @@ def test_other_ways_are_those_of_the_benchmarks(way: str, model: LoadedModel, ou
     lm = DuplexLM(model, way=way, rows=2, capacity=CAPACITY)
     lm._engine = ours._engine  # what that has compiled
     item = Item("What do plants need most to grow well?", ("water", "sand and nothing else"), 0)
-    expected = WAYS[way](model.template, item, item.query)
-    assert [lm._continuation(item.query, f" {choice}") for choice in item.choices] == expected
+    expected = WAYS[way](model.template, item, "a seed")
+    found = [lm._continuation(item.query, f" {choice}", "a seed") for choice in item.choices]
+    assert found == [(continuation, False) for continuation in expected]
     settings = {"max_gen_toks": 8, "until": ["\n\n"]}
     requests = [request("generate_until", text, settings) for text in (item.query, "Why is that? Tell me now, please.")]
     first = lm.generate_until(requests, disable_tqdm=True)
@@ -144,7 +147,7 @@ def test_chat_template(ours: Any, model: LoadedModel):
     assert ours._encode(prompt) == template.turn_prompt(history)  # what a user types is no control token
     begun = ours.apply_chat_template([*messages, {"role": "assistant", "content": "It is"}], False)
     assert ours._encode(begun) == [*template.turn_prompt(history), *template.tokenizer.encode("It is")]
-    found = ours._continuation(prompt, "me")
+    found, _ = ours._continuation(prompt, "me", "")
     assert found.ids == [*template.turn_prompt(history), *template.tokenizer.encode("me")]
     assert ours.chat_template(True) == "chatml"
     assert "/" not in ours.tokenizer_name
@@ -154,7 +157,7 @@ def test_chat_template(ours: Any, model: LoadedModel):
 def test_refusals(model: LoadedModel, ours: Any):
     from duplex_jax.evaluate.harness import DuplexLM
 
-    with pytest.raises(UserError, match="one of plain, turn_based, duplex"):
+    with pytest.raises(UserError, match="one of plain, turn_based, duplex, duplex_whole"):
         DuplexLM(model, way="duplx")
     with pytest.raises(UserError, match="rows 1 or more"):
         DuplexLM(model, rows=0)
@@ -164,6 +167,89 @@ def test_refusals(model: LoadedModel, ours: Any):
         DuplexLM()
     with pytest.raises(UserError, match="leaves no room"):
         ours.generate_until([request("generate_until", "a", {"max_gen_toks": 250})], disable_tqdm=True)
+
+
+def ask(lm: Any, task: str, data: Path, **more: Any) -> Any:
+    """What the harness finds of one of our own tasks."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from duplex_jax.evaluate.harness import TASKS
+
+    metadata = {"data": str(data), "seed": 0}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+    return lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **more)
+
+
+@needs_harness
+def test_every_task_has_a_file():
+    from lm_eval.tasks import TaskManager
+
+    from duplex_jax.evaluate.benchmarks.questions import TASKS as FORMS
+    from duplex_jax.evaluate.harness import TASKS
+
+    known = set(TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks)
+    assert known == {f"likelihood_{t}" for t in FORMS["likelihood"]} | {f"ultraeval_{t}" for t in FORMS["generation"]}
+    careful = {"humaneval", "mbpp", "gsm8k", "math"}
+    for name, task in FORMS["generation"].items():
+        text = (TASKS / f"ultraeval_{name}.yaml").read_text()
+        sampling = "generation_kwargs: {do_sample: true, temperature: 0.1, top_p: 0.95, max_gen_toks: 300, until: []}"
+        assert (sampling in text) == (name in careful)
+        assert ("unsafe_code: true" in text) == task.runs_code
+    usual = "generation_kwargs: {do_sample: true, temperature: 0.3, top_p: 0.8, max_gen_toks: 300, until: []}"
+    assert usual in (TASKS / "_ultraeval.yaml").read_text()
+
+
+@needs_harness
+def test_items_are_kept_and_not_asked_again(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By likelihood: fewer items before more, a line that was cut off, and an item that is longer than the context."""
+    from duplex_jax.evaluate import harness
+
+    rows = [{"query": f"Question: Why {i}?", "choices": ["a", "b", "c"], "gold": 2} for i in range(5)]
+    rows.append({"query": "Question: Why? " * 30, "choices": ["a", "b"], "gold": 1})
+    (tmp_path / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[int] = []
+    real = harness.log_likelihoods
+    monkeypatch.setattr(harness, "log_likelihoods", lambda m, r, *a: (asked.append(len(r)), real(m, r, *a))[1])
+    lm = harness.DuplexLM(model, capacity=CAPACITY, way="duplex", log=tmp_path / "log")
+
+    def samples(limit: int | None) -> list[Any]:
+        found = ask(lm, "likelihood_arc_easy", tmp_path, limit=limit)
+        return [(s["doc"]["number"], s["resps"], s["metrics"]) for s in found["samples"]["likelihood_arc_easy"]]
+
+    first = samples(2)
+    everything = samples(None)
+    assert asked == [2, 4]
+    assert everything[:2] == first
+    assert [number for number, _, metrics in everything if metrics == ["too_long"]] == [5]
+    path = tmp_path / "log" / "arc_easy" / "duplex.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])  # killed while it wrote
+    assert samples(None) == everything
+    assert samples(None) == everything
+    assert asked == [2, 4, 1]
+    # What is measured is what the adapter tells of each continuation, with and without the silence before it.
+    number, resps, _ = everything[0]
+    item = Item(f"Question: Why {number}?\nAnswer:", ("a", "b", "c"), 2)
+    (scores,) = dict(real(model.model, [make_row(WAYS["duplex"](model.template, item, f"arc_easy/{number}"))],
+                          model.template.stop_ids, CAPACITY)).values()  # fmt: skip
+    assert [r[0][0] for r in resps] == pytest.approx(scores.all)
+    assert [r[0][0].words for r in resps] == pytest.approx(scores.words)
+
+
+@needs_harness
+def test_programs_are_run_in_the_sandbox():
+    from duplex_jax.evaluate import sandbox
+    from duplex_jax.evaluate.benchmarks.harness_tasks import answer_marks, run_programs
+    from duplex_jax.evaluate.benchmarks.questions import Question
+
+    try:
+        sandbox.check_sandbox()
+    except UserError as e:
+        pytest.skip(str(e))
+    said = ["def f():\n    return 1\n", "def f():\n    return 2\n", "import os; os._exit(0)", "def f(:"]
+    doc = {"task": "mbpp", **dataclasses.asdict(Question("", "", "", "assert f() == 1"))}
+    found = run_programs([[text] for text in said], [doc] * 4)
+    assert [answer_marks(doc, [pair])["score"] for pair in found] == [("", 1.0), ("", 0.0), ("", 0.0), ("", 0.0)]
 
 
 @needs_harness

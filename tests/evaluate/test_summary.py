@@ -14,10 +14,9 @@ import pytest
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_report
 from duplex_jax.evaluate import behaviour_run as behaviour_runs
-from duplex_jax.evaluate.benchmarks import generation
 from duplex_jax.evaluate.benchmarks import report as benchmark_report
-from duplex_jax.evaluate.benchmarks import run as benchmark_runs
-from duplex_jax.evaluate.benchmarks.tasks import read_benchmark
+from duplex_jax.evaluate.benchmarks.harness_tasks import choice_marks
+from duplex_jax.evaluate.benchmarks.questions import read_benchmark
 from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import Verdict, verdicts_path, write_verdicts
 from duplex_jax.evaluate.judge.tasks import TABLE_5
@@ -93,19 +92,16 @@ def values_in(report: Any) -> Iterator[float]:
 
 
 def likelihood(folder: Path, model: str, data: Path, right: set[int], **more: Any) -> Path:
-    """A run of which the answers to `right` are right, as `evaluate benchmark` leaves it."""
-    benchmarks = {"arc_easy": read_benchmark("arc_easy", data)}
+    """A report of benchmarks by likelihood, where the answers to `right` are right."""
+    of = read_benchmark("likelihood", "arc_easy", str(data))
+    samples = []
+    for n, item in enumerate(of.items):
+        said = [-9.0 if (c == item.gold) != (n in right) else -1.0 for c in range(len(item.choices))]
+        samples.append({"doc": {"number": n}} | choice_marks(item._asdict(), [(x, False) for x in said]))
+    task = {"sha256": of.sha256, "items": 12, "chosen": 12, "chance": benchmark_report.chance(of, 0),
+            "ways": {"turn_based": benchmark_report.describe("likelihood", of, samples)}}  # fmt: skip
     settings = about("benchmark", model, capacity=4096, template="compact") | more
-    behaviour_runs.check_settings(folder, {"model": model, "weights": settings["weights"]})
-    of = benchmarks["arc_easy"]
-    behaviour_runs.check_settings(folder / "arc_easy", {"items": len(of.items), "sha256": of.sha256})
-    records = behaviour_runs.Records(benchmark_runs.records_path(folder, "arc_easy", "turn_based"))
-    for n in of.chosen():
-        said = [-9.0 if (c == of.items[n].gold) != (n in right) else -1.0 for c in range(len(of.items[n].choices))]
-        records.add(n, {"all": said, "words": said})
-    _, found = benchmark_runs.read_beside(folder, benchmarks)
-    report = settings | {"tasks": benchmark_report.describe(benchmarks, found, 0), "beside": []}
-    benchmark_report.write_report(report, folder)
+    benchmark_report.write_report(settings | {"tasks": {"arc_easy": task}, "beside": []}, folder)
     return folder
 
 
@@ -121,13 +117,14 @@ def items(tmp_path: Path) -> Path:
 def written(folder: Path, model: str, right: Mapping[str, list[bool]], sha256: str = "s") -> Path:
     """A report of benchmarks by generation."""
     tasks = {
-        task: {"sha256": sha256, "items": 9, "ways": {"duplex": {
+        task: {"sha256": sha256, "items": 9, "chosen": len(of), "ways": {"duplex": {
             "score": {"value": sum(of) / len(of), "low": 0.1, "high": 0.9}, "subtasks": {}, "stopped": {"end": len(of)},
-            "tokens": 7.0, "right": {str(n): r for n, r in enumerate(of)}}}}
+            "tokens": 7.0, "early": 0, "scored": len(of),
+            "right": {"score": {"": {str(n): r for n, r in enumerate(of)}}}}}}
         for task, of in right.items()
     }  # fmt: skip
     report = about("generation", model, capacity=4096, seed=3, tasks=tasks, beside=[])
-    generation.write_report(report, folder)
+    benchmark_report.write_report(report, folder)
     return folder
 
 
@@ -258,7 +255,7 @@ def test_figures_are_those_of_the_reports(tmp_path: Path, items: Path, held_out:
     assert likely[5] == "2:1"
     by_judge = next(r for t in differences for r in t if r[0] == "MT-Bench, score")
     assert by_judge[3:5] == ["6", "+1.50 (+1.50 to +1.50)"]
-    assert next(r for t in differences for r in t if r[0] == "GSM8K, right")[5] == "1:0"
+    assert next(r for t in differences for r in t if r[0] == "GSM8K, score")[5] == "1:0"
 
     # Where they come from.
     provenance = tables["No."]
@@ -352,16 +349,6 @@ def test_behaviour_is_paired_by_conversation(tmp_path: Path, held_out: Path):
     html_text, _, found = page_of(*folders)
     assert not any("won:lost" in table[0] for table in found.tables)
     assert "holds other conversations by now" in html_text
-
-
-def test_items_that_are_gone_are_missed(tmp_path: Path, items: Path):
-    folders = [likelihood(tmp_path / n, n, items, {i}) for i, n in enumerate(("base", "duplex"))]
-    assert "won:lost" in page_of(*folders)[0]
-    (items / "arc_easy_test.jsonl").write_text(json.dumps({"query": "Q", "choices": ["a", "b"], "gold": 0}))
-    html_text, _, _ = page_of(*folders)
-    assert "won:lost" not in html_text
-    assert "No paired differences of ARC-e:" in html_text
-    assert "holds other items by now" in html_text
 
 
 def test_a_study_without_aspects_is_shown_as_text(tmp_path: Path):

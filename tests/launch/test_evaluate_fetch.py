@@ -13,13 +13,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from duplex_jax.evaluate.benchmarks import tasks
-from duplex_jax.evaluate.benchmarks.hub import FILES
-from duplex_jax.evaluate.benchmarks.ultraeval import TASKS
+from duplex_jax.evaluate.benchmarks.files import FILES, find_file
+from duplex_jax.evaluate.benchmarks.questions import TASKS as FORMS
+from duplex_jax.evaluate.benchmarks.questions import read_benchmark
 
 pytest.importorskip("datasets")
 
 Row = dict[str, Any]
+TASKS = FORMS["generation"]
 
 
 def letters(row: Row) -> Row:
@@ -81,7 +82,7 @@ def run(root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def first_lines(folder: Path, name: str, count: int) -> list[Row]:
-    path = tasks.find_file(folder, TASKS[name].file, name, "")
+    path = find_file(folder, TASKS[name].file, name, "")
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, count)]
 
@@ -99,8 +100,8 @@ def test_every_task_as_its_file_has_it(shared: Path, tmp_path: Path):
         # A data set of many configurations has them by name.
         lines.sort(key=lambda row: LAYOUT[name](row)[0])
         assert [task.parse(row) for row in written] == [task.parse(row) for row in lines], name
-    for name in tasks.TASKS:
-        assert tasks.read_benchmark(name, tmp_path / "data").items
+    for name in FORMS["likelihood"]:
+        assert read_benchmark("likelihood", name, str(tmp_path / "data")).items
 
     kept = run(tmp_path, "--data=data", "--tasks=mbpp,gsm8k")
     assert kept.returncode == 0

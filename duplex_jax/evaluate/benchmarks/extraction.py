@@ -5,7 +5,6 @@ on behind the answer, into questions that the model makes up, for nothing stops 
 """
 
 import re
-from collections.abc import Collection
 
 from duplex_jax.evaluate.sandbox import Program, with_tests
 
@@ -64,11 +63,6 @@ def exact_match(output: str, gold: str) -> bool:
     """Whether both are the same, and not empty, once all white space is gone."""
     output, gold = "".join(output.split()), "".join(gold.split())
     return bool(output) and output == gold
-
-
-def in_match(output: str, golds: Collection[str]) -> bool:
-    """Whether the output is one of the right answers; case and white space around them do not count."""
-    return output.strip().lower() in {gold.strip().lower() for gold in golds}
 
 
 def bbh_post(output: str) -> str:

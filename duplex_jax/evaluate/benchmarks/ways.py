@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from duplex_jax.evaluate.benchmarks.tasks import Item
+from duplex_jax.evaluate.benchmarks.questions import Item
 from duplex_jax.slicing import slice_tokens, slice_words
 from duplex_jax.template import Template
 from duplex_jax.timeline import SlicePair

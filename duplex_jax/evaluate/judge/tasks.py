@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks.tasks import chosen, parse_line
+from duplex_jax.evaluate.benchmarks.files import chosen, parse_line
 
 # The judge sees a reference answer to these (FastChat).
 WITH_REFERENCE = ("math", "reasoning", "coding")

@@ -7,21 +7,17 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_run
 from duplex_jax.evaluate.behaviour import BY_NAME, DEGENERATE, Counts
 from duplex_jax.evaluate.behaviour import differences as behaviour_differences
-from duplex_jax.evaluate.benchmarks import run as runs
-from duplex_jax.evaluate.benchmarks.scoring import METRICS, differences, is_right
-from duplex_jax.evaluate.benchmarks.tasks import read_benchmark
+from duplex_jax.evaluate.benchmarks import report as benchmarks
 from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import RULES, JudgeModel, Verdict, read_verdicts, verdicts_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5
 from duplex_jax.evaluate.reports import pyplot
-from duplex_jax.evaluate.statistics import paired_difference
 from duplex_jax.evaluate.summary.sources import KINDS, Source
 from duplex_jax.evaluate.summary.tables import DASH, Cell, Figure, Page, Row, Section, Table, number, pictures
 
@@ -122,7 +118,7 @@ def make_page(sources: Sequence[Source]) -> Page:
     Raises:
         UserError: a report that lacks something, or one model twice with different figures.
     """
-    makers = {"generation": _generation, "benchmark": _benchmark, "study": _study, "judge": _judge,
+    makers = {"generation": _benchmarks, "benchmark": _benchmarks, "study": _study, "judge": _judge,
               "behaviour": _behaviour}  # fmt: skip
     sections = []
     for what, make in makers.items():
@@ -146,8 +142,7 @@ def _circumstances(source: Source) -> dict[str, Any]:
     if source.what == "behaviour":
         found["the number of conversations"] = report["data"].get("scored")
     for task, of in (report.get("tasks") or {}).items():
-        asked = of.get("chosen", max((len(w.get("right", ())) for w in of["ways"].values()), default=None))
-        found[f"the number of items of {NAMES.get(task, task)}"] = asked
+        found[f"the number of items of {NAMES.get(task, task)}"] = of.get("chosen")
     return found
 
 
@@ -223,39 +218,6 @@ def _plain(key: Any, figure: Mapping[str, Any]) -> Cell:
 # Benchmarks, Table 2.
 
 
-def _generation(sources: Sequence[Source]) -> list[Section]:
-    grid = _Grid()
-    rights: dict[tuple[str, str], tuple[Source, Mapping[str, bool]]] = {}
-    for source in sources:
-        with _fields_of(source):
-            for task, _, column, row in _asked(source):
-                grid.put(column, task, source, row["score"])
-                rights.setdefault((task, column), (source, row["right"]))
-    tasks = _ordered(list(grid.rows))
-    rows = [(task, NAMES.get(task, task), "high") for task in tasks]
-    caption = "Benchmarks by generation (the paper's Table 2): scores in %, 95% intervals. Higher is better."
-    table = grid.table(caption, "Benchmark", rows, _percent)
-    section = Section("Benchmarks by generation", [table] if table else [])
-    section.figures = _draw("generation", "Scores by generation, 95% intervals", table, grid,
-                            [row[:2] for row in rows], 100, "%", (0, 100))  # fmt: skip
-    made: list[Row] = []
-    for task, (first, other) in itertools.product(tasks, _against(grid.columns)):
-        if (task, first) in rights and (task, other) in rights:
-            (a, theirs), (b, ours) = rights[task, first], rights[task, other]
-            both = [n for n in ours if n in theirs]
-            if a.hashes[task] == b.hashes[task] and both:
-                pairs = [(bool(ours[n]), bool(theirs[n])) for n in both]
-                counts = [pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))]
-                value, low, high = (100 * x for x in paired_difference(*counts))
-                made.append(_difference_row(NAMES.get(task, task), "right", other, first, len(both), {
-                    "points": value, "low": low, "high": high, "won": counts[1], "lost": counts[2]}))  # fmt: skip
-    section.tables += _difference_table(
-        "in points of the questions that both were asked, subtasks not weighted; 95% intervals for paired proportions",
-        made, table,
-    )  # fmt: skip
-    return [section]
-
-
 def _against(columns: Sequence[str]) -> list[tuple[str, str]]:
     """The first column with each other one."""
     return [(columns[0], other) for other in columns[1:]]
@@ -277,61 +239,48 @@ def _difference_table(how: str, rows: list[Row], table: Table | None) -> list[Ta
     return [Table(f"Paired differences, {how}.", headers, rows, table.sources)]
 
 
-def _benchmark(sources: Sequence[Source]) -> list[Section]:
+_BENCHMARKS = {
+    "likelihood": ("Benchmarks by likelihood", "(as the paper's Table 2): accuracies"),
+    "generation": ("Benchmarks by generation", "(the paper's Table 2): scores"),
+}
+"""By form the section, and what its table is."""
+
+
+def _benchmarks(sources: Sequence[Source]) -> list[Section]:
+    form = next(form for form, what in benchmarks.FILES.items() if what == sources[0].what)
+    title, what = _BENCHMARKS[form]
+    metrics = benchmarks.FORM_METRICS[form]
     grid = _Grid()
-    where: dict[tuple[str, str], tuple[Source, str]] = {}
+    rights: dict[tuple[str, str], tuple[Source, Mapping[str, Any]]] = {}
     for source in sources:
         with _fields_of(source):
-            for task, way, column, row in _asked(source):
-                where.setdefault((task, column), (source, way))
-                for metric in METRICS:
+            for task, _, column, row in _asked(source):
+                rights.setdefault((task, column), (source, row["right"]))
+                for metric in metrics:
                     grid.put(column, (task, metric), source, row[metric])
-                guess = {"value": source.report["tasks"][task]["chance"], "low": None, "high": None}
-                grid.put(column, (task, "chance"), source, guess)
+                if "chance" in (of := source.report["tasks"][task]):
+                    grid.put(column, (task, "chance"), source, {"value": of["chance"], "low": None, "high": None})
     tasks = _ordered([task for task, _ in grid.rows])
-    rows = [((t, m), f"{NAMES.get(t, t)}, {m}", "high" if m in METRICS else "")
-            for t in tasks for m in (*METRICS, "chance")]  # fmt: skip
-    caption = "Benchmarks by likelihood (as the paper's Table 2): accuracies in %, 95% intervals. Higher is better."
-    table = grid.table(caption, "Benchmark", rows, _percent)
-    section = Section("Benchmarks by likelihood", [table] if table else [])
-    section.figures = _draw("benchmark", "Accuracies (acc) by likelihood, 95% intervals", table, grid,
-                            [((t, "acc"), NAMES.get(t, t)) for t in tasks], 100, "%", (0, 100))  # fmt: skip
+    rows = [((t, m), NAMES.get(t, t) if m == "score" else f"{NAMES.get(t, t)}, {m}", "" if m == "chance" else "high")
+            for t in tasks for m in (*metrics, "chance")]  # fmt: skip
+    table = grid.table(f"{title} {what} in %, 95% intervals. Higher is better.", "Benchmark", rows, _percent)
+    section = Section(title, [table] if table else [])
+    section.figures = _draw(sources[0].what, f"{title}, 95% intervals", table, grid,
+                            [((t, metrics[0]), NAMES.get(t, t)) for t in tasks], 100, "%", (0, 100))  # fmt: skip
     made: list[Row] = []
-    for task in tasks:
-        pairs = [(first, other) for first, other in _against(grid.columns)
-                 if (task, first) in where and (task, other) in where
-                 and where[task, first][0].hashes[task] == where[task, other][0].hashes[task]]  # fmt: skip
-        if not pairs or table is None:
-            continue
-        try:
-            found = {column: _answers(task, *where[task, column]) for pair in pairs for column in pair}
-        except UserError as e:
-            table.notes.append(f"No paired differences of {NAMES.get(task, task)}: {e}.")
-            continue
-        for first, other in pairs:
-            both = [n for n in found[other] if n in found[first]]
-            if both:
-                rows_ = differences(*([found[c][n] for n in both] for c in (other, first)))
-                made += [_difference_row(NAMES.get(task, task), m, other, first, len(both), rows_[m]) for m in METRICS]
+    for task, (first, other) in itertools.product(tasks, _against(grid.columns)):
+        if (task, first) in rights and (task, other) in rights:
+            (a, theirs), (b, ours) = rights[task, first], rights[task, other]
+            for metric in metrics if a.hashes[task] == b.hashes[task] else ():
+                with _fields_of(b):
+                    found = benchmarks.difference(ours[metric], theirs[metric])
+                if found:
+                    name = NAMES.get(task, task)
+                    made.append(_difference_row(name, metric, other, first, found["items"], found))
     section.tables += _difference_table(
         "in points on the items that both were asked; 95% intervals for paired proportions", made, table
     )
     return [section]
-
-
-def _answers(task: str, source: Source, way: str) -> dict[int, dict[str, bool]]:
-    """By item whether it was answered right.
-
-    Raises:
-        UserError: the items, or what was kept of them, are no longer there.
-    """
-    described = source.report["tasks"][task]
-    benchmark = read_benchmark(task, Path(described["path"]).parent)
-    if benchmark.sha256 != described["sha256"]:
-        raise UserError(f"{described['path']} holds other items by now")
-    _, found = runs.read_beside(source.folder, {task: benchmark})
-    answers = found.get((task, way), {})
-    return {n: is_right(benchmark.items[n], a) for n, a in answers.items() if a is not None}
 
 
 # Judged dialogue, Tables 4 and 5.

@@ -1,17 +1,20 @@
-"""The benchmarks' files from the Hugging Face hub, as the lines that the tasks read."""
+"""The benchmarks' rows: from a folder's files, or from the Hugging Face hub as the lines of such files."""
 
 import contextlib
 import dataclasses
 import json
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UNREADABLE, UserError, reason
 from duplex_jax.files import atomic_write, check_writable
 
 Row = Mapping[str, Any]
+Parsed = TypeVar("Parsed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,85 @@ def source(file: str) -> str:
     return f"{FILES[file]}; `duplex-jax evaluate fetch` gets it"
 
 
+def chosen(number: int, limit: int = 0) -> list[int]:
+    """The first `limit` of a shuffle of `range(number)` that is always the same; all of it for 0.
+
+    More items begin with those that fewer ones are.
+    """
+    numbers = list(range(number))
+    random.Random("items").shuffle(numbers)
+    return numbers[: limit or None]
+
+
+def text(value: Any) -> str:
+    """The value, if it is text.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def files_of(folder: Path, file: str) -> list[Path]:
+    """The files of a folder whose name begins with `file` and ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
+    return sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{file}*.jsonl{end}"))
+
+
+def find_file(folder: str | Path, file: str, reader: str, source: str) -> Path:
+    """The one file of a folder whose name begins with `file`.
+
+    Args:
+        folder: where the files of all tasks are.
+        file: how the name begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
+        reader: who reads it, for the message.
+        source: where it comes from, for the message.
+
+    Raises:
+        UserError: no such folder or file, or several of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --data is a folder of benchmark files such as {file}.jsonl")
+    paths = files_of(folder, file)
+    if not paths:
+        raise UserError(f"{folder / file}.jsonl: is missing, and {reader} reads it; it is {source}")
+    if len(paths) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(p.name for p in paths)}, and {reader} reads one of them; "
+                        "leave one there")  # fmt: skip
+    return paths[0]
+
+
+def parse_line(where: str, line: bytes, parse: Callable[[Row], Parsed], file: str, source: str) -> Parsed:
+    """What `parse` makes of a line.
+
+    Raises:
+        UserError: the line is no JSON object with the fields that `parse` wants; names it, its file and its source.
+    """
+    try:
+        return parse(json.loads(line))
+    except UNREADABLE as e:
+        raise UserError(f"{where}: is no line of {file} ({reason(e)}); it is {source}") from e
+
+
+def read_rows(
+    folder: str | Path, file: str, reader: str, parse: Callable[[Row], Parsed]
+) -> Iterator[tuple[str, Parsed]]:
+    """(where, what `parse` makes of it) of each row of a file; from the hub where `folder` is empty.
+
+    Raises:
+        UserError: as `find_file` and `parse_line`, or the hub cannot be read.
+    """
+    if folder:
+        path = find_file(folder, file, reader, source(file))
+        for where, line in input_lines([path]):
+            yield where, parse_line(where, line, parse, file, source(file))
+    else:
+        for where, _, parsed in _hub_rows(file, parse):
+            yield where, parsed
+
+
 def fetch(file: str, folder: str | Path, parse: Callable[[Row], Any], count: Callable[[int], None]) -> Path:
     """Writes a file from the hub.
 
@@ -77,17 +159,24 @@ def fetch(file: str, folder: str | Path, parse: Callable[[Row], Any], count: Cal
         UserError: `datasets` is not installed, the hub or the data set cannot be reached or has changed, or the file
             cannot be written; nothing is left of it then.
     """
-    hub, path = FILES[file], check_writable(Path(folder) / f"{file}.jsonl")
+    path = check_writable(Path(folder) / f"{file}.jsonl")
     with atomic_write(path) as out:
-        for number, (config, row) in enumerate(_rows(hub), 1):
-            try:
-                parse(line := hub.line(config, row))
-            except UNREADABLE as e:
-                raise UserError(f"{hub}: row {number} is no line of {file}.jsonl ({reason(e)}); the data set is not "
-                                "what it was, and --data takes files got elsewhere, too") from e  # fmt: skip
+        for _, line, _ in _hub_rows(file, parse):
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
             count(1)
     return path
+
+
+def _hub_rows(file: str, parse: Callable[[Row], Parsed]) -> Iterator[tuple[str, Row, Parsed]]:
+    """Where each row of the hub stands, the line that it makes, and what `parse` makes of that."""
+    hub = FILES[file]
+    for number, (config, row) in enumerate(_rows(hub), 1):
+        try:
+            parsed = parse(line := hub.line(config, row))
+        except UNREADABLE as e:
+            raise UserError(f"{hub}: row {number} is no line of {file}.jsonl ({reason(e)}); the data set is not what "
+                            "it was, and --data takes files got elsewhere, too") from e  # fmt: skip
+        yield f"{hub}: row {number}", line, parsed
 
 
 def _rows(hub: Hub) -> Iterator[tuple[str, Row]]:
@@ -97,7 +186,7 @@ def _rows(hub: Hub) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
     except ImportError as e:
-        raise UserError("evaluate fetch needs `datasets`: pip install 'duplex-jax[hub]'") from e
+        raise UserError("reading the Hugging Face hub needs `datasets`: pip install 'duplex-jax[hub]'") from e
     datasets.disable_progress_bars()
     # It prints by itself that it tries again.
     logging.getLogger("huggingface_hub").propagate = False

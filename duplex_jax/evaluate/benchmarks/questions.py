@@ -1,30 +1,55 @@
-"""Benchmarks by generation in UltraEval's form: questions, the prompts that ask them, and the score of the answers.
+"""The benchmarks: how a row becomes a question, the prompt that asks it, and whether an answer is right.
 
-Files are those of the benchmarks themselves. The descriptions that name a C-Eval or CMMLU subject in Chinese are read
-from UltraEval's own configs. Shots come from the same subtask of the same file, as they do there, but always the same.
+By generation prompts, extraction and scores are UltraEval's. Files are those of the benchmarks themselves; the
+descriptions that name a C-Eval or CMMLU subject in Chinese are read from UltraEval's own configs. Shots come from the
+same subtask of the same file, as they do there, but always the same. By likelihood prompts are those of EleutherAI's
+lm-evaluation-harness (tasks `arc_easy`, `arc_challenge`, `hellaswag`, `mmlu` and `mmlu_continuation`), without shots.
+
+The harness runs both; see `harness_tasks`.
 """
 
 import dataclasses
+import hashlib
+import json
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import extraction
-from duplex_jax.evaluate.benchmarks.hub import source
-from duplex_jax.evaluate.benchmarks.tasks import arc_fields, find_file, mmlu_gold, parse_line, text
+from duplex_jax.evaluate.benchmarks.files import (
+    Row,
+    chosen,
+    find_file,
+    parse_line,
+    read_rows,
+    source,
+    text,
+)
 from duplex_jax.evaluate.sandbox import Program
 
-Row = Mapping[str, Any]
+
+class Item(NamedTuple):
+    """One question by likelihood.
+
+    Attributes:
+        query: what is asked, up to where the answer begins.
+        choices: the answers to tell apart, without white space around them.
+        gold: the index of the right one.
+    """
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One item.
+    """One question by generation.
 
     Attributes:
         subtask: what it is averaged with and draws its shots from; empty in a benchmark without subtasks.
@@ -56,30 +81,69 @@ class Task:
     Attributes:
         name: of the benchmark.
         file: how the name of its file begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
+        parse: a question or an item from a line's fields; None for one that UltraEval leaves out. Raises ValueError,
+            KeyError, TypeError, IndexError or AttributeError for other lines.
         shots: answered questions in front of the one that is asked.
-        parse: a question from a line's fields; None for one that UltraEval leaves out. Raises ValueError, KeyError,
-            TypeError, IndexError or AttributeError for other lines.
         extract: what counts of an output.
-        matches: whether what counts is right; None for code, which is run instead (see `program`).
+        matches: whether what counts is right; None for likelihoods, and for code, which is run.
         configs: the benchmark's name in UltraEval's configs, where descriptions are read from these.
-        max_tokens, temperature, top_p: how an answer is sampled.
+        runs_code: whether its answers are programs.
     """
 
     name: str
     file: str
-    shots: int
-    parse: Callable[[Row], Question | None]
+    parse: Callable[[Row], Any]
+    shots: int = 0
     extract: Callable[[Question, str], str] = _whole
     matches: Callable[[Question, str], bool] | None = None
     configs: str = ""
-    max_tokens: int = 300
-    temperature: float = 0.3
-    top_p: float = 0.8
+    runs_code: bool = False
 
     @property
     def source(self) -> str:
         """Where the file comes from, for people who lack it."""
         return source(self.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A task's questions or items, as read from its file.
+
+    Attributes:
+        task: what they are of.
+        items: in the order of the file; an item's number is its place here.
+        sha256: of the items, whatever the file spells around them.
+    """
+
+    task: Task
+    items: list[Any]
+    sha256: str
+
+    def chosen(self, limit: int = 0) -> list[int]:
+        """Numbers of the items to ask; see `chosen`."""
+        return chosen(len(self.items), limit)
+
+
+def arc_fields(row: Row) -> tuple[str, list[str], int]:
+    """(question, choices, gold) of ARC as AI2 or Hugging Face has it, or with `query` as llm-foundry has it."""
+    if "query" in row:
+        question, texts, gold = row["query"].strip().removeprefix("Question:"), row["choices"], int(row["gold"])
+    else:
+        question, choices = row["question"], row.get("choices")
+        if isinstance(question, Mapping):
+            question, choices = question["stem"], question["choices"]
+        if isinstance(choices, Mapping):
+            texts, labels = choices["text"], choices["label"]
+        else:
+            texts, labels = [c["text"] for c in choices or []], [c["label"] for c in choices or []]
+        gold = list(labels).index(row["answerKey"])
+    return text(question).strip(), list(texts), gold
+
+
+def mmlu_gold(row: Row) -> int:
+    """The index of the right choice, which `answer` tells by number or letter."""
+    answer = row["answer"]
+    return "ABCD".index(answer) if isinstance(answer, str) else int(answer)
 
 
 _REQUIREMENT = (
@@ -207,60 +271,109 @@ def _post(extract: Callable[[str], str]) -> Callable[[Question, str], str]:
     return lambda question, output: extract(output)
 
 
-_CAREFUL: dict[str, Any] = {"temperature": 0.1, "top_p": 0.95}
-_TASKS = (
-    Task("ceval", "ceval_val", 5, _chinese, matches=_prefix, configs="ceval"),
-    Task("cmmlu", "cmmlu_test", 5, _chinese, matches=_prefix, configs="cmmlu"),
-    Task("mmlu", "mmlu_test", 5, _mmlu, matches=_prefix),
-    Task("bbh", "bbh", 3, _bbh, _bbh_extract, _bbh_matches),
-    Task("humaneval", "humaneval", 0, _humaneval, _post(extraction.humaneval_post), **_CAREFUL),
-    Task("mbpp", "mbpp", 3, _mbpp, _post(extraction.new_mbpp_post), **_CAREFUL),
-    Task("gsm8k", "gsm8k_test", 8, _gsm8k, _post(extraction.gsm8k_post), _exact, **_CAREFUL),
-    Task("math", "math_test", 4, _math, _post(extraction.math_post), _exact, **_CAREFUL),
-    Task("arc_easy", "arc_easy_test", 0, _arc, matches=_qa),
-    Task("arc_challenge", "arc_challenge_test", 0, _arc, matches=_qa),
-    Task("hellaswag", "hellaswag_val", 0, _hellaswag, matches=_qa),
+def _item(query: str, choices: Sequence[Any], gold: int) -> Item:
+    choices = tuple(text(choice).strip() for choice in choices)
+    if len(choices) < 2 or not all(choices) or not 0 <= gold < len(choices):
+        raise ValueError("it needs two choices or more, none of them empty, and the right one among them")
+    return Item(query, choices, gold)
+
+
+def _arc_item(row: Row) -> Item:
+    question, choices, gold = arc_fields(row)
+    return _item(f"Question: {question}\nAnswer:", tuple(choices), gold)
+
+
+def _cleaned(text: str) -> str:
+    """HellaSwag's WikiHow part without its marks: a title ends as a sentence does, the others go."""
+    plain = re.sub(r"\[[^\]]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+    return plain or text
+
+
+def _hellaswag_item(row: Row) -> Item:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return _item(_cleaned(context), tuple(_cleaned(e) for e in row["endings"]), int(row["label"]))
+
+
+def _mmlu_item(row: Row) -> Item:
+    """The options are in the query, the choices are their letters."""
+    letters = "ABCD"[: len(row["choices"])]
+    options = "".join(f"{letter}. {c.strip()}\n" for letter, c in zip(letters, row["choices"], strict=True))
+    head = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+    return _item(f"{head}\n\n{row['question'].strip()}\n{options}Answer:", tuple(letters), mmlu_gold(row))
+
+
+def _mmlu_continuation_item(row: Row) -> Item:
+    """The choices are the options themselves."""
+    head = f"The following are questions (with answers) about {row['subject'].replace('_', ' ')}."
+    return _item(f"{head}\n\nQuestion: {row['question'].strip()}\nAnswer:", tuple(row["choices"]), mmlu_gold(row))
+
+
+_WRITTEN = (
+    Task("ceval", "ceval_val", _chinese, 5, matches=_prefix, configs="ceval"),
+    Task("cmmlu", "cmmlu_test", _chinese, 5, matches=_prefix, configs="cmmlu"),
+    Task("mmlu", "mmlu_test", _mmlu, 5, matches=_prefix),
+    Task("bbh", "bbh", _bbh, 3, _bbh_extract, _bbh_matches),
+    Task("humaneval", "humaneval", _humaneval, 0, _post(extraction.humaneval_post), runs_code=True),
+    Task("mbpp", "mbpp", _mbpp, 3, _post(extraction.new_mbpp_post), runs_code=True),
+    Task("gsm8k", "gsm8k_test", _gsm8k, 8, _post(extraction.gsm8k_post), _exact),
+    Task("math", "math_test", _math, 4, _post(extraction.math_post), _exact),
+    Task("arc_easy", "arc_easy_test", _arc, matches=_qa),
+    Task("arc_challenge", "arc_challenge_test", _arc, matches=_qa),
+    Task("hellaswag", "hellaswag_val", _hellaswag, matches=_qa),
 )
-TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+_LIKELY = (
+    Task("arc_easy", "arc_easy_test", _arc_item),
+    Task("arc_challenge", "arc_challenge_test", _arc_item),
+    Task("hellaswag", "hellaswag_val", _hellaswag_item),
+    Task("mmlu", "mmlu_test", _mmlu_item),
+    Task("mmlu_continuation", "mmlu_test", _mmlu_continuation_item),
+)
+TASKS: dict[str, dict[str, Task]] = {
+    "likelihood": {task.name: task for task in _LIKELY}, "generation": {task.name: task for task in _WRITTEN},
+}  # fmt: skip
+"""By form and name."""
 
 CONFIGS = "ultraeval_task_configs"
 CONFIGS_SOURCE = "a row with dataset, task and description for each config in datasets of github.com/OpenBMB/UltraEval"
 
 
-def read_questions(task: Task, folder: str | Path) -> list[Question]:
+def read_benchmark(form: str, name: str, folder: str) -> Benchmark:
     """Reads a task's file, without the rows that UltraEval leaves out.
 
     Args:
-        task: in `TASKS`.
-        folder: where the files of all tasks are.
+        form: `likelihood` or `generation`.
+        name: of the task, in `TASKS[form]`.
+        folder: where the files of all tasks are; empty for the Hugging Face hub.
 
     Raises:
         UserError: no such folder or file, several of them, a line that is no question, or too few questions in a
             subtask to draw shots from; names what would be right.
     """
-    path = find_file(folder, task.file, f"task {task.name}", task.source)
+    task = TASKS[form][name]
+    rows = list(read_rows(folder, task.file, f"task {name}", task.parse))
     descriptions = _descriptions(task, folder) if task.configs else {}
-    questions = []
-    for where, line in input_lines([path]):
-        question = parse_line(where, line, task.parse, task.file, task.source)
-        if question is None:
-            continue
+    items = []
+    for where, item in rows:
         if task.configs:
-            if question.subtask not in descriptions:
-                raise UserError(f"{where}: subject {question.subtask} of {task.configs} is not described in "
+            if item.subtask not in descriptions:
+                raise UserError(f"{where}: subject {item.subtask} of {task.configs} is not described in "
                                 f"{CONFIGS}.jsonl; it is {CONFIGS_SOURCE}")  # fmt: skip
-            question = dataclasses.replace(question, description=descriptions[question.subtask])
-        questions.append(question)
-    if not questions:
+            item = dataclasses.replace(item, description=descriptions[item.subtask])
+        items += [] if item is None else [item]
+    path = Path(folder) / task.file
+    if not items:
         raise UserError(f"{path}: holds no question; it is {task.source}")
     counts: dict[str, int] = defaultdict(int)
-    for question in questions:
-        counts[question.subtask] += 1
+    for item in items if task.shots else []:
+        counts[item.subtask] += 1
     for subtask, count in counts.items():
-        if task.shots and count <= task.shots:
+        if count <= task.shots:
             raise UserError(f"{path}: holds {count} questions of {subtask or task.name}, and {task.shots + 1} or more "
                             f"are needed to draw shots from; it is {task.source}")  # fmt: skip
-    return questions
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item if form == "likelihood" else dataclasses.asdict(item)).encode() + b"\n")
+    return Benchmark(task, items, digest.hexdigest())
 
 
 def _descriptions(task: Task, folder: str | Path) -> dict[str, str]:
@@ -269,27 +382,28 @@ def _descriptions(task: Task, folder: str | Path) -> dict[str, str]:
     def parse(row: Row) -> tuple[str, str, str]:
         return text(row["dataset"]), text(row["task"]).replace("-", "_"), text(row["description"])
 
+    if not folder:
+        raise UserError(f"task {task.name} reads {CONFIGS}.jsonl, which is not on the hub: give a folder of files with "
+                        f"it; it is {CONFIGS_SOURCE}")  # fmt: skip
     path = find_file(folder, CONFIGS, f"task {task.name}", CONFIGS_SOURCE)
     rows = [parse_line(where, line, parse, CONFIGS, CONFIGS_SOURCE) for where, line in input_lines([path])]
     return {subject: description for dataset, subject, description in rows if dataset == task.configs}
 
 
-def prompt(task: Task, questions: Sequence[Question], number: int, seed: int) -> str:
-    """What a model is given to go on from.
-
-    Args:
-        task: what the questions are of.
-        questions: all of the task, whatever part of them is asked.
-        number: the index of the one that is asked.
-        seed: draws the shots, with the task's name and the number.
-    """
-    asked = questions[number]
-    parts = [asked.description] if asked.description else []
-    if task.shots:
-        same = [q for q in questions if q.subtask == asked.subtask]
-        drawn = random.Random(f"{task.name}/{number}/{seed}").sample(same, task.shots + 1)
-        parts += [q.input + q.output for q in [q for q in drawn if q != asked][: task.shots]]
-    return "\n\n".join([*parts, asked.input])
+def prompts(benchmark: Benchmark, seed: int) -> list[str]:
+    """What a model is given to go on from, for each question; `seed` draws the shots, with task and number."""
+    task, questions = benchmark.task, benchmark.items
+    same: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        same[question.subtask].append(question)
+    found = []
+    for number, asked in enumerate(questions):
+        parts = [asked.description] if asked.description else []
+        if task.shots:
+            drawn = random.Random(f"{task.name}/{number}/{seed}").sample(same[asked.subtask], task.shots + 1)
+            parts += [q.input + q.output for q in [q for q in drawn if q != asked][: task.shots]]
+        found.append("\n\n".join([*parts, asked.input]))
+    return found
 
 
 def is_right(task: Task, question: Question, output: str) -> bool:
@@ -304,31 +418,5 @@ def is_right(task: Task, question: Question, output: str) -> bool:
 
 
 def program(task: Task, question: Question, output: str) -> Program:
-    """What to run, in a sandbox, to know whether an output of a code task is right: then it ends without an exception.
-
-    Raises:
-        ValueError: the task's answers are no code.
-    """
-    if task.matches is not None:
-        raise ValueError(f"answers of {task.name} are compared, not run")
+    """What to run in a sandbox: it ends without an exception if and only if the output is right."""
     return extraction.program(question.head, task.extract(question, output), question.gold)
-
-
-def subtask_scores(questions: Sequence[Question], right: Sequence[bool]) -> dict[str, float]:
-    """By subtask the share of right answers, in percent; `questions` are those that were asked."""
-    found: dict[str, list[bool]] = defaultdict(list)
-    for question, r in zip(questions, right, strict=True):
-        found[question.subtask].append(r)
-    return {subtask: 100 * sum(rs) / len(rs) for subtask, rs in found.items()}
-
-
-def score(questions: Sequence[Question], right: Sequence[bool]) -> float:
-    """The unweighted mean of the subtasks' scores, in percent: a subtask counts the same however large it is.
-
-    Raises:
-        ValueError: no question was asked.
-    """
-    scores = subtask_scores(questions, right)
-    if not scores:
-        raise ValueError("no question was asked")
-    return sum(scores.values()) / len(scores)
