@@ -1,10 +1,6 @@
 """`duplex-jax evaluate behaviour`: when a model speaks and when it is silent, on held-out timelines."""
 
 import functools
-import importlib.metadata
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_report as reports
 from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate.behaviour import DEGENERATE
+from duplex_jax.evaluate.reports import made_with
 from launch import app
 
 _MODEL = app.path_flag(
@@ -86,9 +83,7 @@ def main(argv: list[str]) -> None:
         "what": "behaviour",
         "model": _MODEL.value,
         "weights": about["weights"],
-        "command": shlex.join(["duplex-jax", "evaluate", "behaviour", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
+        **made_with("behaviour", "jax"),
         "settings": {
             "seeds": seeds, "idle_bias": main_bias, "temperature": sampling.temperature, "top_p": sampling.top_p,
             "top_k": sampling.top_k, "slice_seconds": _SLICE_SECONDS.value, "system": _SYSTEM.value,

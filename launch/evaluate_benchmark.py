@@ -3,9 +3,6 @@
 import importlib.metadata
 import importlib.util
 import logging
-import platform
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from duplex_jax.evaluate.behaviour_run import check_settings, model_settings
 from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks.questions import TASKS, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS
+from duplex_jax.evaluate.reports import made_with
 from launch import app
 
 if TYPE_CHECKING:
@@ -81,9 +79,7 @@ def main(argv: list[str]) -> None:
     for way, task, samples in _samples(model, form, tasks, ways, settings["capacity"], out):
         described[task]["ways"][way] = reports.describe(form, benchmarks[task], samples)
     report = settings | {
-        "command": shlex.join(["duplex-jax", "evaluate", "benchmark", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy", "lm-eval")},
+        **made_with("benchmark", "jax", "lm-eval"),
         "tasks": described,
         "beside": [
             {name: value for name, value in of.items() if name != "tasks"}

@@ -2,10 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
+from duplex_jax.evaluate.reports import made_with
 from duplex_jax.llm.cache import ReplyCache
 from duplex_jax.llm.client import Client, Stopped
 from launch import app
@@ -122,9 +119,7 @@ def main(argv: list[str]) -> int:
     described = reports.describe(questions, _LIMIT.value, own, beside)
     versions = sorted({v.version for s in own for found in s.verdicts.values() for v in found if v.version})
     report: dict[str, Any] = settings | {
-        "command": shlex.join(["duplex-jax", "evaluate", "judge", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
+        **made_with("judge", "jax"),
         "judge": None if prompts is None else {
             "model": judge.name, "fields": judge.fields, "versions": versions, "url": _REQUESTS.url.value,
             "temperature": 0, "attempts": _REQUESTS.attempts.value, "prompts": prompts.sha256,

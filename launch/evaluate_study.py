@@ -1,15 +1,12 @@
 """`duplex-jax evaluate study serve|report`: two anonymous models in the browser, a questionnaire, its statistics."""
 
-import importlib.metadata
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from duplex_jax.errors import UserError
+from duplex_jax.evaluate.reports import made_with
 from duplex_jax.evaluate.study import store as stores
 from duplex_jax.evaluate.study.plan import SYSTEMS, Texts, read_texts
 from duplex_jax.files import check_writable
@@ -155,9 +152,7 @@ def _report(db: str) -> None:
     app.claim(out)
     report: dict[str, Any] = {
         "what": "study",
-        "command": shlex.join(["duplex-jax", "evaluate", "study", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "numpy", "scipy")},
+        **made_with("study", "scipy"),
         "data": {"path": db},
     } | reports.describe(kept)
     written = reports.write_report(report, out)

@@ -1,10 +1,6 @@
 """`duplex-jax evaluate yardsticks`: turn-taking on FLEXI's and TurnSense's sentences, as written and bare."""
 
 import functools
-import importlib.metadata
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate import yardsticks
+from duplex_jax.evaluate.reports import made_with
 from launch import app
 
 _MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
@@ -47,9 +44,7 @@ def main(argv: list[str]) -> None:
         "what": "yardsticks",
         "model": _MODEL.value,
         "weights": about["weights"],
-        "command": shlex.join(["duplex-jax", "evaluate", "yardsticks", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("duplex-jax", "jax", "numpy")},
+        **made_with("yardsticks", "jax"),
         "settings": {
             "seeds": seeds,
             "temperature": sampling.temperature,

@@ -21,7 +21,7 @@ from duplex_jax.evaluate.behaviour import (
     summarise,
 )
 from duplex_jax.evaluate.behaviour_run import HeldOut
-from duplex_jax.evaluate.reports import pyplot, save_figure, write
+from duplex_jax.evaluate.reports import of_unit, pyplot, save_figure, write
 from duplex_jax.evaluate.statistics import value_of
 
 BY_CATEGORY = (
@@ -88,28 +88,13 @@ def read_beside(folder: str | Path, sha256: str) -> tuple[str, dict[str, Any]]:
     return name, described
 
 
-def _cell(row: Mapping[str, Any], interval: bool = True) -> str:
-    """A value with its interval; shares in per cent."""
-    value = row["value"]
-    if value is None:
-        return "-"
-    percent = row["unit"] in ("share", "per round")
-    scale, digits = (100, 1) if percent else (1, 2)
-    text = f"{scale * value:.{digits}f}" + ("%" if percent else "")
-    if interval and row["low"] is not None:
-        text += f" ({scale * row['low']:.{digits}f} to {scale * row['high']:.{digits}f})"
-    if row.get("seconds") is not None:
-        text += f" = {row['seconds']:.1f} s"
-    return text
-
-
 def table(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of text: every metric for every assistant, then the model by category, round and bias."""
     assistants = report["assistants"]
     name = report["model"]
     data = report["data"]
     cells = {
-        metric.name: [_cell(d["all"][metric.name], number == 0 or a in report["beside"])
+        metric.name: [of_unit(d["all"][metric.name], number == 0 or a in report["beside"])
                       for number, (a, d) in enumerate(assistants.items())]
         for metric in METRICS
     }  # fmt: skip
@@ -150,7 +135,7 @@ def _grid(title: str, names: Sequence[str], rows: Mapping[str, Mapping[str, Any]
     lines = [f"{title:{first}}" + "  ".join(names)]
     for label, row in rows.items():
         lines.append(
-            f"{label:{first}}" + "  ".join(_cell(row[n], False).rjust(len(n)) for n in names)
+            f"{label:{first}}" + "  ".join(of_unit(row[n], False).rjust(len(n)) for n in names)
         )  # fmt: skip
     return lines
 

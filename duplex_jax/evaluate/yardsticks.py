@@ -154,6 +154,8 @@ MEASURES = (
     *((f"{kind}s_replied", "situation", f"{kind}s_replied", f"{kind}s",
        f"silent after a {kind} began, or before it, and spoke within one slice after it") for kind in SITUATIONS),
 )  # fmt: skip
+LOW = ("turns_early", "turnsense_open")
+"""The measures of which less is better."""
 
 
 def read_yardsticks(folder: str | Path, limit: int = 0) -> tuple[list[Item], HeldOut]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate import behaviour_report
+from duplex_jax.evaluate import behaviour_report, yardsticks
 from duplex_jax.evaluate import behaviour_run as behaviour_runs
 from duplex_jax.evaluate.benchmarks import report as benchmark_report
 from duplex_jax.evaluate.benchmarks.harness_tasks import choice_marks
@@ -186,6 +186,24 @@ def studied(folder: Path, **more: Any) -> Path:
     report = {"what": "study", "command": "duplex-jax evaluate study report", "versions": VERSIONS, "models": models}
     write(report | ({"aspects": aspects} | more), ["as text", EVIL], folder, "study")
     return folder
+
+
+def test_yardsticks_are_shown(tmp_path: Path):
+    """Every measure of both writings, and what is better where less of it is."""
+    for model, rate in (("base", 0.25), ("duplex", 0.5)):
+        figure = {"value": rate, "low": rate - 0.1, "high": rate + 0.1, "successes": 1, "trials": 4}
+        measures = {w: {m[0]: figure for m in yardsticks.MEASURES} for w in yardsticks.WRITINGS}
+        report = about("yardsticks", model, settings={"seeds": [0, 1]}, measures=measures,
+                       data={"path": "p", "sha256": "s", "sentences": 9})  # fmt: skip
+        yardsticks.write_report(report, tmp_path / model)
+    html_text, _, found = page_of(tmp_path / "base", tmp_path / "duplex")
+    assert not found.warnings
+    table = found.tables[0]
+    assert table[0] == ["Figure", "base, as written", "base, bare", "duplex, as written", "duplex, bare"]
+    assert [row[0].partition(":")[0] for row in table[1:]] == [m[0] for m in yardsticks.MEASURES]
+    assert all(row[1:] == ["25.0 (15.0 to 35.0)"] * 2 + ["50.0 (40.0 to 60.0)"] * 2 for row in table[1:])
+    best = re.findall(r'class="best"><data value="([\d.]+)"', html_text)
+    assert best == [v for m in yardsticks.MEASURES for v in (["0.25"] if m[0] in yardsticks.LOW else ["0.5"]) * 2]
 
 
 def page_of(*folders: Path) -> tuple[str, str, Parsed]:

@@ -9,7 +9,7 @@ from typing import Any
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks.harness_tasks import METRICS
 from duplex_jax.evaluate.benchmarks.questions import Benchmark
-from duplex_jax.evaluate.reports import columns, share, write
+from duplex_jax.evaluate.reports import columns, interval, share, write
 from duplex_jax.evaluate.statistics import paired_difference, wilson
 
 FORM_METRICS = {"likelihood": METRICS, "generation": ("score",)}
@@ -155,7 +155,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
         lines += ["", f"less {beside['model']} ({beside['folder']}), the same items: points; won and lost items", ""]
         rows = [["task", "way", "its way", "items", *metrics]]
         for row in beside["differences"]:
-            points = [f"{d['points']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f}) {d['won']}:{d['lost']}"
+            points = [f"{interval(d | {'value': d['points']}, digits=1, sign='+')} {d['won']}:{d['lost']}"
                       for d in (row[metric] for metric in metrics)]  # fmt: skip
             rows.append([row["task"], row["way"], row["other_way"], str(row[metrics[0]]["items"]), *points])
         lines += columns(rows)

@@ -11,7 +11,7 @@ from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES, JudgeModel
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions
-from duplex_jax.evaluate.reports import columns, write
+from duplex_jax.evaluate.reports import columns, interval, write
 
 Outcomes = Mapping[tuple[str, str], Sequence[tuple[int, int, str]]]
 """By names of two systems, what `judge_pairs` found of their answers to MT-Bench."""
@@ -107,16 +107,16 @@ def table(report: Mapping[str, Any]) -> list[str]:
     rows = [["task", "way", "answers", "judged", "score", "words", "at equal length"]]
     for task, way, row in _rows(report):
         rows.append([
-            task, way, str(row["answers"]), str(row.get("judged", "-")), _interval(row["score"]),
-            _interval(row["words"], 1), _interval(row.get("score_at_equal_length")),
+            task, way, str(row["answers"]), str(row.get("judged", "-")), interval(row["score"]),
+            interval(row["words"], digits=1), interval(row.get("score_at_equal_length")),
         ])  # fmt: skip
     for way, mean in report["averages"].items():
-        rows.append(["mt_eval, mean of tasks", way, "", "", _interval(mean), "", ""])
+        rows.append(["mt_eval, mean of tasks", way, "", "", interval(mean), "", ""])
     lines += columns(rows)
     for kind in ("turn", "category"):
         parts = [
             f"{task}, {way}, by {kind}: "
-            + ", ".join(f"{k} {_number(v['value'])}" for k, v in row[f"by_{kind}"].items())
+            + ", ".join(f"{k} {interval(v, bounds=False)}" for k, v in row[f"by_{kind}"].items())
             for task, way, row in _rows(report)
             if row.get(f"by_{kind}")
         ]
@@ -127,14 +127,14 @@ def table(report: Mapping[str, Any]) -> list[str]:
     for row in (r for r in report["comparisons"] if "score" in r):
         found = row["score"]
         rows.append([row["task"], row["way"], row["model"], row["other_way"], str(found["answers"]),
-                     _interval(found, sign="+")])  # fmt: skip
+                     interval(found, sign="+")])  # fmt: skip
     lines += ["", *columns(rows)] if len(rows) > 1 else []
     for row in (r for r in report["comparisons"] if "wins" in r):
         found = row["wins"]
         lines += ["", f"{row['task']}, {row['way']} against {row['model']} ({row['folder']}, {row['other_way']}), in "
                   f"both orders: won {found['won']}, lost {found['lost']}, tied {found['tie']}, the orders disagree "
                   f"{found['disagree']}, unjudged {found['unjudged']}; share of wins "
-                  f"{_interval(found['share'])}"]  # fmt: skip
+                  f"{interval(found['share'])}"]  # fmt: skip
     for reason in report["not_comparable"]:
         lines += ["", f"not comparable with published scores: {reason}"]
     return lines
@@ -154,19 +154,6 @@ def _notes(name: str, row: Mapping[str, Any]) -> list[str]:
         "tokens were said before a query's last slice": row["early_tokens"],
     } | {f"answers are unjudged: {reason}": n for reason, n in row.get("unjudged", {}).items()}
     return [f"{name}: {n} {note}" for note, n in notes.items() if n]
-
-
-def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.{digits}f}"
-
-
-def _interval(row: Mapping[str, float | None] | None, digits: int = 2, sign: str = "") -> str:
-    if row is None or row["value"] is None:
-        return "-"
-    value = _number(row["value"], digits, sign)
-    if row["low"] is None:
-        return value
-    return f"{value} ({_number(row['low'], digits, sign)} to {_number(row['high'], digits, sign)})"
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from duplex_jax.evaluate.reports import columns, pyplot, save_figure, share, write
+from duplex_jax.evaluate.reports import columns, interval, pyplot, save_figure, share, write
 from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
 from duplex_jax.evaluate.study.plan import ASPECTS, HIGH, LOW, SYSTEMS
 from duplex_jax.evaluate.study.store import Kept, Participant
@@ -156,13 +156,6 @@ def _answered(sums: Sums) -> Any:
     return sums["n"] / sums["asked"]
 
 
-def _cell(row: Mapping[str, float | None], sign: str = "") -> str:
-    if row["value"] is None:
-        return "-"
-    text = f"{row['value']:{sign}.2f}"
-    return text if row["low"] is None else f"{text} ({row['low']:{sign}.2f} to {row['high']:{sign}.2f})"
-
-
 def table(report: Mapping[str, Any]) -> list[str]:
     """The report as lines of text: means, wins and the test, then distributions, order and waiting."""
     people = report["participants"]
@@ -173,8 +166,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
     for name, row in report["aspects"].items():
         test, wins = row["wilcoxon"], row["wins"]
         tested = [test["note"], ""] if test["note"] else [f"{test['statistic']:g}", f"{test['p']:.4f}"]
-        rows.append([name, _cell(row["a"]), _cell(row["b"]), _cell(row["difference"], "+"), str(wins["a"]),
-                     str(wins["tie"]), str(wins["b"]), str(test["n"]), *tested])  # fmt: skip
+        means = [interval(row["a"]), interval(row["b"]), interval(row["difference"], sign="+")]
+        rows.append([name, *means, *(str(wins[w]) for w in ("a", "tie", "b")), str(test["n"]), *tested])
     lines += ["", *columns(rows), "(n, statistic and p: Wilcoxon's signed-rank test, ties left out)"]
     points = [str(n) for n in range(LOW, HIGH + 1)]
     rows = [["scores", "", *points]]
@@ -190,7 +183,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
     lines += ["", *columns(rows), "(of a and of b)"]
     rows = [["waiting", "conversations", "queries", "answered %", "seconds to the answer"]]
     for s, of in report["waiting"].items():
-        rows.append([s, str(of["conversations"]), str(of["queries"]), share(of["answered"]), _cell(of["seconds"])])
+        rows.append([s, str(of["conversations"]), str(of["queries"]), share(of["answered"]), interval(of["seconds"])])
     lines += ["", *columns(rows)]
     if people["complete"] < _FEW:
         lines += ["", f"no intervals: they need {_FEW} participants"]

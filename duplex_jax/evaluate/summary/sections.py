@@ -17,9 +17,10 @@ from duplex_jax.evaluate.benchmarks import report as benchmarks
 from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import RULES, JudgeModel, Verdict, read_verdicts, verdicts_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5
-from duplex_jax.evaluate.reports import pyplot
+from duplex_jax.evaluate.reports import of_unit, pyplot
 from duplex_jax.evaluate.summary.sources import KINDS, Source
 from duplex_jax.evaluate.summary.tables import DASH, Cell, Figure, Page, Row, Section, Table, number, pictures
+from duplex_jax.evaluate.yardsticks import LOW, MEASURES
 
 NAMES = {
     "ceval": "C-Eval", "cmmlu": "CMMLU", "mmlu": "MMLU", "mmlu_continuation": "MMLU, continuation", "bbh": "BBH",
@@ -119,7 +120,7 @@ def make_page(sources: Sequence[Source]) -> Page:
         UserError: a report that lacks something, or one model twice with different figures.
     """
     makers = {"generation": _benchmarks, "benchmark": _benchmarks, "study": _study, "judge": _judge,
-              "behaviour": _behaviour}  # fmt: skip
+              "behaviour": _behaviour, "yardsticks": _yardsticks}  # fmt: skip
     sections = []
     for what, make in makers.items():
         of = [s for s in sources if s.what == what]
@@ -141,6 +142,8 @@ def _circumstances(source: Source) -> dict[str, Any]:
     found |= {f"the data's sha256{' of ' + NAMES.get(t, t) if t else ''}": sha for t, sha in source.hashes.items()}
     if source.what == "behaviour":
         found["the number of conversations"] = report["data"].get("scored")
+    if source.what == "yardsticks":
+        found["the number of sentences"] = report["data"].get("sentences")
     for task, of in (report.get("tasks") or {}).items():
         found[f"the number of items of {NAMES.get(task, task)}"] = of.get("chosen")
     return found
@@ -450,11 +453,8 @@ def _counts(source: Source) -> dict[int, list[Counts]]:
 
 
 def _behaviour_cell(key: Any, figure: Mapping[str, Any]) -> Cell:
-    share = figure.get("unit") in ("share", "per round")
-    cell = number(figure, 100 if share else 1, 1 if share else 2, unit="%" if share else "")
-    if figure.get("seconds") is not None:
-        return Cell(f"{cell.text} = {figure['seconds']:.1f} s", cell.value)
-    return cell
+    text = of_unit(figure)
+    return DASH if text == "-" else Cell(text, figure["value"])
 
 
 def _own_pictures(sources: Sequence[Source]) -> list[Figure]:
@@ -463,6 +463,22 @@ def _own_pictures(sources: Sequence[Source]) -> list[Figure]:
                [source.number])
         for source in sources for path in pictures(source.folder)
     ]  # fmt: skip
+
+
+# Yardsticks.
+
+
+def _yardsticks(sources: Sequence[Source]) -> list[Section]:
+    grid = _Grid()
+    for source in sources:
+        with _fields_of(source):
+            for writing, measures in source.report["measures"].items():
+                for name, figure in measures.items():
+                    grid.put(f"{source.model}, {writing.replace('_', ' ')}", name, source, figure)
+    rows = [(name, f"{name}: {text}", "low" if name in LOW else "high") for name, _, _, _, text in MEASURES]
+    caption = "FLEXI and TurnSense: shares in %, 95% intervals; bare is lower case without punctuation."
+    table = grid.table(caption, "Figure", rows, _percent)
+    return [Section("Yardsticks", [table] if table else [])]
 
 
 # The user study, Table 3.

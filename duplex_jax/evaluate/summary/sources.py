@@ -10,14 +10,14 @@ from duplex_jax.errors import UserError
 
 KINDS = {
     "benchmark": "benchmarks by likelihood", "generation": "benchmarks by generation", "judge": "judged dialogue",
-    "behaviour": "behaviour", "study": "user study",
+    "behaviour": "behaviour", "yardsticks": "yardsticks", "study": "user study",
 }  # fmt: skip
 """By the `what` of a report, which is also the name of its file, what it is about."""
 
 # What a kind of report must hold to be one.
 _NEEDED = {
     "benchmark": ("model", "tasks"), "generation": ("model", "tasks"), "judge": ("model", "tasks"),
-    "behaviour": ("model", "assistants", "data"), "study": (),
+    "behaviour": ("model", "assistants", "data"), "yardsticks": ("model", "measures", "data"), "study": (),
 }  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """What a page consists of, whatever it is written as: sections of tables, figures and notes."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from duplex_jax.evaluate.reports import interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +121,8 @@ class Page:
 
 def number(row: Mapping[str, Any] | None, scale: float = 1, digits: int = 2, sign: str = "", unit: str = "") -> Cell:
     """`value` with its interval `low` to `high`, times `scale`; a dash where there is none."""
-    value = None if row is None else row.get("value")
-    if row is None or value is None or not math.isfinite(value):
-        return DASH
-    text = f"{scale * value:{sign}.{digits}f}{unit}"
-    low, high = row.get("low"), row.get("high")
-    if low is not None and high is not None:
-        text += f" ({scale * low:{sign}.{digits}f} to {scale * high:{sign}.{digits}f})"
-    return Cell(text, value)
+    text = interval(row, scale, digits, sign, unit)
+    return DASH if row is None or text == "-" else Cell(text, row["value"])
 
 
 def pictures(folder: Path) -> list[Path]:
