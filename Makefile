@@ -19,7 +19,7 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,harness]" accelerate
 	touch $@
 
 demo: $(VENV)/.run
