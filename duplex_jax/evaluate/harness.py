@@ -268,7 +268,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
                 records[name[0]].add(name[1], row)
 
         self._scores(asked, disable_tqdm, done)
-        answers = []
+        answers: list[tuple[float, bool]] = []
         for name, request in zip(names, requests, strict=True):
             row, place = found[name], places[name][request.args[1]]
             try:
