@@ -15,7 +15,7 @@ from duplex_jax.evaluate.behaviour_run import check_settings, model_settings
 from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks.questions import TASKS, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS
-from duplex_jax.evaluate.reports import made_with
+from duplex_jax.evaluate.reports import made_with, write
 from launch import app
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def main(argv: list[str]) -> None:
             for of in beside
         ],
     }
-    written = reports.write_report(report, out)
-    print("\n".join(reports.table(report)))
+    lines = reports.table(report)
+    written = write(report, lines, out)
+    print("\n".join(lines))
     print(f"\nwrote {', '.join(written)} in {out}")
 
 

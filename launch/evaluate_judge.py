@@ -20,7 +20,7 @@ from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
-from duplex_jax.evaluate.reports import made_with
+from duplex_jax.evaluate.reports import made_with, write
 from duplex_jax.llm.cache import ReplyCache
 from duplex_jax.llm.client import Client, Stopped
 from launch import app
@@ -130,8 +130,9 @@ def main(argv: list[str]) -> int:
         "comparisons": reports.compare(questions, pairs, outcomes),
         "not_comparable": reports.not_comparable({t: described[t] for t in judges}, judge, versions),
     }  # fmt: skip
-    written = reports.write_report(report, out)
-    print("\n".join(reports.table(report)))
+    lines = reports.table(report)
+    written = write(report, lines, out)
+    print("\n".join(lines))
     print(f"\nwrote {', '.join(written)} in {out}")
     return 0
 

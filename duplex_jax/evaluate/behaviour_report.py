@@ -146,7 +146,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the place cannot be written.
     """
-    written = write(report, table(report), folder, "behaviour")
+    written = write(report, table(report), folder)
     if importlib.util.find_spec("matplotlib") is not None:
         _plot_behaviour(report, folder / "behaviour.png")
         written.append("behaviour.png")

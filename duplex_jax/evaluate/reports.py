@@ -73,12 +73,13 @@ def made_with(part: str, *packages: str) -> dict[str, Any]:
     }
 
 
-def write(report: Mapping[str, Any], lines: Sequence[str], folder: Path, name: str) -> list[str]:
-    """Writes `NAME.json` and `NAME.txt` into a folder; gives what was written.
+def write(report: Mapping[str, Any], lines: Sequence[str], folder: Path) -> list[str]:
+    """Writes `WHAT.json` and `WHAT.txt`, named by the report's `what`, into a folder; gives what was written.
 
     Raises:
         UserError: the place cannot be written.
     """
+    name = report["what"]
     with atomic_write(folder / f"{name}.json") as f:
         json.dump(report, f, indent=1, allow_nan=False)
     with atomic_write(folder / f"{name}.txt") as f:

@@ -23,7 +23,7 @@ from typing import Any
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour import Counts, add, count, output_of
 from duplex_jax.evaluate.behaviour_run import HeldOut, Records
-from duplex_jax.evaluate.reports import columns, share, write
+from duplex_jax.evaluate.reports import columns, share
 from duplex_jax.evaluate.statistics import wilson
 from duplex_jax.slicing import slice_words
 from duplex_jax.timeline import BACKCHANNEL, BARGE_IN, HESITATION, QUERY_END, Event, SlicePair, Timeline, from_row
@@ -297,8 +297,3 @@ def table(report: Mapping[str, Any]) -> list[str]:
         "",
         *columns(rows),
     ]
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes `yardsticks.json` and `yardsticks.txt`; gives what was written."""
-    return write(report, table(report), folder, "yardsticks")

@@ -101,7 +101,8 @@ def likelihood(folder: Path, model: str, data: Path, right: set[int], **more: An
     task = {"sha256": of.sha256, "items": 12, "chosen": 12, "chance": benchmark_report.chance(of, 0),
             "ways": {"turn_based": benchmark_report.describe("likelihood", of, samples)}}  # fmt: skip
     settings = about("benchmark", model, capacity=4096, template="compact") | more
-    benchmark_report.write_report(settings | {"tasks": {"arc_easy": task}, "beside": []}, folder)
+    report = settings | {"tasks": {"arc_easy": task}, "beside": []}
+    write(report, benchmark_report.table(report), folder)
     return folder
 
 
@@ -124,7 +125,7 @@ def written(folder: Path, model: str, right: Mapping[str, list[bool]], sha256: s
         for task, of in right.items()
     }  # fmt: skip
     report = about("generation", model, capacity=4096, seed=3, tasks=tasks, beside=[])
-    benchmark_report.write_report(report, folder)
+    write(report, benchmark_report.table(report), folder)
     return folder
 
 
@@ -143,7 +144,7 @@ def judged(folder: Path, model: str, bonus: float, judge: str = "gpt-4") -> Path
     averages = {"duplex": scores.mean_of_tasks({task: kept[task] for task in TABLE_5})}
     write(about("judge", model, capacity=4096, seed=0, temperature=0.8, tasks=tasks, averages=averages, comparisons=[],
                 judge={"model": judge, "versions": [], "prompts": {t: f"p-{t}" for t in tasks}},
-                not_comparable=["mt_bench has 3 of the published 80 questions"]), ["-"], folder, "judge")  # fmt: skip
+                not_comparable=["mt_bench has 3 of the published 80 questions"]), ["-"], folder)  # fmt: skip
     return folder
 
 
@@ -184,7 +185,7 @@ def studied(folder: Path, **more: Any) -> Path:
     }  # fmt: skip
     models = {"a": {"model": "ours"}, "b": {"model": EVIL}}
     report = {"what": "study", "command": "duplex-jax evaluate study report", "versions": VERSIONS, "models": models}
-    write(report | ({"aspects": aspects} | more), ["as text", EVIL], folder, "study")
+    write(report | ({"aspects": aspects} | more), ["as text", EVIL], folder)
     return folder
 
 
@@ -195,7 +196,7 @@ def test_yardsticks_are_shown(tmp_path: Path):
         measures = {w: {m[0]: figure for m in yardsticks.MEASURES} for w in yardsticks.WRITINGS}
         report = about("yardsticks", model, settings={"seeds": [0, 1]}, measures=measures,
                        data={"path": "p", "sha256": "s", "sentences": 9})  # fmt: skip
-        yardsticks.write_report(report, tmp_path / model)
+        write(report, yardsticks.table(report), tmp_path / model)
     html_text, _, found = page_of(tmp_path / "base", tmp_path / "duplex")
     assert not found.warnings
     table = found.tables[0]

@@ -9,7 +9,7 @@ from typing import Any
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks.harness_tasks import METRICS
 from duplex_jax.evaluate.benchmarks.questions import Benchmark
-from duplex_jax.evaluate.reports import columns, interval, share, write
+from duplex_jax.evaluate.reports import columns, interval, share
 from duplex_jax.evaluate.statistics import paired_difference, wilson
 
 FORM_METRICS = {"likelihood": METRICS, "generation": ("score",)}
@@ -160,12 +160,3 @@ def table(report: Mapping[str, Any]) -> list[str]:
             rows.append([row["task"], row["way"], row["other_way"], str(row[metrics[0]]["items"]), *points])
         lines += columns(rows)
     return lines
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes the report as JSON and text; gives what was written.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    return write(report, table(report), folder, report["what"])

@@ -3,7 +3,6 @@
 import collections
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from duplex_jax.evaluate.conversations import Answer
@@ -11,7 +10,7 @@ from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES, JudgeModel
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions
-from duplex_jax.evaluate.reports import columns, interval, write
+from duplex_jax.evaluate.reports import columns, interval
 
 Outcomes = Mapping[tuple[str, str], Sequence[tuple[int, int, str]]]
 """By names of two systems, what `judge_pairs` found of their answers to MT-Bench."""
@@ -154,12 +153,3 @@ def _notes(name: str, row: Mapping[str, Any]) -> list[str]:
         "tokens were said before a query's last slice": row["early_tokens"],
     } | {f"answers are unjudged: {reason}": n for reason, n in row.get("unjudged", {}).items()}
     return [f"{name}: {n} {note}" for note, n in notes.items() if n]
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes `judge.json` and `judge.txt`; gives what was written.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    return write(report, table(report), folder, "judge")

@@ -196,7 +196,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
     Raises:
         UserError: the place cannot be written.
     """
-    written = write(report, table(report), folder, "study")
+    written = write(report, table(report), folder)
     if importlib.util.find_spec("matplotlib") is not None and report["participants"]["complete"]:
         _plot_scores(report, folder / "scores.png")
         _plot_wins(report, folder / "wins.png")
