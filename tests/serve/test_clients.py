@@ -1,6 +1,10 @@
 """Clients that nobody here wrote, unmodified, against a real server: `pip install 'duplex-jax[clients]'`."""
 
 import asyncio
+import os
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +145,35 @@ def test_pipecat_runs_its_pipeline():
             await running
 
     run(test)
+
+
+PACKAGES = ("openai@7", "@openai/agents@0", "ai@6", "@ai-sdk/openai-compatible@2", "ws@8", "zod@4")
+
+
+@pytest.mark.slow
+def test_node_clients_stream_use_a_tool_and_interrupt(tmp_path: Path):
+    if not all(map(shutil.which, ("node", "npm", "openssl"))):
+        pytest.skip("needs node, npm and openssl")
+    install = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", *PACKAGES]
+    try:
+        installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm's registry does not answer")
+    if installed.returncode:
+        pytest.skip(f"npm cannot install: {installed.stderr[-200:]}")
+    shutil.copy(Path(__file__).with_name("clients.mjs"), tmp_path)
+
+    async def test() -> None:
+        async with serving(slice_seconds=0.1) as (_, place):
+            node = await asyncio.create_subprocess_exec(
+                "node", "clients.mjs", place, cwd=tmp_path, env=os.environ | {"OPENAI_AGENTS_DISABLE_TRACING": "1"},
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                output, _ = await asyncio.wait_for(node.communicate(), 150)
+            finally:
+                if node.returncode is None:
+                    node.kill()
+            assert node.returncode == 0, output.decode()
+
+    run(test, 300)

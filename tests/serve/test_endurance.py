@@ -82,7 +82,7 @@ def chaos(clients: int, seconds: float, path: str | None = None, slack_mib: floa
     """Clients that misbehave, by one protocol or by all, beside good sessions."""
 
     async def test() -> list[Talk]:
-        limits = Limits(per_client=10_000, parked_seconds=5, rest_after=30, parked=1000)
+        limits = Limits(per_client=10_000, parked_seconds=30, rest_after=30, parked=1000)
         wire = WireLimits(sockets_per_client=1000)
         engine_of(tiny_model(), 8).warm_up(everything=True)
         async with serving(rows=8, limits=limits, wire=wire, waiting=16) as (server, place):
@@ -98,7 +98,7 @@ def chaos(clients: int, seconds: float, path: str | None = None, slack_mib: floa
                 return json.loads(output)
 
             async def settle() -> float:
-                for _ in range(100):
+                for _ in range(300):
                     if not any(server.sessions.counts().values()):
                         break
                     await asyncio.sleep(0.2)
