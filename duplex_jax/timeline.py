@@ -122,6 +122,8 @@ def from_row(row: Any) -> Timeline:
     Raises:
         TimelineError: names the field and what would be right.
     """
+    if isinstance(row, dict) and "output" not in row and row.keys() & {"messages", "conversations", "data"}:
+        raise TimelineError("is a chat of whole turns, not a timeline; `duplex-jax generate` makes timelines of chats")
     if not isinstance(row, dict) or "output" not in row:
         raise TimelineError('output: missing; a line is {"output": [{"role": ..., "content": ...}, ...]}')
     output = row["output"]

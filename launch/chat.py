@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines, whole_characters, write_timelines
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
-from launch import app
+from launch import app, view
 
 # JAX is imported where a model is about to run: bad flags and files are refused, and Ctrl-C is obeyed, before that.
 if TYPE_CHECKING:
@@ -98,40 +97,29 @@ def _engine(rows: int) -> "Engine":
     from duplex_jax.decode.engine import Engine
     from duplex_jax.template import refuse_typed_markers
 
-    app.use_compilation_cache()
-    name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
-    _say(f"loading {name}")
-    model = load_model(name, dtype="auto", template=_TEMPLATE.value, unread=True)
-    refuse_typed_markers(model.template)
-    return Engine(
-        model.model, model.template, rows=rows, capacity=_CAPACITY.value,
-        weights=_STORES.weights, entries=_STORES.entries,
-    )  # fmt: skip
+    with app.ends_at_once():
+        app.use_compilation_cache()
+        name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
+        _say(f"loading {name}")
+        model = load_model(name, dtype="auto", template=_TEMPLATE.value, unread=True)
+        refuse_typed_markers(model.template)
+        return Engine(
+            model.model, model.template, rows=rows, capacity=_CAPACITY.value,
+            weights=_STORES.weights, entries=_STORES.entries,
+        )  # fmt: skip
 
 
 def _warm_up(engine: "Engine", length: int) -> None:
     """Compiles ahead of a view that shows times, for contexts of up to `length` tokens or 1,024."""
     _say("compiling; later starts are faster")
-    engine.warm_up(min(length, 1024))
+    with app.ends_at_once():
+        engine.warm_up(min(length, 1024))
 
 
 def _say(text: str) -> None:
     """A word about what goes on, beside the output."""
     if sys.stderr.isatty():
         print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
-
-
-_HEADER = f"{'slice':>5}  {'user':34}  {'assistant':46}  seconds"
-
-
-def _visible(text: str | None) -> str:
-    """A slice on one line: control characters, which a terminal would obey, are spelt out."""
-    return IDLE if text is None else re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: repr(c[0])[1:-1], text)
-
-
-def _line(user: str | None, result: "Slice") -> str:
-    """One interval as a row of the live view."""
-    return f"{result.index:5}  {_visible(user):34}  {_visible(result.text):46}  {result.seconds:.2f}"
 
 
 def _json_line(user: str | None, result: "Slice", conversation: int | None = None) -> str:
@@ -173,9 +161,10 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
                     print(f"user       {pair.user}" + (f"\nassistant  {pair.assistant}" if pair.assistant else ""))
     else:
         seconds: list[float] = []
+        lanes = view.Lanes(conversations=len(timelines) > 1)
         if not _JSON.value:
             _warm_up(engine, 16 * max(len(t.pairs) for t in timelines))  # tokens that a pair takes, about
-            print(_HEADER, flush=True)
+            lanes.header()
         for item in replay(engine, timelines, options):
             if not isinstance(item, Replayed):
                 done[item[0]] = item[1]
@@ -183,10 +172,10 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
             seconds.append(item.slice.seconds)
             if _JSON.value:
                 print(_json_line(item.user, item.slice, item.conversation), flush=True)
-                continue
-            prefix = f"{item.conversation}: " if len(timelines) > 1 else ""
-            print(prefix + _line(item.user, item.slice), flush=True)
+            else:
+                lanes.add(item.user, item.slice, item.conversation)
         if not _JSON.value:
+            lanes.end()
             print(_times(seconds), flush=True)
     if _OUT.value:
         with atomic_write(_OUT.value) as f:
@@ -207,13 +196,18 @@ def _stdin_lines() -> Iterator[str]:
 def _pipe(options: "Replay") -> None:
     """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
     session = _session(options, 256 if not _JSON.value else 0)
+    lanes = view.Lanes(fold_silence=False)  # a line in, a row out
     if not _JSON.value:
-        print(_HEADER, flush=True)
-    for line in _stdin_lines():
-        words = line.strip()
-        user = None if words in ("", IDLE) else words
-        result = session.step(user)
-        print(_json_line(user, result) if _JSON.value else _line(user, result), flush=True)
+        lanes.header()
+    with contextlib.closing(session):
+        for line in _stdin_lines():
+            words = line.strip()
+            user = None if words in ("", IDLE) else words
+            result = session.step(user)
+            if _JSON.value:
+                print(_json_line(user, result), flush=True)
+            else:
+                lanes.add(user, result)
 
 
 def _remote() -> "RemoteSession":
@@ -232,16 +226,20 @@ def _replay_remotely(timelines: list[Timeline]) -> None:
     """As `_replay_file`, one conversation after the other on a server."""
     done = []
     for number, timeline in enumerate(timelines):
-        session = _remote()
         seconds = []
+        lanes = view.Lanes()
         if not _JSON.value:
-            print(_HEADER, flush=True)
-        for pair in timeline.pairs:
-            result = session.step(pair.user)
-            seconds.append(result.seconds)
-            print(_json_line(pair.user, result, number) if _JSON.value else _line(pair.user, result), flush=True)
-        session.close()
+            lanes.header()
+        with contextlib.closing(_remote()) as session:
+            for pair in timeline.pairs:
+                result = session.step(pair.user)
+                seconds.append(result.seconds)
+                if _JSON.value:
+                    print(_json_line(pair.user, result, number), flush=True)
+                else:
+                    lanes.add(pair.user, result)
         if not _JSON.value:
+            lanes.end()
             print(_times(seconds), flush=True)
         done.append(dataclasses.replace(timeline, pairs=session.timeline, events=[]))
     if _OUT.value:
@@ -293,21 +291,25 @@ def _turns(options: "Replay") -> None:
         began = time.perf_counter()
         data, words = b"", []
         limit = session.make_room(asked, options.max_tokens)
-        if not _JSON.value:
-            print("assistant  ", end="", flush=True)
-        for ids in session.reply(asked, limit):
-            data += decode_bytes(engine.template.tokenizer, ids)
-            whole = complete_utf8(data)
-            words.append(data[:whole].decode("utf-8", errors="replace"))
-            data = data[whole:]
+        # On a terminal Ctrl-C ends the answer; in front of a query it ends the program.
+        with view.interruptible() if terminal else contextlib.nullcontext(lambda: False) as stopped:
             if not _JSON.value:
-                print(words[-1], end="", flush=True)
+                print("assistant  ", end="", flush=True)
+            for ids in session.reply(asked, limit):
+                data += decode_bytes(engine.template.tokenizer, ids)
+                whole = complete_utf8(data)
+                words.append(data[:whole].decode("utf-8", errors="replace"))
+                data = data[whole:]
+                if not _JSON.value:
+                    print(words[-1], end="", flush=True)
+                if stopped():
+                    break
         seconds = time.perf_counter() - began
         if _JSON.value:
             row = {"user": query, "assistant": "".join(words), "seconds": round(seconds, 4)}
             print(json.dumps(row, ensure_ascii=False), flush=True)
         else:
-            print(f"  ({seconds:.1f} s)", flush=True)
+            print(f"  ({'stopped, ' if stopped() else ''}{seconds:.1f} s)", flush=True)
 
 
 def _terminal(options: "Replay") -> None:
@@ -317,6 +319,7 @@ def _terminal(options: "Replay") -> None:
     from prompt_toolkit.patch_stdout import patch_stdout
 
     session = _session(options, 1024)
+    lanes = view.Lanes()
     # What was typed shows in the view, slice by slice; the input line need not show it again.
     prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)
     # The terminal stays raw while a row is printed above the input line, so that no key of that moment is lost.
@@ -342,15 +345,16 @@ def _terminal(options: "Replay") -> None:
             await asyncio.sleep(tick - time.monotonic())
             user = take()
             try:
-                print(_line(user, await asyncio.to_thread(session.step, user)), flush=True)
+                lanes.add(user, await asyncio.to_thread(session.step, user))
             except UserError as e:  # words that do not fit are no reason to end a conversation
                 print(f"       ({e})", flush=True)
+            prompt.app.invalidate()
 
     async def typing() -> int:
         """Collects lines until Ctrl-D or Ctrl-C; the exit code."""
         while True:
             try:
-                sent.append(await prompt.prompt_async("> "))
+                sent.append(await prompt.prompt_async("> ", rprompt=lambda: f"slice {len(session.timeline)}"))
             except EOFError:
                 return 0
             except KeyboardInterrupt:
@@ -361,16 +365,20 @@ def _terminal(options: "Replay") -> None:
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
+        if _SERVER.value:  # a step may wait for it
+            await asyncio.to_thread(session.close)
         await asyncio.gather(*pending, return_exceptions=True)
         return next(task.result() for task in done)
 
-    print("Type at any moment; Ctrl-D or Ctrl-C ends the conversation.\n" + _HEADER)
+    print("Type at any moment; Ctrl-D or Ctrl-C ends the conversation.")
+    lanes.header()
     try:
-        with patch_stdout():
+        with patch_stdout(raw=True):
             code = asyncio.run(both())
     except Exception as e:
         where = f"slice {len(session.timeline)}"
         raise UserError(f"the conversation ended at {where}: {type(e).__name__}: {e}") from e
+    lanes.end()
     if code:
         raise KeyboardInterrupt
 

@@ -70,6 +70,13 @@ class RemoteSession:
             self._stop()
 
     def _stop(self) -> None:
+        async def give_up() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(give_up(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -86,8 +93,8 @@ class RemoteSession:
         try:
             self._ws = await self._http.ws_connect(self.url, max_msg_size=0)
             return await self._ask({"type": "start", "clock": "client", **settings}, "started")
-        except UserError:
-            await self._end()
+        except (UserError, asyncio.CancelledError):
+            await self._http.close()
             raise
         except (aiohttp.ClientError, OSError) as e:
             await self._http.close()
@@ -110,7 +117,9 @@ class RemoteSession:
             raise UserError(f"{self.url}: the connection was lost ({e})") from e
 
     async def _end(self) -> None:
-        if not self._ws.closed:
-            await self._ws.send_str('{"type": "end"}')
-            await self._ws.close()
-        await self._http.close()
+        try:
+            if not self._ws.closed:
+                await self._ws.send_str('{"type": "end"}')
+                await self._ws.close()
+        finally:
+            await self._http.close()

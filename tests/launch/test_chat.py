@@ -1,5 +1,6 @@
 """`duplex-jax chat` as a program: replays, pipes, a terminal, and every kind of bad input."""
 
+import fcntl
 import json
 import os
 import pty
@@ -7,14 +8,17 @@ import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
+from rich.cells import cell_len
 from safetensors.numpy import load_file, save_file
 
 from duplex_jax.checkpoint.registry import save_model
@@ -326,13 +330,17 @@ def test_interrupted(model: Path, tmp_path: Path, environment: dict[str, str]):
 
 
 class Terminal:
-    """A person at a terminal of 120 columns: types, and looks at what has come so far."""
+    """A person at a terminal: types, and looks at what has come so far."""
 
-    def __init__(self, environment: dict[str, str], *flags: str):
+    def __init__(self, environment: dict[str, str], *flags: str, columns: int = 120):
         self.fd, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        left = round((columns - 18) * 0.4)
+        self.lanes = left, columns - 18 - left
         self.job = subprocess.Popen(
             ["setsid", "--ctty", sys.executable, "-m", "launch.main", "chat", *flags], cwd=REPOSITORY,
-            stdin=side, stdout=side, stderr=side, env=environment | {"COLUMNS": "120", "LINES": "40"},
+            stdin=side, stdout=side, stderr=side,
+            env={k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")},
         )  # fmt: skip
         os.close(side)
         self.data = b""
@@ -344,8 +352,13 @@ class Terminal:
 
     def slices(self) -> list[tuple[int, str]]:
         """The rows of the live view: slice, what the user said."""
-        found = re.findall(r"(\d+)  (.{34})  .{46,}?  \d+\.\d\d *\r?\n", self.text)
+        found = re.findall(rf"(\d+)  (.{{{self.lanes[0]}}})  .{{{self.lanes[1]}}}  \d+\.\d\d *\r?\n", self.text)
         return [(int(n), user.strip()) for n, user in found]
+
+    @property
+    def slice(self) -> int:
+        """How many slices there were, as the input line says."""
+        return max(map(int, re.findall(r"slice (\d+)", self.text)), default=0)
 
     def type(self, keys: bytes) -> None:
         os.write(self.fd, keys)
@@ -391,20 +404,22 @@ class Terminal:
 def test_terminal(model: Path, environment: dict[str, str], key: bytes, code: int):
     """Slices come on the clock, whole words go out with them, a word in the making waits, and it ends cleanly."""
     terminal = Terminal(environment, f"--model={model}", "--slice_seconds=0.5", "--capacity=512", "--temperature=0")
-    terminal.wait(lambda: len(terminal.slices()) >= 2)  # nobody has typed
-    assert {user for _, user in terminal.slices()} == {"<idle>"}
+    terminal.wait(lambda: terminal.slice >= 2)  # nobody has typed
+    assert all(user.startswith("<idle>") for _, user in terminal.slices())
     terminal.type(b"hello wor")
     terminal.wait(lambda: "hello" in [user for _, user in terminal.slices()])
-    seen = len(terminal.slices())
-    terminal.wait(lambda: len(terminal.slices()) >= seen + 2)  # the clock goes on, the half word waits
+    seen = terminal.slice
+    terminal.wait(lambda: terminal.slice >= seen + 2)  # the clock goes on, the half word waits
     assert "wor" not in [user for _, user in terminal.slices()]
     terminal.type(b"ld\r")
     terminal.wait(lambda: "world" in [user for _, user in terminal.slices()])
     terminal.type(b"w" * 300 + b"\r")
     terminal.wait(lambda: "takes 302 tokens" in terminal.text)  # said, and the conversation goes on
-    seen = len(terminal.slices())
-    terminal.wait(lambda: len(terminal.slices()) > seen)
-    assert [n for n, _ in terminal.slices()] == list(range(len(terminal.slices())))
+    seen = terminal.slice
+    terminal.wait(lambda: terminal.slice > seen)
+    numbers = [n for n, _ in terminal.slices()]
+    assert numbers == sorted(set(numbers))
+    assert "\x1b[36mhello" in terminal.data.decode()  # in colour
     terminal.type(key)
     assert terminal.end() == code
     assert "Traceback" not in terminal.text
@@ -425,3 +440,90 @@ def test_terminal_ends_when_the_model_fails(model: Path, environment: dict[str, 
     lines = terminal.text.rstrip().splitlines()
     assert lines[-1].endswith("duplex-jax: the conversation ended at slice 0: MemoryError: no room for the step")
     assert "Traceback" not in terminal.text
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_rows_fold_to_the_terminal_between_words(
+    model: Path, environment: dict[str, str], tmp_path: Path, columns: int
+):
+    """No row is wider than the terminal, no word is split that fits its lane, and silence is one row."""
+    words = "every good boy deserves fudge and every good girl does so too"
+    pairs = [SlicePair(words, None), *[SlicePair(None, None)] * 6, SlicePair("漢字 " * 6, None)]
+    write_timelines(tmp_path / "in.jsonl", [Timeline(pairs)])
+    flags = (f"--model={model}", f"--timeline={tmp_path / 'in.jsonl'}", "--dormant", "--capacity=256")
+    terminal = Terminal(environment, *flags, columns=columns)
+    assert terminal.end() == 0
+    rows = terminal.text[terminal.text.index("slice  user") :].splitlines()[1:-1]
+    assert max(cell_len(row) for row in rows) <= columns
+    left = [row[7 : 7 + terminal.lanes[0]].split() for row in rows]
+    said = [word for cells in left for word in cells]
+    assert said[: len(words.split())] == words.split()
+    assert " ".join(said[len(words.split()) :][:3]) == "<idle> x 6"
+
+
+def test_control_c_ends_a_turn_based_answer(model: Path, environment: dict[str, str]):
+    """The answer and not the program; the next query is answered, and Ctrl-C in front of a query ends it."""
+    flags = ("--template=chatml", "--mode=turn_based", "--max_tokens=4000", "--capacity=4096")
+    terminal = Terminal(environment, f"--model={model}", *flags)
+    terminal.wait(lambda: "you        " in terminal.text)
+    for asked in (1, 2):
+        terminal.type(b"hello\r")
+        terminal.wait(lambda n=asked: terminal.text.count("assistant  ") == n)
+        terminal.type(b"\x03")
+        terminal.wait(lambda n=asked: terminal.text.count("(stopped, ") == n)
+        terminal.wait(lambda n=asked: terminal.text.count("you        ") == n + 1)
+    terminal.type(b"\x03")
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.text
+
+
+SILENT_SERVER = """
+import asyncio, json, sys
+from aiohttp import web
+
+async def talk(request):
+    ws = web.WebSocketResponse()
+    await ws.prepare(request)
+    await ws.receive()
+    if sys.argv[1] == "slice":
+        await ws.send_str(json.dumps({"type": "started"}))
+        await ws.receive()
+    print("asked", flush=True)
+    await asyncio.sleep(3600)
+
+async def main():
+    application = web.Application()
+    application.router.add_get("/v1/duplex", talk)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "localhost", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("unanswered", ["start", "slice"])
+def test_control_c_with_a_server_that_does_not_answer(environment: dict[str, str], unanswered: str):
+    """One line, and nothing of tasks that were under way."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SILENT_SERVER, unanswered], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        try:
+            url = f"ws://localhost:{server.stdout.readline().strip()}"
+            terminal = Terminal(environment, f"--server={url}", "--slice_seconds=0.1")
+            assert server.stdout.readline() == "asked\n"
+            terminal.type(b"\x03")
+            assert terminal.end() == 130
+            assert terminal.text.rstrip().splitlines()[-1].endswith("duplex-jax: interrupted")
+            assert not re.search("Traceback|Task|Unclosed", terminal.text)
+        finally:
+            server.kill()
+
+
+def test_a_chat_of_turns_is_no_timeline(chat, tmp_path: Path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    done = chat(f"--timeline={tmp_path / 'chat.jsonl'}")
+    assert_refused(done, "chat.jsonl:1: is a chat of whole turns", "`duplex-jax generate` makes timelines of chats")
