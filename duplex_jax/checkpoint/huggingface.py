@@ -191,11 +191,12 @@ def save_weights(
     weight_map: dict[str, str] = {}
     for i, (_, shard) in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        own = {part.name: part for part in shard}
         tensors = {part.name: (part.shape, _dtype_of(params, part, dtype)) for part in shard}
-        safetensors.write_file(
-            folder / name, tensors, lambda tensor, own=own: disassemble(config, params, own[tensor], dtype)
-        )
+
+        def read(tensor: str, own: Mapping[str, Part] = {part.name: part for part in shard}) -> np.ndarray:
+            return disassemble(config, params, own[tensor], dtype)
+
+        safetensors.write_file(folder / name, tensors, read)
         weight_map |= {part.name: name for part in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for size, _ in shards)}, "weight_map": weight_map}
