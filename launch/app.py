@@ -227,6 +227,37 @@ class StoreFlags:
         return self._entries.value
 
 
+class MindFlags:
+    """The chat model that gives the words of answers, as flags of `module`."""
+
+    def __init__(self, module: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._url = flags.DEFINE_string(
+            "mind", None, "Base URL of an OpenAI-compatible API: its model gives the words, the duplex model decides "
+            "when to speak. The key comes from OPENAI_API_KEY. Needs pip install 'duplex-jax[llm]'.", **here
+        )  # fmt: skip
+        self._model = flags.DEFINE_string("mind_model", None, "The model's name at --mind.", **here)
+        self._filler_after = flags.DEFINE_float(
+            "mind_filler_after", None, "Seconds of waiting for --mind after which the duplex model says a slice of its "
+            "own; silence by default.", 0.0, **here
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str | None:
+        """Base URL."""
+        return self._url.value
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model."""
+        return self._model.value
+
+    @property
+    def filler_after(self) -> float | None:
+        """Seconds."""
+        return self._filler_after.value
+
+
 def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
     """The value of a flag that takes some of a few names.
 

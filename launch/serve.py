@@ -44,6 +44,7 @@ _ORDINARY_PORT = flags.DEFINE_integer(
     1,
     65535,
 )
+_MIND = app.MindFlags(__name__)
 _VOICE = flags.DEFINE_bool(
     "voice", None, "Enable speech; needs pip install 'duplex-jax[voice]' and is on by default if that is installed."
 )
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
         host=_LISTEN.host, allowed_hosts=_LISTEN.hosts,
         snapshot_key_file=_SNAPSHOT_KEY.value or Options.snapshot_key_file, voice=_VOICE.value,
         weights=_STORES.weights, entries=_STORES.entries,
+        mind=_MIND.url, mind_model=_MIND.model, mind_filler_after=_MIND.filler_after,
     )  # fmt: skip
     if _REPLICAS.value > 1:
         if not _LISTEN.port or _LISTEN.has_tls:

@@ -123,6 +123,21 @@ class DuplexSession:
         self._take(user, part, said)
         self._make_room(len(part) + len(said))
 
+    def instead(self, words: Sequence[int]) -> None:
+        """Says `words`, or nothing, in the newest slice in place of what was said in it.
+
+        Raises:
+            UserError: there is no slice.
+        """
+        self._check(self.slices - 1)
+        user = self.timeline[-1].user
+        if self._pairs and self._pairs[-1].index == self.slices - 1:
+            self.engine.truncate(self._row, self._pairs.pop().start)
+        del self.timeline[-1]
+        self._oldest = min(self._oldest, self.slices)
+        self._carry = self._left_over()
+        self.say(user, words)
+
     def prefill(self, turns: Iterable[tuple[str, str]]) -> None:
         """Puts past turns into the context as slice pairs, as training data writes them; the model is not asked.
 

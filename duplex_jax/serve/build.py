@@ -10,6 +10,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.access import Access, read_keys
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.hub import Hub
+from duplex_jax.serve.mind import Mind
 from duplex_jax.serve.protocol import VoiceFactory
 from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
 
@@ -36,6 +37,9 @@ class Options:
         allowed_hosts: other names of this server; `*` for any.
         snapshot_key_file: signs snapshots.
         voice: hear and speak; None: where it is installed.
+        mind: base URL of the chat model that gives the words of answers; None: the model's own.
+        mind_model: its name there.
+        mind_filler_after: see `Mind`.
         weights, entries: how the engine stores them; see `Engine`.
     """
 
@@ -52,6 +56,9 @@ class Options:
     allowed_hosts: tuple[str, ...] = ()
     snapshot_key_file: str = "~/.cache/duplex_jax/snapshot.key"
     voice: bool | None = None
+    mind: str | None = None
+    mind_model: str | None = None
+    mind_filler_after: float | None = None
     weights: str | None = None
     entries: str | None = None
 
@@ -75,13 +82,31 @@ def build_server(options: Options, tell: Callable[[str], None], prefix: str = ""
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     access = Access(keys, options.allowed_origins, (options.host, *options.allowed_hosts))
     key = snapshot_key(options.snapshot_key_file)
+    mind = make_mind(options.mind, options.mind_model, options.mind_filler_after)
     model = load(options.model, options.template, tell)
     engine = build_engine(model, options.sessions, options.capacity, tell, options.weights, options.entries)
-    sessions = Sessions(Hub(engine, waiting=options.waiting), options.limits, key, prefix)
+    sessions = Sessions(Hub(engine, waiting=options.waiting), options.limits, key, prefix, mind)
     return Server(
         sessions, options.name, access=access, slice_seconds=options.slice_seconds,
         make_voice=_load_voice(options.voice, tell),
     )  # fmt: skip
+
+
+def make_mind(url: str | None, model: str | None, filler_after: float | None) -> Mind | None:
+    """The mind that flags name, or None.
+
+    Raises:
+        UserError: a flag without the others that it needs, no address, or the `llm` extra is missing.
+    """
+    if url is None:
+        if model is not None or filler_after is not None:
+            raise UserError("--mind_model, --mind_filler_after: need --mind, the address of an OpenAI-compatible API")
+        return None
+    if not model:
+        raise UserError("--mind: needs --mind_model, the model's name there")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--mind={url}: not an address; such as http://localhost:8000/v1")
+    return Mind(url, model, filler_after=filler_after)
 
 
 def load(name: str, template: str | None, tell: Callable[[str], None]) -> "LoadedModel":

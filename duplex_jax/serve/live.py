@@ -18,12 +18,12 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.events import Audio as Audio
 from duplex_jax.serve.events import Delta, Event, Spoken, Trouble, Voice
 from duplex_jax.serve.hub import Hub
+from duplex_jax.serve.mind import Mind, Talk
 from duplex_jax.serve.seat import Seat
 from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.tasks import to_the_end
 from duplex_jax.slicing import USER_WORDS, user_slices, words_of
 from duplex_jax.timeline import SlicePair, Timeline, whole_characters
-from duplex_jax.tokenizer import complete_utf8, decode_bytes
 
 T = TypeVar("T")
 
@@ -47,17 +47,20 @@ class LiveSession:
         settings: the client's.
         emit: is told every event; must not block.
         voice: hears and speaks for it, where the client sends sound.
+        mind: gives the words of its answers.
     """
 
     def __init__(
-        self, hub: Hub, settings: Settings, emit: Callable[[Event], None] = lambda e: None, voice: Voice | None = None
-    ):
+        self, hub: Hub, settings: Settings, emit: Callable[[Event], None] = lambda e: None, voice: Voice | None = None,
+        mind: Mind | None = None,
+    ):  # fmt: skip
         self.hub, self.settings, self.emit, self.voice = hub, settings, emit, voice
         self.on_step: Callable[[Spoken], None] = lambda s: None
         """Told every slice too, for metrics."""
         self.quiet_since = time.monotonic()
         """When somebody last spoke."""
         self._seat = Seat(hub)
+        self._talk = Talk(mind, hub, settings.slice_seconds, settings.system, lambda event: self.emit(event))
         self._turns: list[SlicePair] = []
         self._words: list[str] = []  # typed, and waiting for the clock
         self._query: list[str] = []  # of a turn that the user has not ended
@@ -121,6 +124,7 @@ class LiveSession:
 
     async def close(self) -> None:
         """Ends the session and gives its row back, if it has one."""
+        self._talk.stop()
         await self.stop()
         await self._seat.close()
 
@@ -132,7 +136,7 @@ class LiveSession:
     @property
     def may_rest(self) -> bool:
         """Whether it could be set aside: a duplex session in which nothing goes on."""
-        busy = self._words or self._slices or self._taken or self._seat.lock.locked()
+        busy = self._talk.active or self._words or self._slices or self._taken or self._seat.lock.locked()
         return self.has_row and self.settings.mode == "duplex" and not busy
 
     async def set_aside(self, resting: bool = True) -> None:
@@ -178,6 +182,7 @@ class LiveSession:
             async with self._seat.lock:
                 for asked, answer in rounds:
                     await to_the_end(self.hub.call(self._seat.session.say, asked, answer))
+                    self._talk.past.append(SlicePair(asked, answer))
             return
         waiting, self._words = self._words, []
         turns = [("user", "".join(waiting)), *turns]
@@ -203,6 +208,7 @@ class LiveSession:
         """Replaces the system prompt; see `DuplexSession.instruct`."""
         async with self._seat.duplex() as session:
             await to_the_end(self.hub.call(session.instruct, system))
+            self._talk.system = system
             await self._encode(session)
 
     async def _encode(self, session: DuplexSession) -> None:
@@ -246,6 +252,7 @@ class LiveSession:
             session.heard(index, characters)
             return session.timeline[index - session.first].assistant if index >= session.first else None
 
+        self._talk.stop()
         return await self._between(work)
 
     async def played(self, samples: int) -> tuple[int, int] | None:
@@ -291,10 +298,12 @@ class LiveSession:
     def hush(self) -> None:
         """Silences what follows until the user speaks or `urge`."""
         self._hushed, self._urged, self._answering = True, False, False
+        self._talk.stop()
 
     async def cancel(self) -> None:
         """Silences the newest assistant slice."""
         self._urged = self._answering = False
+        self._talk.stop()
         async with self._hushing():
             await self._between(lambda s: s.cancel())
 
@@ -441,7 +450,7 @@ class LiveSession:
         """The step of a session; whether what it said was cancelled at once, and whether it reached its limit."""
         if user is not None:
             self._hushed = False
-        urged = self._urged and not self._words and self._said is None
+        urged = (self._urged or self._talk.urges) and not self._words and self._said is None
         if urged:
             await self.hub.call(_bias, session, MUST_SPEAK)
         try:
@@ -449,14 +458,19 @@ class LiveSession:
         finally:
             if urged:
                 await self.hub.call(_bias, session, self.settings.sampling.idle_bias)
+        # Newer words in a slice of its own are there: what was made for the older ones is not said.
+        overtaken = bool(self._slices) and self._slices[0] is not None
+        unwanted = overtaken or self._hushed or (self.waits and not self._answering)
+        if not unwanted:
+            result = await self._talk.take(session, user, result, urged)
+            if self._talk.active and result.text is None:
+                return result, False, False
         if result.text is None:
             self._answering, self._allowance = self._urged, self._allowance if self._urged else None
             return result, False, False
         if not self._words:
             self._urged = False
-        # Newer words in a slice of its own are there: what was made for the older ones is not said.
-        overtaken = bool(self._slices) and self._slices[0] is not None
-        if overtaken or self._hushed or (self.waits and not self._answering):
+        if unwanted:
             await self.hub.call(session.cancel)
             return result, True, False
         if self._allowance is None:
@@ -465,6 +479,7 @@ class LiveSession:
         if len(words) < self._allowance:
             self._allowance -= len(words)
             return result, False, False
+        self._talk.stop()
         await self.hub.call(session.cancel, self._allowance)
         result = dataclasses.replace(result, ids=words[: self._allowance], text=session.timeline[-1].assistant)
         self._hushed, self._answering, self._allowance = True, False, None
@@ -493,18 +508,12 @@ class LiveSession:
         self.on_step(spoken)
 
     async def _answer(self, query: str) -> str | None:
-        turn: TurnSession | SliceTurns = self._seat.session
-        limit = turn.make_room(query, self.settings.max_tokens)
-        tokenizer = self.hub.engine.template.tokenizer
-        data, words = b"", []
-        parts = self.hub.each(turn.reply(query, limit))
+        words: list[str] = []
+        parts = self._talk.answer(self._seat.session, query, self.settings.max_tokens)
         async with contextlib.aclosing(parts):
-            async for ids in parts:
-                data += decode_bytes(tokenizer, ids)
-                whole = complete_utf8(data)
-                words.append(data[:whole].decode("utf-8", errors="replace"))
-                data = data[whole:]
-                self.emit(Delta(words[-1], False))
+            async for text in parts:
+                words.append(text)
+                self.emit(Delta(text, False))
         self.emit(Delta("", True))
         return "".join(words) or None
 

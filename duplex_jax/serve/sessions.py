@@ -20,6 +20,7 @@ from duplex_jax.serve.connection import Caller
 from duplex_jax.serve.events import Event, Spoken, Trouble, Voice
 from duplex_jax.serve.hub import Full, Hub, S
 from duplex_jax.serve.live import LiveSession
+from duplex_jax.serve.mind import Mind
 from duplex_jax.serve.settings import Settings
 from duplex_jax.serve.tasks import to_the_end
 
@@ -90,10 +91,14 @@ class Sessions:
         limits: what is granted.
         key: signs snapshots; whoever has it may make contexts of any tokens.
         prefix: in front of every session's id.
+        mind: gives the words of every session's answers.
     """
 
-    def __init__(self, hub: Hub, limits: Limits | None = None, key: bytes | None = None, prefix: str = ""):
-        self.hub, self.limits, self._prefix = hub, limits or Limits(), prefix
+    def __init__(
+        self, hub: Hub, limits: Limits | None = None, key: bytes | None = None, prefix: str = "",
+        mind: Mind | None = None,
+    ):  # fmt: skip
+        self.hub, self.limits, self._prefix, self.mind = hub, limits or Limits(), prefix, mind
         self._key = key or secrets.token_bytes(32)
         self._entries: dict[str, Entry] = {}
         self._by_client: Counter[str] = Counter()
@@ -112,6 +117,8 @@ class Sessions:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
         await asyncio.gather(*(self.end(e) for e in list(self._entries.values())))
+        if self.mind is not None:
+            await self.mind.close()
         await self.hub.close()
 
     def counts(self) -> dict[str, int]:
@@ -143,7 +150,7 @@ class Sessions:
         """
         restored = self.unseal(snapshot) if snapshot is not None else None
         await self._enter(caller.address)
-        live = LiveSession(self.hub, settings, emit, voice)
+        live = LiveSession(self.hub, settings, emit, voice, self.mind)
         try:
             await self._make_room_where_full()
             await live.open(restored, on_wait, caller.gone)
