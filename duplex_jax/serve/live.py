@@ -252,7 +252,6 @@ class LiveSession:
             session.heard(index, characters)
             return session.timeline[index - session.first].assistant if index >= session.first else None
 
-        self._talk.stop()
         return await self._between(work)
 
     async def played(self, samples: int) -> tuple[int, int] | None:
@@ -274,6 +273,7 @@ class LiveSession:
         Args:
             samples: of the sound that were played.
         """
+        self._talk.stop()
         if self.voice is None:
             yield
             return
@@ -303,7 +303,6 @@ class LiveSession:
     async def cancel(self) -> None:
         """Silences the newest assistant slice."""
         self._urged = self._answering = False
-        self._talk.stop()
         async with self._hushing():
             await self._between(lambda s: s.cancel())
 

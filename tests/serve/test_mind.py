@@ -122,14 +122,17 @@ def test_words_are_the_minds_and_slices_end_with_words():
 
 def test_a_barge_in_ends_the_stream_and_a_backchannel_does_not():
     async def test() -> None:
-        async with room(says("one two three four five six seven eight nine ten", pause=0.03)) as r:
+        async def counts(reply: Reply) -> None:
+            await reply.send("one two three four five six seven")
+            await asyncio.sleep(60)
+
+        async with room(counts) as r:
             heard = [await r.slice("count", True), await r.slice("mm-hm", True)]
             assert all(heard)
             assert len(r.mind.log) == 1
             assert await r.slice("stop", False) is None
             await soon(lambda: r.mind.open == 0)
             assert [await r.slice(None, False) for _ in range(2)] == [None, None]
-            assert "".join(r.mind.log[0].words) != "one two three four five six seven eight nine ten"
             r.mind.script = says("Sorry.")
             assert await r.slice("now backwards", True) == "Sorry."
             assert r.mind.asked[1] == [
@@ -139,7 +142,6 @@ def test_a_barge_in_ends_the_stream_and_a_backchannel_does_not():
                 {"role": "assistant", "content": heard[1].strip()},
                 {"role": "user", "content": "stop now backwards"},
             ]
-            assert "ten" not in r.context
             assert "seven" not in r.context
 
     run(test)
@@ -190,12 +192,16 @@ def test_what_the_client_did_not_hear_leaves_both_contexts():
 
 def test_cancel_ends_the_stream():
     async def test() -> None:
-        async with room(says(TEXT, pause=0.03)) as r:
+        async def talks(reply: Reply) -> None:
+            await reply.send(TEXT)
+            await asyncio.sleep(60)
+
+        async with room(talks) as r:
             assert await r.slice("go", True)
             await r.client.send(type="cancel")
             await soon(lambda: r.mind.open == 0)
             assert await r.rest() == ""
-            assert r.mind.said[0] != TEXT
+            assert "Seine" not in r.context
 
     run(test)
 
@@ -369,22 +375,6 @@ def test_turns_go_through_the_same_mind():
                 {"role": "user", "content": "one?"},
                 {"role": "assistant", "content": TEXT},
             ]
-
-    run(test)
-
-
-def test_another_server_of_ours_is_a_mind():
-    async def test() -> None:
-        async with serving(talkative(), rows=2) as (_, other), serving(talkative(), rows=1) as (server, place):
-            server.sessions.mind = Mind(f"http://{other}/v1", "tiny")
-            async with Client.connect(place) as client:
-                started = await client.start(slice_seconds=1)
-                r = Room(ScriptedMind(says("")), server.sessions._entries[started["session"]].live, client)
-                said = [await r.slice("hello", True)]
-                while len(said) < 60 and said[-1] is None:  # the other one compiles
-                    said.append(await r.slice(None, True))
-                assert said[-1] is not None
-                assert len(said[-1].encode()) <= 10
 
     run(test)
 
