@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,14 @@ def _dtype_of(params: Params, part: Part, dtype: np.dtype | None) -> np.dtype:
     return np.dtype(dtype or get(params, part.path).dtype)
 
 
+def _reader(
+    config: ModelConfig, params: Params, shard: Sequence[Part], dtype: np.dtype | None
+) -> Callable[[str], np.ndarray]:
+    """Makes the tensors of one file, each when it is written."""
+    parts_of = {part.name: part for part in shard}
+    return lambda name: disassemble(config, params, parts_of[name], dtype)
+
+
 def save_weights(
     folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -193,10 +201,7 @@ def save_weights(
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {part.name: (part.shape, _dtype_of(params, part, dtype)) for part in shard}
 
-        def read(tensor: str, own: Mapping[str, Part] = {part.name: part for part in shard}) -> np.ndarray:
-            return disassemble(config, params, own[tensor], dtype)
-
-        safetensors.write_file(folder / name, tensors, read)
+        safetensors.write_file(folder / name, tensors, _reader(config, params, shard, dtype))
         weight_map |= {part.name: name for part in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for size, _ in shards)}, "weight_map": weight_map}
