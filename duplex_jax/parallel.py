@@ -26,9 +26,13 @@ batch; `tensor` shards heads, MLP width and vocabulary."""
 
 BATCH_AXES = ("slice", "data", "fsdp")
 
+REPLICA_AXES = ("slice", "data")
+"""Along these every weight has copies; their gradients meet once a step."""
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,
+    "rows": REPLICA_AXES,  # of the batch, where `fsdp` cuts the width
     "length": None,
     "activation": None,
     # weights
@@ -263,8 +267,16 @@ def _arranged(spec: MeshSpec, devices: list[Any]) -> np.ndarray:
 
 
 def partition(axes: Sequence[str | None]) -> P:
-    """The mesh axes of an array from its logical ones."""
-    return P(*(None if a is None else RULES[a] for a in axes))
+    """The mesh axes of an array from its logical ones, less those that an enclosing `shard_map` has taken."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+
+    def free(axis: str | None) -> str | tuple[str, ...] | None:
+        names = RULES[axis] if axis else None
+        if names is None or isinstance(names, str):
+            return None if names in taken else names
+        return tuple(name for name in names if name not in taken)
+
+    return P(*map(free, axes))
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:

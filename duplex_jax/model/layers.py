@@ -4,6 +4,7 @@ Letters: B rows, T tokens, D hidden, N query heads, K key heads, H head width, F
 vocabulary, r rank of an update.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,36 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """`[B, T, D]` in `dtype`: rows of a table `[V, D]`.
+
+    A few control tokens are half of all tokens, so the gradient of a row sums thousands of them: in float32, and in the
+    same order on every platform.
+    """
+    return table[tokens].astype(dtype)
+
+
+def _lookup_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = residuals
+    V, n = table.shape[0], tokens.size
+    order = jnp.argsort(tokens.reshape(n), stable=True)
+    ids = tokens.reshape(n)[order]
+    first = jnp.append(True, ids[1:] != ids[:-1])
+
+    def join(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.where(b[1], b[0], a[0] + b[0]), a[1] | b[1]
+
+    dy = dy.reshape(n, -1)[order].astype(jnp.float32)
+    sums, _ = lax.associative_scan(join, (dy, first[:, None]))
+    places = jnp.where(jnp.append(first[1:], True), ids, V + jnp.arange(n))  # the last of each token has its sum
+    grads = jnp.zeros(table.shape, jnp.float32).at[places].set(sums, mode="drop", unique_indices=True)
+    return grads.astype(table.dtype), None
+
+
+lookup.defvjp(lambda table, tokens, dtype: (lookup(table, tokens, dtype), (table, tokens)), _lookup_backward)
+
+
 class Embedding(nnx.Module):
     """A vector for each token of the vocabulary: what goes in, and what the head compares with.
 
@@ -102,7 +133,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """`[B, T, D]` of tokens `[B, T]`."""
-        x = self.weight[tokens].astype(dtype)
+        x = lookup(self.weight[...], tokens, dtype)
         if self.rows is None:
             return x
         hit = tokens[..., None] == jnp.asarray(self.row_ids)

@@ -118,7 +118,9 @@ class MiniCPM(nnx.Module):
         def run(block: Block, x: jax.Array) -> jax.Array:
             return shard(block(x, tables, see), ("batch", "length", "activation"))
 
-        x = shard(self.embedded(tokens, dtype or self.final_norm.weight.dtype), ("batch", "length", "activation"))
+        # Each device looks up its part of the width for all rows, and rows travel: the table stays where it is.
+        x = self.embedded(shard(tokens, ("rows", "length")), dtype or self.final_norm.weight.dtype)
+        x = shard(shard(x, ("rows", "length", "embed")), ("batch", "length", "activation"))
         if not isinstance(self.layers, Block):
             for block in self.blocks:
                 x = run(block, x)

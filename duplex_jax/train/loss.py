@@ -6,14 +6,16 @@ the end and their chunks never run.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import MiniCPM
-from duplex_jax.parallel import BATCH_AXES
 
 
 def targets_and_weights(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -31,94 +33,131 @@ def targets_and_weights(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arr
     return targets, jnp.pad(jnp.where(same, weights[:, 1:], 0.0), ((0, 0), (0, 1)))
 
 
-def cross_entropy(
-    model: MiniCPM, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 512, *, frozen: bool = False
-) -> jax.Array:
-    """sum(weights * nll), differentiable in `hidden` and in the head, or in its trained rows where it is frozen.
+class Sums(NamedTuple):
+    """What micro-batches add to, on every device for itself: a leading axis counts the devices, and nothing travels.
+
+    Attributes:
+        loss: float32 `[fsdp]`, sum(weights * nll).
+        head: float32 `[fsdp, V, D]`, the gradient of the head; None where it is frozen.
+        rows: float32 `[fsdp * tensor, n, D]`, the gradient of the n rows trained in place of the head's; None for none.
+    """
+
+    loss: jax.Array
+    head: jax.Array | None
+    rows: jax.Array | None
+
+
+def zero_sums(fsdp: int, tensor: int, vocab: int, width: int, rows: int | None, frozen: bool) -> Sums:
+    """The sums before the first micro-batch.
 
     Args:
-        model: the model.
+        fsdp, tensor: devices along these axes.
+        vocab: V, rows of the head.
+        width: D.
+        rows: n, trained in place of the head's; None for none.
+        frozen: whether the head itself gets no gradient.
+    """
+    zeros = Sums(
+        jnp.zeros(fsdp),
+        None if frozen else jnp.zeros((fsdp, vocab, width)),
+        None if rows is None else jnp.zeros((fsdp * tensor, rows, width)),
+    )
+    if jax.sharding.get_abstract_mesh().empty:
+        return zeros
+    return jax.tree.map(lax.with_sharding_constraint, zeros, _sharded(zeros))
+
+
+def _sharded(sums: Sums) -> Sums:
+    """How sums lie on a mesh."""
+    specs = Sums(P("fsdp"), P("fsdp", "tensor"), P(("fsdp", "tensor")))
+    return Sums(*(None if x is None else spec for x, spec in zip(sums, specs, strict=True)))
+
+
+def cross_entropy(
+    config: ModelConfig,
+    head: jax.Array,
+    row_ids: tuple[int, ...],
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    sums: Sums,
+    chunk: int = 512,
+) -> tuple[jax.Array, Sums]:
+    """Adds a micro-batch's sum(weights * nll) and its gradients to `sums`.
+
+    Args:
+        config: shape of the model.
+        head: `[V, D]` in the dtype of the computation, cut along `tensor` alone.
+        row_ids: rows of it that are trained in place, `sums.rows`.
         hidden: `[B, T, D]` from `MiniCPM.hidden`.
         targets: int32 `[B, T]`.
         weights: float32 `[B, T]`.
+        sums: so far.
         chunk: tokens whose logits exist at once, on each device.
-        frozen: whether the head gets no gradient, but for the rows that are trained beside it.
+
+    Returns:
+        The gradient of `hidden`, and the sums.
     """
-    head = model.output
-    rows = None if head.rows is None else (jnp.asarray(head.row_ids, jnp.int32), head.rows[...])
-    return _sharded_loss(model.config.vocab_size, chunk, frozen, hidden, head.weight[...], rows, targets, weights)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sharded_loss(vocab, chunk, frozen, hidden, head, rows, targets, weights):
-    return _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads=False)[0]
-
-
-def _forward(vocab, chunk, frozen, hidden, head, rows, targets, weights):
-    loss, *grads = _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, grads=True)
-    return loss, (tuple(grads), hidden[:0, :0, :0], head[:0, :0], None if rows is None else rows[1][:0])
-
-
-def _backward(vocab, chunk, frozen, residuals, g):
-    (d_hidden, d_head, d_rows), hidden_like, head_like, rows_like = residuals
-
-    def scaled(x, like):
-        return None if x is None else (x * g).astype(like.dtype)
-
-    rows_cotangent = None if d_rows is None else (None, scaled(d_rows, rows_like))
-    return scaled(d_hidden, hidden_like), scaled(d_head, head_like), rows_cotangent, None, None
-
-
-_sharded_loss.defvjp(_forward, _backward)
-
-
-def _loss_and_grads(vocab, chunk, frozen, hidden, head, rows, targets, weights, *, grads):
-    """(loss, d hidden, d head, d rows), the last three None where they are not asked for."""
-    local = functools.partial(_local, vocab, chunk, grads, frozen)
+    local = functools.partial(_local, config.vocab_size, chunk, np.asarray(row_ids, np.int32))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local(1, None, hidden, head, rows, targets, weights)
-    # Every device takes its own rows of the batch and its own part of the vocabulary; what it lacks of the head comes
-    # once before the loop, and what it knows of the head's gradient goes out once behind it.
-    batch, table = P(BATCH_AXES), P("tensor", "fsdp")
-
-    def on_device(hidden, head, rows, targets, weights):
-        head = lax.all_gather(head, "fsdp", axis=1, tiled=True)
-        if rows is not None:
-            rows = (rows[0], lax.all_gather(rows[1], "fsdp", axis=1, tiled=True))
-        loss, d_hidden, d_head, d_rows = local(mesh.shape["tensor"], "tensor", hidden, head, rows, targets, weights)
-        loss = lax.psum(loss, BATCH_AXES)
-
-        def summed(x):
-            x = lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)
-            return lax.psum(x, ("slice", "data"))
-
-        if d_head is not None:
-            d_head = summed(d_head)
-        if d_rows is not None:
-            d_rows = summed(lax.psum(d_rows, "tensor"))
-        return loss, d_hidden, d_head, d_rows
-
-    row_spec = None if rows is None else (P(), P(None, "fsdp"))
+        return local(1, None, head, hidden, targets, weights, sums)
+    # Every device takes its own rows of the batch and its own part of the vocabulary.
+    batch, added = P("fsdp"), _sharded(sums)
     return jax.shard_map(
-        on_device, in_specs=(batch, table, row_spec, batch, batch),
-        out_specs=(P(), batch if grads else None, table if grads and not frozen else None,
-                   P(None, "fsdp") if grads and rows is not None else None),
+        functools.partial(local, mesh.shape["tensor"], "tensor"),
+        in_specs=(P("tensor"), batch, batch, batch, added),
+        out_specs=(batch, added),
+        axis_names={"fsdp", "tensor"},
         check_vma=False,
-    )(hidden, head, rows, targets, weights)  # fmt: skip
+    )(head, hidden, targets, weights, sums)
 
 
-def _local(vocab, chunk, grads, frozen, parts, axis, hidden, head, rows, targets, weights):
+def totals(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Loss, gradient of the head `[V, D]` and of its trained rows `[n, D]`, summed over `fsdp` and `tensor`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = None if sums.rows is None else jnp.sum(sums.rows, axis=0)
+    head = sums.head
+    if head is not None and not mesh.empty and mesh.size > 1:
+        head = jax.shard_map(
+            functools.partial(_scattered, parts=mesh.shape["fsdp"]), in_specs=P("fsdp", "tensor"),
+            out_specs=P("tensor", "fsdp"), axis_names={"fsdp", "tensor"}, check_vma=False,
+        )(head)  # fmt: skip
+    elif head is not None:
+        head = head[0]
+    return jnp.sum(sums.loss), head, rows
+
+
+def _scattered(x: jax.Array, parts: int) -> jax.Array:
+    """Summed over `fsdp` and cut along the width, `[V, D / parts]`, of every device's `[1, V, D]`.
+
+    Scattered along the vocabulary, the major axis: TPUs scatter along the minor one by an all-reduce of everything.
+    """
+    vocab = x.shape[1]
+    x = jnp.pad(x[0], ((0, -vocab % parts), (0, 0)))
+    x = lax.psum_scatter(x, "fsdp", scatter_dimension=0, tiled=True)
+    return lax.all_to_all(x, "fsdp", split_axis=1, concat_axis=0, tiled=True)[:vocab]
+
+
+def _local(
+    vocab: int,
+    chunk: int,
+    row_ids: np.ndarray,
+    parts: int,
+    axis: str | None,
+    head: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    sums: Sums,
+) -> tuple[jax.Array, Sums]:
     """The loss of one device's tokens over its part of the vocabulary, in a loop over chunks."""
     B, T, D = hidden.shape
     width = head.shape[0]
     first = lax.axis_index(axis) * width if axis else 0
     dtype = hidden.dtype
-    head = head.astype(dtype)
-    if rows is not None:
-        ids = rows[0] - first
-        ids = jnp.where((ids >= 0) & (ids < width), ids, width)  # of another part: nothing is set or read
-        head = head.at[ids].set(rows[1].astype(dtype), mode="drop")
+    ids = row_ids - first
+    ids = jnp.where((ids >= 0) & (ids < width), ids, width)  # of another part: nothing is read
     n = B * T
     size = min(chunk, n)
     padded = -(-n // size) * size
@@ -130,13 +169,13 @@ def _local(vocab, chunk, grads, frozen, parts, axis, hidden, head, rows, targets
     chunks = padded // size if parts > 1 else (jnp.sum(flat_weights != 0) + size - 1) // size
     columns = jnp.arange(width) + first
 
-    def body(i, carry):
-        loss, d_hidden, d_head, d_rows = carry
+    def body(i: jax.Array, carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
+        d_hidden, (loss, d_head, d_rows) = carry
         places = lax.dynamic_slice_in_dim(order, i * size, size)
         h = flat_hidden.at[places].get(mode="fill", fill_value=0)
         target = flat_targets.at[places].get(mode="fill", fill_value=0)
         weight = flat_weights.at[places].get(mode="fill", fill_value=0)
-        logits = _logits(h, head)
+        logits = lax.dot_general(h, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         if vocab < width * parts:
             logits = jnp.where(columns < vocab, logits, -1e30)
         top = jnp.max(logits, axis=-1)
@@ -150,36 +189,25 @@ def _local(vocab, chunk, grads, frozen, parts, axis, hidden, head, rows, targets
             total, said = lax.psum((total, said), axis)
         normaliser = top + jnp.log(total)
         loss = loss + jnp.sum(weight * (normaliser - said))
-        if grads:
-            hit = columns == target[:, None]
-            error = (jnp.exp(logits - normaliser[:, None]) - hit) * weight[:, None]
-            error = error.astype(dtype)
-            back = error @ head
-            back = lax.psum(back, axis) if parts > 1 else back
-            d_hidden = d_hidden.at[places].set(back, mode="drop")
-            if not frozen:
-                d_head = d_head + lax.dot_general(
-                    error, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                )
-            if rows is not None:
-                taken = error.at[:, ids].get(mode="fill", fill_value=0)
-                d_rows = d_rows + lax.dot_general(
-                    taken, h, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                )
-        return loss, d_hidden, d_head, d_rows
+        hit = columns == target[:, None]
+        error = (jnp.exp(logits - normaliser[:, None]) - hit) * weight[:, None]
+        error = error.astype(dtype)
+        back = error @ head
+        back = lax.psum(back, axis) if parts > 1 else back
+        d_hidden = d_hidden.at[places].set(back, mode="drop")
+        if d_head is not None:
+            d_head = d_head + _over_tokens(error, h)
+        if d_rows is not None:
+            d_rows = d_rows + _over_tokens(error.at[:, ids].get(mode="fill", fill_value=0), h)
+        return d_hidden, Sums(loss, d_head, d_rows)
 
-    start = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((n, D), dtype) if grads else None,
-        jnp.zeros((width, D), jnp.float32) if grads and not frozen else None,
-        jnp.zeros((rows[0].shape[0], D), jnp.float32) if grads and rows is not None else None,
-    )
-    loss, d_hidden, d_head, d_rows = lax.fori_loop(0, chunks, body, start)
-    return loss, None if d_hidden is None else d_hidden.reshape(B, T, D), d_head, d_rows
+    here = jax.tree.map(lambda x: x[0], sums)
+    d_hidden, here = lax.fori_loop(0, chunks, body, (jnp.zeros((n, D), dtype), here))
+    return d_hidden.reshape(B, T, D), jax.tree.map(lambda x: x[None], here)
 
 
-def _logits(h: jax.Array, head: jax.Array) -> jax.Array:
-    return lax.dot_general(h, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _over_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def token_statistics(

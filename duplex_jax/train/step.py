@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from duplex_jax import parallel
 from duplex_jax.model import attention, lora
@@ -18,7 +19,7 @@ from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.model.tree import Params, from_tree, to_tree, with_weights
 from duplex_jax.train import products
 from duplex_jax.train.config import Config
-from duplex_jax.train.loss import cross_entropy, targets_and_weights, token_statistics
+from duplex_jax.train.loss import Sums, cross_entropy, targets_and_weights, token_statistics, totals, zero_sums
 from duplex_jax.train.schedule import learning_rate
 
 State = dict[str, Any]
@@ -248,41 +249,74 @@ def _hidden(plan: Plan, model: MiniCPM, batch: dict[str, jax.Array]) -> jax.Arra
     )  # fmt: skip
 
 
-def loss_sum(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """sum(weight * nll) over the rows `[B, T]` of one micro-batch."""
-    model = model_of(plan, trained, frozen)
-    targets, weights = targets_and_weights(batch)
-    hidden = _hidden(plan, model, batch)
-    return cross_entropy(model, hidden, targets, weights, plan.config.compute.loss_chunk, frozen=plan.is_lora)
-
-
 def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
     """Loss, total weight, and the gradient of the loss, over all micro-batches `[A, B, T]` of a step.
 
-    The loss is sum(weight * nll) / sum(weight) over everything, so it does not matter how a step is cut up.
+    The loss is sum(weight * nll) / sum(weight) over everything, so it does not matter how a step is cut up. Copies of
+    the weights add up the gradients of their own rows, and meet once behind the micro-batches: in the dtype of the
+    computation, as hosts and slices lie between them.
     """
-    dtype = jnp.dtype(plan.config.compute.dtype)
     total = jnp.sum(jax.vmap(lambda b: targets_and_weights(b)[1])(batch))
     divisor = jnp.maximum(total, 1e-9)
-    computed = _computed(trained, dtype)
+    if plan.spec.slice * plan.spec.data == 1:
+        loss, grads = _accumulated(plan, trained, frozen, batch, divisor)
+        return loss, total, grads
+
+    def of_one_copy(trained: Any, frozen: Any, batch: Any, divisor: jax.Array) -> tuple[jax.Array, Any]:
+        loss, grads = _accumulated(plan, trained, frozen, batch, divisor)
+        grads = _computed(grads, jnp.dtype(plan.config.compute.dtype))
+        return jax.lax.psum((loss, grads), parallel.REPLICA_AXES)
+
+    loss, grads = jax.shard_map(
+        of_one_copy, in_specs=(P(), P(), P(None, parallel.REPLICA_AXES), P()), out_specs=P(),
+        axis_names=set(parallel.REPLICA_AXES), check_vma=False,
+    )(trained, frozen, batch, divisor)  # fmt: skip
+    return loss, total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+
+def _accumulated(
+    plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array], divisor: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Loss and float32 gradients of one copy's rows `[A, B, T]`, both over `divisor`."""
+    dtype = jnp.dtype(plan.config.compute.dtype)
     frozen = _computed(frozen, dtype)
+    # The embedding is read from its masters, so that its gradient is summed in float32.
+    computed = _computed(trained, dtype) | {name: trained[name] for name in trained if name == "embed"}
+    output = model_of(plan, trained, frozen).output
+    head = parallel.constrain(output.table().astype(dtype), ("vocab", None))  # whole on every device, for all the step
+    row_ids = output.row_ids
+    zero = zero_sums(
+        plan.spec.fsdp, plan.spec.tensor, *head.shape, rows=len(row_ids) if plan.is_lora and row_ids else None,
+        frozen=plan.is_lora,
+    )  # fmt: skip
 
-    def loss_share(trained: Any, micro: dict[str, jax.Array]) -> jax.Array:
+    def add(sums: Sums, micro: dict[str, jax.Array]) -> tuple[Sums, Any]:
+        targets, weights = targets_and_weights(micro)
+        hidden, back = jax.vjp(lambda trained: _hidden(plan, model_of(plan, trained, frozen), micro), computed)
         # Divided here and not behind: that would read and write every gradient once more.
-        return loss_sum(plan, trained, frozen, micro) / divisor
+        d_hidden, sums = cross_entropy(
+            plan.model, head, row_ids, hidden, targets, weights / divisor, sums, plan.config.compute.loss_chunk
+        )
+        return sums, back(d_hidden)[0]
 
-    value_and_grad = jax.value_and_grad(loss_share)
     if plan.batch_shape[0] == 1:
-        loss, grads = value_and_grad(computed, jax.tree.map(lambda x: x[0], batch))
+        sums, grads = add(zero, jax.tree.map(lambda x: x[0], batch))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     else:
 
         def body(carry: Any, micro: Any) -> tuple[Any, None]:
-            loss, grads = value_and_grad(computed, micro)
-            return (carry[0] + loss, jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[1], grads)), None
+            sums, grads = add(carry[0], micro)
+            return (sums, jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[1], grads)), None
 
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
-        (loss, grads), _ = jax.lax.scan(body, zero, batch)
-    return loss, total, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+        (sums, grads), _ = jax.lax.scan(body, (zero, zeros), batch)
+    loss, d_head, d_rows = totals(sums)
+    table = "embed" if plan.model.tie_word_embeddings else "head"
+    if d_head is not None:
+        grads = grads | {table: grads[table] + d_head}
+    if d_rows is not None:
+        grads = grads | {"rows": grads["rows"] | {table: grads["rows"][table] + d_rows}}
+    return loss, grads
 
 
 def train_step(plan: Plan, state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, dict[str, Any]]:
