@@ -6,7 +6,7 @@ the end and their chunks never run.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,9 @@ class Sums(NamedTuple):
         rows: float32 `[fsdp * tensor, n, D]`, the gradient of the n rows trained in place of the head's; None for none.
     """
 
-    loss: jax.Array
-    head: jax.Array | None
-    rows: jax.Array | None
+    loss: Any
+    head: Any
+    rows: Any
 
 
 def zero_sums(fsdp: int, tensor: int, vocab: int, width: int, rows: int | None, frozen: bool) -> Sums:
@@ -156,8 +156,8 @@ def _local(
     width = head.shape[0]
     first = lax.axis_index(axis) * width if axis else 0
     dtype = hidden.dtype
-    ids = row_ids - first
-    ids = jnp.where((ids >= 0) & (ids < width), ids, width)  # of another part: nothing is read
+    own = jnp.asarray(row_ids) - first
+    ids = jnp.where((own >= 0) & (own < width), own, width)  # of another part: nothing is read
     n = B * T
     size = min(chunk, n)
     padded = -(-n // size) * size

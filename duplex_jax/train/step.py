@@ -286,9 +286,13 @@ def _accumulated(
     head = parallel.constrain(output.table().astype(dtype), ("vocab", None))  # whole on every device, for all the step
     row_ids = output.row_ids
     zero = zero_sums(
-        plan.spec.fsdp, plan.spec.tensor, *head.shape, rows=len(row_ids) if plan.is_lora and row_ids else None,
+        plan.spec.fsdp,
+        plan.spec.tensor,
+        vocab=head.shape[0],
+        width=head.shape[1],
+        rows=len(row_ids) if plan.is_lora and row_ids else None,
         frozen=plan.is_lora,
-    )  # fmt: skip
+    )
 
     def add(sums: Sums, micro: dict[str, jax.Array]) -> tuple[Sums, Any]:
         targets, weights = targets_and_weights(micro)
