@@ -519,4 +519,4 @@ def test_a_study_without_participants_is_described(tmp_path: Path):
     make_up(tmp_path / "study.db", [])
     found = reports.describe(read(tmp_path / "study.db"))
     assert found["aspects"]["overall"]["wilcoxon"]["note"] == "no participants"
-    assert reports.write_report(found, tmp_path / "out") == ["study.json", "study.txt"]
+    assert reports.write_report({"what": "study"} | found, tmp_path / "out") == ["study.json", "study.txt"]

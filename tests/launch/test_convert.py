@@ -94,7 +94,7 @@ def test_bad_model(
         ),
         (("--model=x", "--out=y", "--format=gguf"), "--out=y: --format=gguf writes a file; give a name that ends in"),
         (("--model=x", "--out=y.gguf", "--format=gguf", "--dtype=q4_0"), "one of float32, float16, bfloat16, q8_0"),
-        (("--model=x", "--out=y", "--format=adapter", "--template=compact"), "keeps the template"),
+        (("--model=x", "--out=y", "--format=adapter", "--template=compact"), "keeps its training template"),
         (("--model=x@3", "--out=y", "--format=adapter"), "model 'x@3': no such file or folder"),
         (("--model=tests", "--out=y", "--format=adapter"), "tests: is no adapter and no working folder of a LoRA run"),
         (("--model=x",), "convert needs --model=M and --out=DIR"),

@@ -39,7 +39,7 @@ def test_bad_input(study: Path, tmp_path: Path):
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, message in (
-            (["--db=DB"], "needs one of serve, report behind it"),
+            (["--db=DB"], "needs a command, one of serve, report"),
             (["serve"], "evaluate study serve needs --db=FILE"),
             (["report", "--db=NONE", "--out=OUT"], "no such file; give that of `study serve`"),
             (["report", "--db=WORDS", "--out=OUT"], "cannot be read as the file of a study"),

@@ -104,8 +104,8 @@ def test_the_paper_s_run_on_v5e_16(tmp_path: Path):
     [
         (["--mesh=v5e-16", "--tensor=8", "--fsdp=2"], "36 heads do not divide by tensor=8"),
         (["--mesh=v5e-256"], "a multiple of 256, such as 768, does"),
-        (["--programs=all"], "must be some of train, decode and sessions"),
-        (["--programs=sessions", "--contexts=256,x"], "must be numbers of tokens"),
+        (["--programs=all"], "must be any of train, decode and sessions"),
+        (["--programs=sessions", "--contexts=256,x"], "must be token counts"),
     ],
 )
 def test_bad_input(flags: list[str], message: str):
