@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -21,6 +21,10 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import local_path, locked
 from duplex_jax.model.config import STORES
 from launch import machine
+
+if TYPE_CHECKING:
+    from duplex_jax.decode.sampling import Sampling
+    from duplex_jax.parallel import MeshSpec
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -225,6 +229,60 @@ class StoreFlags:
     def entries(self) -> str | None:
         """As `Engine` takes it."""
         return self._entries.value
+
+
+class MeshFlags:
+    """The mesh of a job, as flags of `module`."""
+
+    def __init__(self, module: str, default: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._mesh = path_flag(
+            "mesh", default, "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh().", **here
+        )
+        self._axes = {
+            axis: flags.DEFINE_integer(
+                axis, 0, f"Devices along the {axis} axis; 0 keeps the mesh's value.", lower_bound=0, **here
+            )
+            for axis in ("data", "fsdp", "tensor")
+        }
+
+    def spec(self) -> "MeshSpec":
+        """The mesh, its axes resized.
+
+        Raises:
+            UserError: no such mesh, or axes that do not multiply to its devices.
+        """
+        from duplex_jax import parallel
+
+        sizes = {axis: flag.value for axis, flag in self._axes.items()}
+        return parallel.resize(parallel.load_mesh_spec(self._mesh.value), **sizes)
+
+
+class SamplingFlags:
+    """How tokens are drawn, as flags of `module`; the defaults are the paper's."""
+
+    def __init__(self, module: str):
+        here: dict[str, Any] = {"module_name": module}
+        self._temperature = flags.DEFINE_float(
+            "temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0, **here
+        )
+        self._top_p = flags.DEFINE_float(
+            "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0,
+            **here
+        )  # fmt: skip
+        self._top_k = flags.DEFINE_integer(
+            "top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0, **here
+        )
+
+    def values(self) -> dict[str, Any]:
+        """As `Sampling` names them."""
+        return {"temperature": self._temperature.value, "top_p": self._top_p.value, "top_k": self._top_k.value}
+
+    def sampling(self, idle_bias: float = 0.0) -> "Sampling":
+        """As sessions take it."""
+        from duplex_jax.decode.sampling import Sampling
+
+        return Sampling(**self.values(), idle_bias=idle_bias)
 
 
 class MindFlags:

@@ -48,11 +48,7 @@ _ROWS = flags.DEFINE_integer(
     "rows", 1, "With --timeline: number of conversations replayed at once (batch size).", lower_bound=1
 )
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", lower_bound=0.1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SAMPLING = app.SamplingFlags(__name__)
 _IDLE_BIAS = flags.DEFINE_float(
     "idle_bias", 0.0, "Added to the logit of <idle>: above 0 the model speaks less, below 0 more."
 )
@@ -80,10 +76,9 @@ QUICK_SECONDS = 1.2
 
 def _options() -> "Replay":
     from duplex_jax.decode.replay import Replay
-    from duplex_jax.decode.sampling import Sampling
 
     return Replay(
-        sampling=Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value, _IDLE_BIAS.value),
+        sampling=_SAMPLING.sampling(_IDLE_BIAS.value),
         seed=_SEED.value,
         system=_SYSTEM.value,
         keep_idle=None if _KEEP_IDLE.value < 0 else _KEEP_IDLE.value,
@@ -215,7 +210,7 @@ def _remote() -> "RemoteSession":
     from duplex_jax.serve.client import RemoteSession
 
     settings = {
-        "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value, "seed": _SEED.value,
+        **_SAMPLING.values(), "seed": _SEED.value,
         "idle_bias": _IDLE_BIAS.value, "system": _SYSTEM.value, "dormant": _DORMANT.value,
         "slice_seconds": _SLICE_SECONDS.value,
     }  # fmt: skip

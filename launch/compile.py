@@ -13,12 +13,7 @@ from launch import app
 from launch.dotted import take_dotted
 
 _CONFIG = app.path_flag("config", None, "Python config file, as in configs/; --config.a.b=value overrides a field.")
-_MESH = app.path_flag(
-    "mesh", "v5e-16", "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh()."
-)
-_DATA = flags.DEFINE_integer("data", 0, "Devices along the data axis; 0 keeps the mesh's value.", lower_bound=0)
-_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along the fsdp axis; 0 keeps the mesh's value.", lower_bound=0)
-_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along the tensor axis; 0 keeps the mesh's value.", lower_bound=0)
+_MESH = app.MeshFlags(__name__, "v5e-16")
 _PROGRAMS = flags.DEFINE_list(
     "programs", ["train", "decode"], "Programs to compile: any of train, decode and sessions."
 )
@@ -39,7 +34,6 @@ _DOTTED: list[tuple[str, str]] = []
 def main(argv: list[str]) -> int:
     """Compiles and reports; exit code 1 where something does not fit."""
     app.no_arguments(argv)
-    from duplex_jax import parallel
     from duplex_jax.decode import capacity
     from duplex_jax.train import compile as compiling
     from duplex_jax.train import config as configs
@@ -56,8 +50,7 @@ def main(argv: list[str]) -> int:
     if _JSON.value:
         check_writable(_JSON.value)
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
-    spec = parallel.load_mesh_spec(_MESH.value)
-    spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
+    spec = _MESH.spec()
     if set(_PROGRAMS.value) != {"sessions"}:  # which compiles nothing
         compiling.prepare_environment(spec)
     reports: list[dict[str, Any]] = []

@@ -38,11 +38,7 @@ _LIMIT = flags.DEFINE_integer(
 )
 _ROWS = flags.DEFINE_integer("rows", 8, "Number of conversations run at once (batch size).", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SAMPLING = app.SamplingFlags(__name__)
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; none by default.")
 _KEEP_IDLE = flags.DEFINE_integer(
     "keep_idle", 1, "Number of consecutive silent pairs kept in the context; -1 keeps all.", -1
@@ -60,7 +56,7 @@ def main(argv: list[str]) -> None:
     seeds = app.numbers("seeds", _SEEDS.value, int)
     biases = app.numbers("idle_bias", _IDLE_BIAS.value, float)
     main_bias = 0.0 if 0.0 in biases else biases[0]
-    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    sampling = _SAMPLING.sampling()
     out = Path(_OUT.value)
     data = runs.read_held_out(_DATA.value, _LIMIT.value)
     beside = [reports.read_beside(folder, data.sha256) for folder in _BESIDE.value]

@@ -10,7 +10,6 @@ from absl import flags
 
 from data_gen.progress import Progress
 from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.behaviour_run import Records, check_settings, model_settings
 from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions, make_engine
@@ -48,11 +47,7 @@ _TEMPLATE = flags.DEFINE_enum(
 )
 _ROWS = flags.DEFINE_integer("rows", 8, "Number of conversations run at once (batch size).", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SAMPLING = app.SamplingFlags(__name__)
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; none by default.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Maximum length of an answer in tokens.", lower_bound=1)
@@ -83,7 +78,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--pairwise needs --judge_model=NAME, and mt_bench among --tasks")
     _REQUESTS.check()
     judge = JudgeModel(_JUDGE.value, judging.read_fields(_FIELDS.value) if _FIELDS.value else {})
-    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    sampling = _SAMPLING.sampling()
     asking = Asking(sampling, _SEED.value, _MAX_TOKENS.value, _QUIET.value, _PATIENCE.value, _SYSTEM.value)
     out = Path(_OUT.value)
     questions = {task: read_questions(task, _DATA.value) for task in tasks}

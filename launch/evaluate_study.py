@@ -56,11 +56,7 @@ _AT_ONCE = flags.DEFINE_integer(
 )
 _CAPACITY = flags.DEFINE_integer("capacity", 2048, "Maximum context length of a conversation in tokens.", lower_bound=1)
 _SLICE_SECONDS = flags.DEFINE_float("slice_seconds", 2.0, "Length of a time slice in seconds.", 0.1, 60.0)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Sampling temperature; 0 is greedy.", lower_bound=0.0)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 0.8, "Nucleus sampling: keep the most probable tokens up to this total probability.", 0.0, 1.0
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep only the k most probable tokens; 0 keeps all.", lower_bound=0)
+_SAMPLING = app.SamplingFlags(__name__)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "Maximum length of a turn-based answer in tokens.", lower_bound=1)
 _MINUTES = flags.DEFINE_float(
     "conversation_minutes", 30.0, "Maximum length of a conversation in minutes.", lower_bound=0.1
@@ -95,8 +91,7 @@ def _serve(db: str) -> None:
     try:
         store.agree({
             "openings": texts.openings, "note": texts.note, "consent": texts.consent, "capacity": _CAPACITY.value,
-            "slice_seconds": _SLICE_SECONDS.value, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value,
-            "top_k": _TOP_K.value, "max_tokens": _MAX_TOKENS.value,
+            "slice_seconds": _SLICE_SECONDS.value, **_SAMPLING.values(), "max_tokens": _MAX_TOKENS.value,
             **{f"model_{s}": _MODEL[s].value for s in SYSTEMS}, **{f"mode_{s}": _MODE[s].value for s in SYSTEMS},
         })  # fmt: skip
         _run(store, texts)
@@ -106,7 +101,6 @@ def _serve(db: str) -> None:
 
 def _run(store: stores.Store, texts: Texts) -> None:
     """Loads both models, and serves until it is stopped."""
-    from duplex_jax.decode.sampling import Sampling
     from duplex_jax.evaluate.behaviour_run import model_settings
     from duplex_jax.evaluate.study.server import StudyServer, System
     from duplex_jax.serve import build
@@ -117,7 +111,7 @@ def _run(store: stores.Store, texts: Texts) -> None:
 
     keys = _LISTEN.api_keys.value
     access = Access(read_keys(keys) if keys else (), hosts=(_LISTEN.host, *_LISTEN.hosts))
-    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _TOP_K.value)
+    sampling = _SAMPLING.sampling()
     app.use_compilation_cache()
     limits = Limits(per_client=1, session_seconds=60 * _MINUTES.value)
     systems = {}

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
     from duplex_jax.train.config import Config
 
 _CONFIG = app.path_flag("config", None, "Python config file, as in configs/; --config.a.b=value overrides a field.")
-_MESH = app.path_flag(
-    "mesh", "cpu1", "Device mesh: a name from configs/mesh/, or a Python file that defines get_mesh()."
-)
-_DATA = flags.DEFINE_integer("data", 0, "Devices along the data axis; 0 keeps the mesh's value.", lower_bound=0)
-_FSDP = flags.DEFINE_integer("fsdp", 0, "Devices along the fsdp axis; 0 keeps the mesh's value.", lower_bound=0)
-_TENSOR = flags.DEFINE_integer("tensor", 0, "Devices along the tensor axis; 0 keeps the mesh's value.", lower_bound=0)
+_MESH = app.MeshFlags(__name__, "cpu1")
 _WORKDIR = app.path_flag(
     "workdir", None, "Folder for checkpoints, metrics and the exported model; an interrupted run resumes from it."
 )
@@ -93,8 +88,7 @@ def main(argv: list[str]) -> int | None:
     if not _CONFIG.value or not _WORKDIR.value:
         raise UserError("train needs --config=FILE and --workdir=DIR (--help lists the flags)")
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
-    spec = parallel.load_mesh_spec(_MESH.value)
-    spec = parallel.resize(spec, data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value)
+    spec = _MESH.spec()
     config = configs.fit_batch(config, spec)
     if config.model.shape is not None:
         parallel.check_heads(spec, config.model.shape)
