@@ -104,6 +104,9 @@ class Client:
         backoff: seconds before the first of them; doubled each time.
         budget: see there.
         flag: the one that gave the address, for messages.
+
+    Raises:
+        UserError: the package `openai` is not installed.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class Client:
         self._quiet_until = 0.0
         self._flying: dict[str, asyncio.Task[Answer | None]] = {}
         self._jitter = random.Random()
+        # Here and not on the loop's thread: what is missing is told to the caller.
+        self._api = make_api(self.base_url, timeout, asynchronous=True)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -142,7 +147,6 @@ class Client:
         asyncio.set_event_loop(self._loop)
         self._slots = asyncio.Semaphore(self.concurrency)
         self._released = asyncio.Event()
-        self._api = make_api(self.base_url, self.timeout, asynchronous=True)
         self._ready.set()
         self._loop.run_forever()
 

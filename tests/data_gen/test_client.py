@@ -153,6 +153,12 @@ def test_a_server_that_is_gone_ends_the_run(server: FakeServer, cache: ReplyCach
         client.close()
 
 
+def test_a_missing_package_is_told_at_once(cache: ReplyCache, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # what Python does where it is not installed
+    with pytest.raises(UserError, match=r"needs openai: pip install 'duplex-jax\[llm\]'"):
+        Client("http://127.0.0.1:9/v1", cache)
+
+
 def test_no_server_at_all(cache: ReplyCache):
     client = Client("http://127.0.0.1:9/v1", cache, backoff=0.001)
     try:
