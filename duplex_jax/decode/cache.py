@@ -1,11 +1,11 @@
-"""The KV cache: fixed shape, written in one place, and the attention that reads it.
+"""The KV cache: a fixed shape, written in one place, and the attention that reads it.
 
-Each layer has arrays of its own, so that a step reads them where they lie (out of one stack, XLA's CPU backend copies a
-layer's entries for every token). Keys are `[B, K, H, S]` and values `[B, K, S, H]`: both products of a decode step
-run over contiguous memory. S is the capacity plus slack for one chunk: a row's new entries are written as one block
-behind its length, and what a block holds beyond the row's own entries is never read and later overwritten. Lengths
-live on the host: to forget is to lower a number. Entries may be int8, with a scale for each key and each value of a
-head: x[h] = scale * q[h], scale = max_h |x[h]| / 127.
+Each layer has its own arrays, which a step reads in place (from one stacked array, XLA's CPU backend copies a layer's
+entries for every token). Keys are `[B, K, H, S]` and values `[B, K, S, H]`, so both products of a decode step run over
+contiguous memory. S is the capacity plus slack for one chunk: a row's new entries are written as one block behind its
+length, and the part of a block beyond the row's own entries is never read and later overwritten. Lengths live on the
+host: forgetting means lowering a number. Entries may be int8, with one scale per head for each key and each value:
+x[h] = scale * q[h], scale = max_h |x[h]| / 127.
 """
 
 import ctypes
@@ -28,9 +28,9 @@ from duplex_jax.model.config import ModelConfig
 )  # fmt: skip
 @dataclasses.dataclass
 class KVCache:
-    """For each of L layers keys `[B, K, H, S]` and values `[B, K, S, H]`; in a step's buffer, S counts its slots.
+    """Keys `[B, K, H, S]` and values `[B, K, S, H]` of each of L layers; in a step's buffer, S is its number of slots.
 
-    Where entries are int8, the scales of keys and values are float32 `[B, K, S]`; else there are none.
+    If entries are int8, keys and values have float32 scales `[B, K, S]`; otherwise there are none.
     """
 
     k: tuple[jax.Array, ...]
@@ -40,21 +40,21 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return self.k[0].shape[0]
 
     @property
     def slots(self) -> int:
-        """S."""
+        """S, the number of slots per row."""
         return self.k[0].shape[-1]
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the entries."""
+        """dtype of the entries."""
         return self.k[0].dtype
 
     def layers(self) -> list[tuple[jax.Array, ...]]:
-        """Of each layer keys and values, and their scales where there are any."""
+        """Per layer: keys, values and, if int8, the scales of both."""
         parts = [self.k, self.v, self.k_scales, self.v_scales]
         return list(zip(*(part for part in parts if part), strict=True))
 
@@ -77,19 +77,19 @@ def zeros(config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLik
 
 
 def _unbacked(x: jax.Array) -> jax.Array:
-    """The same zeros, on a CPU under Linux without memory behind them: a page comes when it is first written."""
+    """The same zeros without physical memory (CPU under Linux): a page is allocated when first written."""
     if isinstance(x, jax.core.Tracer) or jax.default_backend() != "cpu" or sys.platform != "linux":
         return x
     page = mmap.PAGESIZE
     begin = x.block_until_ready().unsafe_buffer_pointer()
     first, end = -(-begin // page) * page, (begin + x.nbytes) // page * page
-    if end > first:  # an array's memory is private to the process: a page that is given back reads as zeros
+    if end > first:  # the mapping is private and anonymous, so a released page reads as zeros
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
     return x
 
 
 def quantized(cache: KVCache) -> KVCache:
-    """The entries as int8."""
+    """The cache with entries stored as int8."""
 
     def parts(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
@@ -102,7 +102,7 @@ def quantized(cache: KVCache) -> KVCache:
 
 
 def _like(cache: KVCache, new: KVCache) -> KVCache:
-    """New entries as the cache has its own."""
+    """Converts new entries to the cache's storage type."""
     if cache.dtype == jnp.int8:
         return new if new.dtype == jnp.int8 else quantized(new)
 
@@ -116,7 +116,7 @@ def _each(
     keys: Callable[..., jax.Array], values: Callable[..., jax.Array], scales: Callable[..., jax.Array],
     cache: KVCache, *others: KVCache,
 ) -> KVCache:  # fmt: skip
-    """A cache whose layers are functions of those of others."""
+    """Builds a cache by applying `keys`, `values` and `scales` to the layers of one or more caches."""
     functions = {"k": keys, "v": values, "k_scales": scales, "v_scales": scales}
     return KVCache(**{
         name: tuple(map(function, *(getattr(c, name) for c in (cache, *others))))
@@ -125,7 +125,7 @@ def _each(
 
 
 def take_rows(cache: KVCache, rows: jax.Array | None, slots: int) -> KVCache:
-    """The first `slots` slots of rows `[R]` of a cache, or of all of them."""
+    """The first `slots` slots of rows `[R]`, or of all rows if `rows` is None."""
     if rows is None:
         if slots == cache.slots:
             return cache
@@ -146,7 +146,7 @@ def _one_row(cache: KVCache, row: jax.Array) -> KVCache:
 
 
 def put_row(cache: KVCache, row: jax.Array, new: KVCache, start: jax.Array | int = 0) -> KVCache:
-    """Writes a cache of one row into `row` from slot `start` on. The caller sees to it that it fits."""
+    """Writes a one-row cache into `row` from slot `start` on. The caller ensures that it fits."""
     return _each(
         lambda k, new: lax.dynamic_update_slice(k, new, (row, 0, 0, start)),
         lambda v, new: lax.dynamic_update_slice(v, new, (row, 0, start, 0)),
@@ -161,7 +161,7 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
     Args:
         cache: the cache, to be donated.
         new: keys and values of R rows, N slots each.
-        rows: int32 `[R]`, where each of them belongs, each row once; None for all rows of the cache in order.
+        rows: int32 `[R]`, distinct target rows; None for all rows in order.
         lengths: int32 `[R]`, where each row's block begins; at most S - N.
     """
 
@@ -186,7 +186,7 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
     new = _like(cache, new)
     if rows is not None:
         return row_by_row(cache, new, lengths)
-    # One after the other is in place on CPU; elsewhere rows lie on several devices, and each writes its own.
+    # Writing row by row is in place on CPU. Elsewhere rows may be on several devices, and each device writes its own.
     return lax.platform_dependent(cache, new, lengths, cpu=row_by_row, default=at_once)
 
 
@@ -194,15 +194,15 @@ def attend(
     q: jax.Array, past: Sequence[jax.Array], recent: tuple[jax.Array, jax.Array],
     lengths: jax.Array, visible: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Attention of a chunk's queries over what its row has cached and over the step's buffer.
+    """Attention of a chunk's queries over the row's cached entries and the step's buffer.
 
     Args:
         q: `[B, t, N, H]`.
-        past: one layer's cached keys `[B, K, H, S]` and values `[B, K, S, H]`, and the scales `[B, K, S]` of both
-            where they are int8.
-        recent: the buffer's keys `[B, K, H, M]` and values `[B, K, M, H]`, this chunk's included.
-        lengths: int32 `[B]`, how much of the past is real.
-        visible: bool `[B, t, M]`, which slots of the buffer each query sees.
+        past: one layer's cached keys `[B, K, H, S]` and values `[B, K, S, H]`, followed by the scales `[B, K, S]` of
+            both if they are int8.
+        recent: the buffer's keys `[B, K, H, M]` and values `[B, K, M, H]`, including this chunk's.
+        lengths: int32 `[B]`, valid cached entries of each row.
+        visible: bool `[B, t, M]`, the buffer slots that each query attends to.
 
     Returns:
         `[B, t, N, H]`.
@@ -211,14 +211,14 @@ def attend(
     K, S = past[0].shape[1], past[0].shape[-1]
     q = (q * H**-0.5).reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * t, H)
 
-    # What a scale is the same for is multiplied by it: scores and probabilities, not entries.
+    # Scales are applied to scores and probabilities, which are smaller than the entries.
     k_scales, v_scales = (s[:, :, None] for s in past[2:]) if len(past) > 2 else (1, 1)
 
     def scores(keys: jax.Array, mask: jax.Array, scales: Any) -> jax.Array:
         s = jnp.einsum("bkqh,bkhs->bkqs", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
         return jnp.where(mask, s * scales, -1e30)
 
-    # Softmax over both parts without joining them, divided by at the end, where there is least to divide.
+    # Softmax over both parts without concatenating them; the division comes last, where the array is smallest.
     old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None], k_scales)
     new = scores(recent[0], jnp.tile(visible, (1, N // K, 1))[:, None], 1)
     top = jnp.maximum(jnp.max(old, axis=-1), jnp.max(new, axis=-1))[..., None]

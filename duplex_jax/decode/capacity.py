@@ -1,4 +1,4 @@
-"""How many live sessions an accelerator can serve: on paper, by the formulas of `floor` and its maker's figures."""
+"""Estimates how many live sessions an accelerator can serve, from `floor`'s formulas and the chip's data sheet."""
 
 import bisect
 import dataclasses
@@ -11,23 +11,23 @@ from duplex_jax.model.config import ModelConfig
 from duplex_jax.parallel import Chip
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 
-# What of its maker's bandwidth a chip is taken to reach: our kernels for CPUs reach 69 to 80% of what memory gives.
+# Fraction of the data-sheet bandwidth that is assumed to be reached; our CPU kernels reach 69 to 80% of it.
 MEMORY_SHARE = 0.7
-# What of its memory weights and caches may take; a step's temporaries need the rest.
+# Fraction of memory for weights and caches; the rest is left for a step's temporaries.
 _ROOM = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """Sessions that one accelerator serves, every one of which says a full slice on every tick.
+    """How many sessions one accelerator serves if each of them says a full slice on every tick.
 
     Attributes:
         context: tokens that each session holds.
-        entries: how they are stored.
-        session_bytes: of a session's cache, its share of the rows in which contexts are encoded afresh included.
-        by_memory: sessions whose caches fit beside the weights.
-        by_clock: sessions whose slices are ready within a tick, if memory were no matter; 0 where one alone is late.
-        seconds: of a slice with as many sessions as both allow.
+        entries: storage type of the cache entries.
+        session_bytes: bytes of one session's cache, including its share of the shadow rows.
+        by_memory: most sessions whose caches fit beside the weights.
+        by_clock: most sessions whose slices are ready within a tick; 0 if even one session is late.
+        seconds: seconds per slice with `sessions` sessions.
     """
 
     context: int
@@ -39,21 +39,21 @@ class Live:
 
     @property
     def sessions(self) -> int:
-        """As many as memory and clock allow."""
+        """The smaller of both bounds."""
         return min(self.by_memory, self.by_clock)
 
 
 def cache_bytes(config: ModelConfig, rows: int, context: int, entries: str, said: int = MAX_SLICE_TOKENS) -> int:
-    """Bytes of an engine's caches: of its rows, and of those in which contexts are encoded afresh.
+    """Bytes of an engine's cache and of its shadow cache, in which shortened contexts are encoded.
 
-        (R (n + s) + max(1, R // 8) (3/4 n + s)) * 2 L K (H * bytes of an entry, and 4 where it is int8: its scale)
+        (R (n + s) + max(1, R // 8) (3/4 n + s)) * 2 L K (H * bytes per entry, plus 4 for its scale if int8)
 
     Args:
         config: the model.
         rows: R.
         context: n, the engine's capacity.
-        entries: how they are stored.
-        said: most tokens of a slice; with a chunk of 64 tokens they make s, the slots behind the capacity.
+        entries: storage type of the entries.
+        said: most tokens of an assistant slice; this plus a chunk of 64 tokens is s, the slots behind the capacity.
     """
     return sum(r * n for r, n in cache_sizes(rows, context, CHUNK + said)) * token_bytes(config, entries)
 
@@ -62,22 +62,22 @@ def plan_sessions(
     config: ModelConfig, chip: Chip, contexts: Sequence[int], slice_seconds: float = 2.0, fed: int = 16,
     said: int = MAX_SLICE_TOKENS, efficiency: float = 0.55, most: int = 100_000,
 ) -> list[Live]:  # fmt: skip
-    """Live sessions on one accelerator against the tokens that each holds, bfloat16 weights, bfloat16 and int8 entries.
+    """Live sessions on one accelerator by context length, for bfloat16 weights and bfloat16 or int8 entries.
 
-        a session  `cache_bytes` of eight, over eight
-        by memory  the most rows whose `cache_bytes` are within 0.85 memory - weights
-        by clock   the most rows whose `slice_floor` is within a tick, at 0.7 of the bandwidth and `efficiency` of the
-                   peak rate
+        bytes per session  `cache_bytes` of eight sessions, divided by eight
+        by memory          the most rows whose `cache_bytes` fit in 0.85 memory - weights
+        by clock           the most rows whose `slice_floor` fits in a tick, at 0.7 of the bandwidth and `efficiency` of
+                           the peak rate
 
     Args:
-        config: the model, whole on each accelerator.
-        chip: its maker's figures.
-        contexts: tokens held, and capacities.
-        slice_seconds: a tick of the clock.
-        fed: tokens of a user's slice, markers included.
-        said: tokens of an answer's.
-        efficiency: what products reach of the peak rate.
-        most: sessions at which the search for both bounds ends.
+        config: the model, held whole by each accelerator.
+        chip: its data-sheet figures.
+        contexts: context lengths (and capacities) in tokens.
+        slice_seconds: length of a tick.
+        fed: tokens of a user slice, markers included.
+        said: tokens of an assistant slice.
+        efficiency: fraction of the peak rate that matrix products reach.
+        most: upper end of the search for both bounds.
     """
     ceilings = Ceilings(MEMORY_SHARE * chip.bandwidth, MEMORY_SHARE * chip.bandwidth, efficiency * chip.flops)
     room = _ROOM * chip.memory - config.num_params * BYTES["bfloat16"]
@@ -99,7 +99,7 @@ def plan_sessions(
 
 
 def sessions_table(plans: Sequence[Live]) -> list[str]:
-    """Plans as lines of text."""
+    """Formats plans as lines of text."""
     lines = ["  context  entries   MB a session  by memory  by clock  sessions  seconds"]
     for p in plans:
         lines.append(

@@ -1,7 +1,7 @@
-"""The batched engine: rows of one cache, each a conversation's ids, stepped together by a handful of programs.
+"""The batched engine: rows of one cache, one conversation each, stepped together by a few compiled programs.
 
-A row says which ids it holds; the engine sees to it that the cache agrees. The invariant: whatever was appended, cut
-back, copied or moved, the next logits of a row are those of a fresh forward pass over its ids.
+A row holds the ids of its context; the engine keeps the cache in agreement with them. Invariant: after any sequence of
+appending, truncating, copying and moving, a row's next logits are those of a fresh forward pass over its ids.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.template import Template
 
 CHUNK = 64
-"""Tokens that are encoded at once, by default."""
+"""Default number of tokens encoded at once."""
 
 
 class Engine:
     """Rows of a fixed-shape KV cache and the compiled programs over them. Not thread-safe.
 
     Args:
-        model: the model, its weights stacked, as numpy or jax arrays; or another engine's backend.
-        template: gives idle, end and the tokens that are never sampled.
-        rows: B, conversations at once.
+        model: the model with stacked weights, as numpy or jax arrays; or another engine's backend.
+        template: defines the idle and end tokens, and those that are never sampled.
+        rows: B, the most conversations at once.
         capacity: most tokens of a context.
-        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
-        weights: how weights are stored, one of `STORES`; as `dtype` by default.
-        entries: how cached keys and values are stored, one of the same; as `dtype` by default.
-        kernels: whether the CPU's own kernels compute (in float32); by default where they can be had.
-        max_feed_tokens: T, most tokens of a row that a step is fed.
-        row_buckets: R, the numbers of rows that a step computes: it takes the least that holds those that take part,
-            and again for those that are not silent. On CPU 1, 4, 16, 32, 64, ... by default; elsewhere all rows, and
-            the host does not look at the first token in the middle.
-        chunk: tokens that are encoded at once where there are more of them, ahead of the step.
+        dtype: dtype of the computation; by default float32 on CPU and bfloat16 elsewhere.
+        weights: storage type of the weights, one of `STORES`; `dtype` by default.
+        entries: storage type of cached keys and values, one of `STORES`; `dtype` by default.
+        kernels: whether to use the native CPU kernels (float32); by default if they are available.
+        max_feed_tokens: T, most tokens of a row that one step is fed.
+        row_buckets: values of R, the number of rows that a program computes. A step uses the smallest that holds its
+            rows, and chooses again for those that are not silent. By default 1, 4, 16, 32, 64, ... on CPU; elsewhere
+            always all rows, and the host does not inspect the first token in between.
+        chunk: tokens encoded at once when more than a step's worth are pending.
         max_slice_tokens: M, most tokens of an assistant slice.
 
     Raises:
-        UserError: a size that makes no sense, more capacity than the model has positions, or kernels that are not here.
+        UserError: a size is invalid, the capacity exceeds the model's positions, or the kernels are not available.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def rows(self) -> set[Row]:
-        """The rows that are open."""
+        """The open rows."""
         return self._rows.open
 
     @property
@@ -114,26 +114,26 @@ class Engine:
 
     @property
     def compilations(self) -> Mapping[Program, int]:
-        """How often each program was compiled."""
+        """Number of compilations of each program."""
         return self._programs.compilations
 
-    # Rows come and go.
+    # Opening and closing rows.
 
     def open(self, ids: Sequence[int] = (), sampling: Sampling | None = None, seed: int = 0) -> Row:
-        """Takes a free row for a context that begins with `ids`.
+        """Opens a free row for a context that begins with `ids`.
 
         Raises:
             EngineFull: no row is free.
-            UserError: the beginning leaves too little room.
+            UserError: `ids` leave too little room for a conversation.
         """
         return self._rows.take(ids, sampling, seed)
 
     @contextlib.contextmanager
     def opening(self, ids: Sequence[int] = (), sampling: Sampling | None = None, seed: int = 0) -> Iterator[Row]:
-        """`open` for a block that makes something of the row; where the block fails, the row is closed.
+        """`open` as a context manager that closes the row if its block raises.
 
         Raises:
-            EngineFull, UserError: as `open`.
+            EngineFull, UserError: as for `open`.
         """
         row = self.open(ids, sampling, seed)
         try:
@@ -143,15 +143,19 @@ class Engine:
             raise
 
     def check_beginning(self, ids: Sequence[int]) -> None:
-        """Refuses ids that would stay for good and leave too little room."""
+        """Checks that permanent ids at the front of a context leave enough room.
+
+        Raises:
+            UserError: they do not.
+        """
         self._rows.check_beginning(ids)
 
     def close(self, row: Row) -> None:
-        """Gives a row back. Closing it twice does no harm."""
+        """Frees a row. Closing it twice is harmless."""
         self._rows.give_back(row)
 
     def fork(self, row: Row, seed: int | None = None) -> Row:
-        """A second row with the same context, cached entries copied.
+        """Opens a second row with the same context by copying the cached entries.
 
         Raises:
             EngineFull: no row is free.
@@ -165,24 +169,24 @@ class Engine:
                 self.cache = copy(self.cache, new.index, row.index)
         return new
 
-    # Their ids change.
+    # Changing a row's ids.
 
     def truncate(self, row: Row, length: int, then: Sequence[int] = ()) -> None:
-        """Cuts a row's ids back to `length` and appends `then`, pending: O(1) in the cache."""
+        """Truncates a row's ids to `length` and appends `then` as pending ids; O(1) in the cache."""
         self._rows.truncate(row, length, then)
 
     def append(self, row: Row, ids: Sequence[int]) -> None:
-        """Appends ids, pending."""
+        """Appends ids as pending."""
         row.ids += ids
 
     def advance(self, requests: Mapping[Row, Request]) -> dict[Row, list[int]]:
-        """One step of several rows at once: appends each row's ids and samples up to M tokens behind them.
+        """One step of several rows: appends each row's ids and samples up to M tokens after them.
 
         Returns:
-            For each row the sampled ids, stop token included; they are part of its ids now.
+            The sampled ids of each row, including the stop token; they are now part of its ids.
 
         Raises:
-            UserError: a row's context would outgrow the capacity, or it was closed; no row was changed.
+            UserError: a context would exceed the capacity, or a row is closed; no row has changed.
         """
         for row, request in requests.items():
             self._rows.check_open(row)
@@ -214,7 +218,7 @@ class Engine:
                 for row, place in places.items():
                     token[place] = going[row]
                 result |= self._say(token, rows, places, max(lengths[row] for row in going))
-        else:  # silent slices are over before `say` begins; the host need not look
+        else:  # `say` itself leaves out silent slices, so the host does not wait for the tokens
             rows = dataclasses.replace(inputs.rows, lengths=inputs.rows.lengths + inputs.counts)
             result = self._say(token, rows, places, max(lengths.values()))
         for row, said in result.items():
@@ -224,7 +228,7 @@ class Engine:
         return result
 
     def _say(self, token: Any, rows: RowsInput, places: Mapping[Row, int], longest: int) -> dict[Row, list[int]]:
-        """The slices that begin with these tokens `[R]`, in rows of at most `longest` tokens."""
+        """Samples the rest of the slices that begin with `token` `[R]`, in rows of at most `longest` tokens."""
         program = self._program("say", self._read(longest), self.cache, len(rows.lengths))
         self.cache, sampled, number = program(self.backend.weights, self.cache, token, rows)
         sampled, number = jax.device_get((sampled, number))
@@ -233,7 +237,7 @@ class Engine:
     def _step_input(
         self, feeds: Mapping[Row, Sequence[int]], in_turns: Collection[Row]
     ) -> tuple[StepInput, dict[Row, int]]:
-        """What rows are fed, and each one's place there."""
+        """The step's input, and the index of each row in it."""
         rows, places = self._rows_input(feeds, {}, in_turns)
         fed = sum(map(len, feeds.values()))
         shapes = self._feed_shapes(len(rows.lengths))
@@ -251,12 +255,12 @@ class Engine:
     def _rows_input(
         self, active: Collection[Row], lengths: Mapping[Row, int], in_turns: Collection[Row]
     ) -> tuple[RowsInput, dict[Row, int]]:
-        """Rows that take part, filled up to a number that programs are compiled for, and each one's place there.
+        """The active rows, filled up to a compiled batch size, and the index of each in the batch.
 
         Args:
             active: the rows.
-            lengths: of rows that have more in the cache by now than they say.
-            in_turns: the rows that answer a turn.
+            lengths: cached lengths of rows whose `cached` is not up to date.
+            in_turns: the rows that answer a turn instead of a slice.
         """
         B = self.cache.rows
         if self._few_rows:
@@ -268,7 +272,7 @@ class Engine:
         place = {int(row): i for i, row in enumerate(range(B) if index is None else index)}
         rows = empty_rows(np.zeros(R, np.int32), self._suppress, self._ends, index)
         for row in self.rows:
-            if row.index in place:  # at rest, it gets a block of padding behind its length
+            if row.index in place:  # an inactive row gets padding written behind its length
                 rows.lengths[place[row.index]] = lengths.get(row, row.cached)
         places = {row: place[row.index] for row in active}
         for row, i in places.items():
@@ -279,18 +283,18 @@ class Engine:
         return rows, places
 
     def encode(self, row: Row, count: int, then: Sequence[int] = ()) -> None:
-        """Encodes at least `count` of the row's pending ids (followed by `then`) ahead of the step, in chunks."""
+        """Encodes at least `count` of the row's pending ids (and of `then` after them) in chunks, ahead of the step."""
         if count <= 0:
             return
         ids = [*row.ids, *then]
-        stop = min(row.cached + count, len(ids) - 1)  # the last id is fed with the step that needs its logits
+        stop = min(row.cached + count, len(ids) - 1)  # the step that needs the last id's logits feeds it
         while row.cached < stop:
             chunk = ids[row.cached : min(row.cached + self.chunk, len(ids) - 1)]
             self.cache = self._extend(self.cache, row.index, chunk, row.cached)
             row.cached += len(chunk)
 
     def logits(self, row: Row) -> np.ndarray:
-        """float32 `[V]`: the logits that the row's next token is drawn from. The row must hold an id."""
+        """float32 `[V]`: logits of the row's next token. The row must hold at least one id."""
         self.encode(row, len(row.ids) - row.cached - self.chunk)
         cached = min(row.cached, len(row.ids) - 1)
         tokens = self._padded(row.ids[cached:])
@@ -299,10 +303,10 @@ class Engine:
         return np.asarray(logits)
 
     def score(self, row: Row, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Appends ids and encodes them in chunks; for each chunk float32 `[n, V]`, the logits behind its ids.
+        """Appends ids and encodes them in chunks; yields for each chunk the logits after its ids, float32 `[n, V]`.
 
         Raises:
-            UserError: they do not fit the capacity.
+            UserError: they exceed the capacity.
         """
         if len(row.ids) + len(ids) > self.capacity:
             raise UserError(f"the context of {len(row.ids) + len(ids)} tokens exceeds the capacity of {self.capacity}")
@@ -318,18 +322,18 @@ class Engine:
             yield np.asarray(logits)[max(0, begin - row.cached) : len(chunk)]
             row.cached += len(chunk)
 
-    # Old pairs are dropped: what stays is encoded afresh ahead of the switch.
+    # Dropping old pairs: the shortened context is encoded in a shadow row before the switch.
 
     def begin_shadow(self, row: Row, prefix: int, base: int) -> None:
-        """Begins to encode the row's context without `ids[prefix:base]`."""
+        """Starts encoding the row's context without `ids[prefix:base]`."""
         if self._shadow_cache is None:
             self._shadow_cache = self.backend.new_cache(*self._shadow_size)
         self._rows.begin_shadow(row, prefix, base)
 
     def advance_shadow(self, row: Row, count: int) -> bool:
-        """Encodes about `count` more ids of the shadow; switches when it has caught up. True if it switched.
+        """Encodes about `count` more ids of the shadow, and switches once it has caught up; True if it switched.
 
-        A shadow that outgrows its cache is given up.
+        A shadow that outgrows its cache is dropped.
         """
         shadow = row.shadow
         assert shadow is not None
@@ -337,7 +341,7 @@ class Engine:
         if len(ids) > self._shadow_size[1] - self.chunk:
             self.drop_shadow(row)
             return False
-        end = max(0, shadow.prefix + row.cached - shadow.base)  # what the row itself has cached; the rest stays pending
+        end = max(0, shadow.prefix + row.cached - shadow.base)  # no further than the row's own cached ids
         for _ in range(-(-count // self.chunk)):
             chunk = ids[shadow.cached : min(shadow.cached + self.chunk, end)]
             if not chunk:
@@ -358,13 +362,13 @@ class Engine:
         return True
 
     def drop_shadow(self, row: Row) -> None:
-        """Gives up what the shadow has encoded."""
+        """Abandons the row's shadow, if it has one."""
         self._rows.drop_shadow(row)
 
-    # Their entries leave the device and come back.
+    # Moving cached entries between the device and the host.
 
     def read(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """A row's cached entries on the host: keys `[L, K, H, cached]`, values `[L, K, cached, H]`; int8 as float32."""
+        """A row's cached keys `[L, K, H, cached]` and values `[L, K, cached, H]` on the host; int8 as float32."""
         part = self._program("read", self._slots(row.cached), self.cache)(self.cache, row.index)
         k, v = (np.concatenate(x) for x in jax.device_get((part.k, part.v)))
         if part.k_scales:
@@ -373,10 +377,10 @@ class Engine:
         return k[..., : row.cached], v[:, :, : row.cached]
 
     def write(self, row: Row, ids: Sequence[int], entries: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """Gives a fresh row its ids and, where there are any, cached entries as `read` made them.
+        """Gives a new row its ids and, optionally, cached entries as returned by `read`.
 
         Raises:
-            UserError: entries of another model, or more than the capacity.
+            UserError: the entries belong to another model or exceed the capacity.
         """
         if len(ids) > self.capacity:
             raise UserError(f"a context of {len(ids)} tokens does not fit a capacity of {self.capacity}")
@@ -396,19 +400,19 @@ class Engine:
         self.cache = self._program("write", slots, self.cache)(self.cache, row.index, part)
         row.cached = n
 
-    # Programs: one compilation for each kind, slot bucket and cache.
+    # Programs: one compilation per kind, slot bucket and cache.
 
     def _feed_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """Shapes of the tokens that so many rows are fed, see `StepInput`, the cheapest first.
+        """Shapes of the token arrays for this many rows (see `StepInput`), the cheapest first.
 
-        Of many rows most are silent or say a few words: room for six tokens each, one row's behind the other's, mostly
-        does. A single row takes much the same whatever it is fed.
+        In a large batch most rows are silent or say a few words, so six tokens per row, laid end to end, are usually
+        enough. For a single row the shape hardly matters.
         """
         whole = (rows, self._max_feed)
         return [(6 * rows,), whole] if rows > 1 and self._few_rows else [whole]
 
     def _slots(self, length: int) -> int:
-        """The bucket of slots to read for a length: powers of two from 256; everything, where that is little more."""
+        """The smallest bucket of slots that holds a length: powers of two from 256, and at the end all slots."""
         return next(n for n in self._slot_buckets if n >= length)
 
     def _slots_up_to(self, length: int) -> list[int]:
@@ -416,11 +420,11 @@ class Engine:
         return [n for n in self._slot_buckets if n <= self._slots(length)]
 
     def _read(self, length: int) -> int:
-        """How many slots a program reads of rows that hold as many as `length`."""
+        """How many slots of each row a program reads when the longest row has `length`."""
         return self._slots(length) if self.backend.reads_buckets else self.cache.slots
 
     def _reads_up_to(self, length: int) -> list[int]:
-        """What `_read` gives for all lengths up to this one."""
+        """The values of `_read` for all lengths up to this one."""
         return sorted({self._read(n) for n in self._slots_up_to(length)})
 
     def _padded(self, tokens: Sequence[int]) -> np.ndarray:
@@ -431,26 +435,26 @@ class Engine:
     def _extend(
         self, cache: KVCache, index: int, tokens: Sequence[int], length: int, slots: int | None = None
     ) -> KVCache:
-        """Encodes a chunk of a row; reads so many slots of it, by default as many as its length needs."""
+        """Encodes a chunk of a row, reading `slots` of its slots; by default as many as its length needs."""
         program = self._program("extend", min(slots or self._read(length), cache.slots), cache)
         return program(self.backend.weights, cache, index, self._padded(tokens), len(tokens), length)
 
     def _program(
         self, kind: str, slots: int, cache: KVCache, rows: int = 1, tokens: int | None = None
     ) -> Callable[..., Any]:
-        """A compiled program over so many of a cache's rows that reads so many of its slots."""
+        """The compiled program for this many rows and slots."""
         size = (cache.rows, cache.slots)
         return self._programs[Program(kind, slots, size, rows, self.chunk if tokens is None else tokens)]
 
     def warm_up(self, length: int | None = None, everything: bool = False) -> float:
-        """Compiles the step for every bucket up to a context `length` (the capacity by default); seconds taken.
+        """Compiles the step for all buckets up to a context of `length` (default: capacity); returns the seconds.
 
         Args:
-            length: of the longest context.
-            everything: what restoring a session and dropping old pairs take, too, for a server that may never stall.
+            length: the longest context expected.
+            everything: also compile restoring sessions and dropping old pairs, for a server that must never stall.
 
         Raises:
-            UserError: `everything` was asked for with sessions open.
+            UserError: `everything` is set while sessions are open.
         """
         if everything and self.rows:
             raise UserError("an engine is warmed up before it has sessions")
@@ -468,7 +472,8 @@ class Engine:
         if everything:
             if self._shadow_cache is None:
                 self._shadow_cache = self.backend.new_cache(*self._shadow_size)
-            # Nothing is lost: what lies behind a row's length is nobody's, and row 0 of both has length 0 here.
+            # This overwrites nothing: entries behind a row's length are unused, and row 0 of both caches has length 0
+            # here.
             longest = self._shadow_size[1] - self.chunk
             for n in read:
                 self.cache = self._extend(self.cache, 0, [0], 0, n)

@@ -1,14 +1,14 @@
-"""The least time that a slice can take, from bytes and FLOPs, and what this machine reaches of either.
+"""Lower bounds on the time of a slice from bytes and FLOPs, and a machine's measured ceilings for both.
 
-A slice of M tokens takes M passes: one over the T tokens that come in, which gives the first, and one for each other
-token. With R rows, each holding n tokens, a pass over t tokens a row takes at least
+A slice of M tokens takes M passes: one over the T incoming tokens, which yields the first token, and one for each
+further token. With R rows of n tokens each, a pass over t tokens per row takes at least
 
-    bytes  = weights + R n * 2 L K * (H * bytes of an entry, and 4 where it is int8: its scale)
+    bytes  = weights + R n * 2 L K * (H * bytes per entry, plus 4 for its scale if int8)
     flops  = 2 (R t * matrices + R * head) + 4 R t n L N H
     floor  = max(bytes / bandwidth, flops / rate)
 
-(`bytes / bandwidth` is Pope et al.'s memory time, 2022, "Efficiently Scaling Transformer Inference"). The embedding is
-looked up and not read; a tied head is read once.
+(`bytes / bandwidth` is the memory time of Pope et al. 2022, "Efficiently Scaling Transformer Inference"). The embedding
+is not counted, because only a few rows are read; a tied head is read once.
 """
 
 import concurrent.futures
@@ -30,19 +30,19 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def token_bytes(config: ModelConfig, entries: str) -> int:
-    """Bytes that a token takes in the cache: 2 L K * (H * bytes of an entry, and 4 where it is int8: its scale)."""
+    """Bytes of one token in the cache: 2 L K * (H * bytes per entry, plus 4 for its scale if int8)."""
     scale = BYTES["float32"] if entries == "int8" else 0
     return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * BYTES[entries] + scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a machine reaches.
+    """Measured ceilings of a machine.
 
     Attributes:
-        read: bytes a second, read from memory by all cores.
-        copy: bytes a second, those read and those written.
-        flops: float32 multiplications and additions a second in a large product.
+        read: memory read bandwidth of all cores together, bytes/s.
+        copy: memory copy bandwidth, bytes read plus bytes written per second.
+        flops: float32 FLOP/s of a large matrix product.
     """
 
     read: float
@@ -61,29 +61,29 @@ def _fastest(run: Callable[[], Any], tries: int = 5) -> float:
 
 
 def measured_peak(n: int = 2048, tries: int = 4) -> float:
-    """FLOP/s of the fastest of a few float32 products `[n, n] @ [n, n]` on this machine's device."""
+    """FLOP/s of the fastest of `tries` float32 products `[n, n] @ [n, n]` on this machine's device."""
     x = jnp.ones((n, n), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     return 2.0 * n**3 / _fastest(lambda: product(x).block_until_ready(), tries)
 
 
 def measure(megabytes: int = 256) -> Ceilings:
-    """Measures this machine's ceilings, in a few seconds; on an accelerator those of its own memory.
+    """Measures this machine's ceilings in a few seconds; on an accelerator, those of its own memory.
 
     Args:
-        megabytes: of the array that is read and copied; much more than any cache holds.
+        megabytes: size of the array that is read and copied; must be much larger than the caches.
     """
     n = megabytes * 2**20 // 4
     if jax.default_backend() != "cpu":
         x = jnp.ones(n, jnp.float32)
-        total, more = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)  # outside of what is timed, so compiled once
+        total, more = jax.jit(jnp.sum), jax.jit(lambda x: x + 1)  # jitted here, so that compilation is not timed
         read = x.nbytes / _fastest(lambda: total(x).block_until_ready())
         copy = 2 * x.nbytes / _fastest(lambda: more(x).block_until_ready())
         return Ceilings(read, copy, measured_peak())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts, into = (np.split(np.ones(n // cores * cores, np.float32), cores) for _ in range(2))
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        # NumPy sums and copies without the interpreter's lock; a maximum is vectorised, and waits for memory alone.
+        # NumPy releases the GIL in these calls; a maximum is vectorised, so it is limited by memory alone.
         read = n * 4 / _fastest(lambda: list(pool.map(np.max, parts)))
         copy = 2 * n * 4 / _fastest(lambda: list(pool.map(np.copyto, into, parts)))
     return Ceilings(read, copy, measured_peak())
@@ -93,16 +93,16 @@ def slice_floor(
     config: ModelConfig, ceilings: Ceilings, history: int, fed: int, said: int, rows: int = 1,
     weights: str = "float32", entries: str = "float32",
 ) -> float:  # fmt: skip
-    """Least seconds of a slice, by the formulas above.
+    """Minimum seconds of a slice, by the formulas above.
 
     Args:
         config: the model.
-        ceilings: of the machine.
+        ceilings: the machine's ceilings.
         history: n, tokens that each row holds.
-        fed: T, tokens that come in.
-        said: M, tokens that are said.
+        fed: T, incoming tokens.
+        said: M, tokens sampled.
         rows: R.
-        weights, entries: how they are stored.
+        weights, entries: storage types.
     """
     c = config
     head = c.hidden_size * c.padded_vocab_size
@@ -120,13 +120,13 @@ def slice_floor(
 
 
 def bench_ceilings(megabytes: int = 256) -> dict[str, Any]:
-    """What this machine reaches: memory read and copied, and float32 products.
+    """Measures memory bandwidth and float32 FLOP/s of this machine.
 
     Args:
-        megabytes: of the array that is read and copied.
+        megabytes: size of the array that is read and copied.
 
     Raises:
-        UserError: no megabytes.
+        UserError: `megabytes` is below 1.
     """
     if megabytes < 1:
         raise UserError("megabytes must be 1 or more")
@@ -137,7 +137,7 @@ def bench_ceilings(megabytes: int = 256) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     return [
         f"read      {report['read'] / 1e9:8.1f} GB/s",
         f"copy      {report['copy'] / 1e9:8.1f} GB/s, read and written",

@@ -1,4 +1,4 @@
-"""The compiled programs of an engine: one for each kind, bucket of slots and cache."""
+"""The compiled programs of an engine, one per kind, slot bucket and cache."""
 
 import collections
 import dataclasses
@@ -16,15 +16,15 @@ from duplex_jax.decode.step import Stops
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compilation depends on.
+    """Everything that a compilation depends on.
 
     Attributes:
-        kind: `feed`, `say`; of one row, `extend`, `logits` (behind a chunk), `score` (behind every token of it), `copy`
-            (within a cache), `switch` (out of another cache), `read` or `write`.
-        slots: of a row that are read, or copied.
+        kind: `feed` or `say`; for a single row `extend`, `logits` (after a chunk), `score` (after each token of a
+            chunk), `copy` (within a cache), `switch` (from the shadow cache), `read` or `write`.
+        slots: slots of a row that are read or copied.
         cache: rows and slots of the cache.
-        rows: R, how many of them take part.
-        tokens: that come in, padding included.
+        rows: R, the number of rows in the batch.
+        tokens: incoming tokens, padding included.
     """
 
     kind: str
@@ -35,12 +35,12 @@ class Program:
 
 
 class Programs:
-    """Compiles a program when it is first called.
+    """Compiles programs on first use.
 
     Args:
         backend: the arithmetic.
-        stops: what ends a slice.
-        longest: T, most tokens that a row is fed at once.
+        stops: end conditions of a slice.
+        longest: T, most tokens that one row is fed at once.
     """
 
     def __init__(self, backend: Backend, stops: Stops, longest: int):
@@ -49,7 +49,7 @@ class Programs:
         self.compilations: collections.Counter[Program] = collections.Counter()
 
     def __getitem__(self, program: Program) -> Any:
-        """The jitted function, its cache donated; the weights go first where it needs them."""
+        """The jitted function; the cache is donated, and the weights are its first argument where it needs them."""
         if program not in self._made:
             body = self._body(program)
 

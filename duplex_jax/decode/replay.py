@@ -1,4 +1,4 @@
-"""Replaying the user's side of timelines on a virtual clock, as fast as it goes, many at once."""
+"""Replays the user's side of timelines on a virtual clock, many at once and faster than real time."""
 
 import dataclasses
 import itertools
@@ -17,12 +17,12 @@ class Replay:
     """How conversations are replayed.
 
     Attributes:
-        sampling: how tokens are drawn.
-        seed: of the first conversation; the next one has the next seed.
+        sampling: sampling settings.
+        seed: seed of the first conversation; each further one adds 1.
         system: a system prompt.
         keep_idle: see `DuplexSession`.
         dormant: see `DuplexSession`.
-        max_tokens: of a turn-based answer.
+        max_tokens: most tokens of a turn-based answer.
     """
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -35,7 +35,7 @@ class Replay:
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """One interval that was replayed: of which conversation, what the user said, what came."""
+    """One replayed interval: the conversation's number, the user's slice and the model's."""
 
     conversation: int
     user: str | None
@@ -45,17 +45,17 @@ class Replayed:
 def replay(
     engine: Engine, timelines: Iterable[Timeline], options: Replay, seeds: Sequence[int] | None = None
 ) -> Iterator[Replayed | tuple[int, Timeline]]:
-    """Feeds the user's slices of each timeline to a session of its own, as many at once as the engine has rows.
+    """Feeds the user's slices of each timeline to its own session, as many at once as the engine has rows.
 
     Args:
-        engine: whose rows are taken.
-        timelines: whose user sides are replayed.
-        options: how.
-        seeds: of each conversation, in place of `options.seed` and the numbers that follow it.
+        engine: the engine whose rows are used.
+        timelines: conversations; only their user sides are used.
+        options: how to replay them.
+        seeds: one seed per conversation, instead of `options.seed` and the numbers that follow it.
 
     Yields:
-        Each interval as it is done, and at a conversation's end `(its number, the timeline that came out)`, whose
-        `meta` holds the seconds of each slice. A conversation gives the same whatever runs beside it.
+        Each interval as it is done, and at the end of a conversation `(its number, the resulting timeline)`, whose
+        `meta` holds the seconds of each slice. A conversation's result does not depend on what runs beside it.
     """
     waiting = enumerate(timelines)
     live: dict[int, tuple[Timeline, DuplexSession, list[float]]] = {}
@@ -97,13 +97,13 @@ def _result(timeline: Timeline, pairs: list[SlicePair], meta: dict[str, object])
 
 
 def replay_turns(engine: Engine, timelines: Iterable[Timeline], options: Replay) -> Iterator[tuple[int, Timeline]]:
-    """The turn-based baseline on the same timelines: a pause ends a query, and its answer comes whole.
+    """Runs the turn-based baseline on the same timelines: a pause ends a query, and its answer comes whole.
 
-    While it answers it does not listen: the answer stands in the pair that carries the query's last words. The oldest
-    rounds are dropped before the context is full.
+    The baseline does not listen while it answers. The answer is placed in the pair that carries the query's last words.
+    The oldest rounds are dropped before the context is full.
 
     Raises:
-        UserError: a query that does not fit the context.
+        UserError: a query does not fit the context.
     """
     for number, timeline in enumerate(timelines):
         session = open_turns(engine, system=options.system, seed=options.seed + number, sampling=options.sampling)

@@ -1,4 +1,4 @@
-"""Rows of an engine: which conversation holds which row of the cache, and which ids each of them has."""
+"""Rows of an engine: which conversation holds which cache row, and the ids in its context."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from duplex_jax.template import Template
 
 
 class EngineFull(UserError):
-    """Every row is taken."""
+    """All rows are in use."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,14 +20,14 @@ class Row:
     """One conversation's place in the engine.
 
     Attributes:
-        index: the row of the cache.
-        ids: every id of the context, whether cached or not. Read only; `Engine` changes it.
-        cached: how many of `ids` have their keys and values in the cache. The rest is pending: it is fed in front of
-            what comes next.
-        sampling: how the row draws tokens.
-        seed: makes the row's random keys, with `steps`.
-        steps: how many steps the row has taken; never goes back.
-        shadow: its context encoded afresh elsewhere, while that goes on.
+        index: index of the row in the cache.
+        ids: all ids of the context, cached or not. Read only; `Engine` changes it.
+        cached: how many of `ids` have their keys and values in the cache. The rest is pending: the next step feeds it
+            first.
+        sampling: sampling settings of the row.
+        seed: with `steps`, determines the row's random keys.
+        steps: how many steps the row has taken; never decreases.
+        shadow: the row's shortened context while it is being encoded, else None.
     """
 
     index: int
@@ -41,17 +41,17 @@ class Row:
 
 @dataclasses.dataclass
 class Shadow:
-    """A row's context without its oldest pairs, encoded in a row of the shadow cache ahead of the switch.
+    """A row's context without its oldest pairs, encoded in a row of the shadow cache before the switch.
 
-    When a row switches follows from its own ids alone. Where no shadow row was free the count goes on without one,
-    and the step after the switch encodes what stays.
+    When a row switches depends on its own ids alone. If no shadow row is free, counting goes on without one, and the
+    step after the switch encodes the remaining context.
 
     Attributes:
-        index: the row of the shadow cache, if it has one.
-        prefix: how many ids in front stay.
-        base: where in the row's ids the rest that stays begins.
-        began: how long the row's ids were when it began; cut back to less, the row needs no dropping yet.
-        cached: how many ids of the shadow's context are encoded.
+        index: row of the shadow cache, or None.
+        prefix: how many ids at the front are kept.
+        base: start of the other kept ids in the row's ids.
+        began: length of the row's ids when the shadow began; a row truncated below it needs no dropping yet.
+        cached: how many ids of the shortened context are encoded.
     """
 
     index: int | None
@@ -61,20 +61,20 @@ class Shadow:
     cached: int = 0
 
     def ids(self, row: Row) -> list[int]:
-        """The context that the row will have."""
+        """The row's context after the switch."""
         return row.ids[: self.prefix] + row.ids[self.base :]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a row does in a step: ids to append, and whether it may answer with idle."""
+    """What a row does in a step: the ids to append, and whether it may answer with idle."""
 
     ids: Sequence[int]
     allow_idle: bool = True
 
 
 class Rows:
-    """The rows of a cache and of a shadow cache, taken and free.
+    """Allocates the rows of a cache and of its shadow cache.
 
     Args:
         number: rows of the cache.
@@ -94,22 +94,22 @@ class Rows:
         return len(self._free)
 
     def take(self, ids: Sequence[int], sampling: Sampling | None, seed: int) -> Row:
-        """A free row for a context that begins with `ids`.
+        """Allocates a row for a context that begins with `ids`.
 
         Raises:
             EngineFull: no row is free.
-            UserError: the beginning leaves too little room.
+            UserError: `ids` leave too little room for a conversation.
         """
         if not self._free:
             raise EngineFull(f"all {self._number} rows are taken; close a session first")
         self.check_beginning(ids)
         row = Row(self._free[-1], list(ids), 0, sampling or Sampling(), seed % 2**32)
-        self._free.pop()  # only now that the arguments have proved good
+        self._free.pop()  # not before the arguments are checked
         self.open.add(row)
         return row
 
     def check_beginning(self, ids: Sequence[int]) -> None:
-        """Whether a context may begin with `ids`, which stay for good.
+        """Checks that a context can begin with `ids`, which are never dropped.
 
         Raises:
             UserError: they leave too little room.
@@ -121,19 +121,19 @@ class Rows:
             )
 
     def give_back(self, row: Row) -> None:
-        """Frees a row and its shadow. Doing so twice does no harm."""
+        """Frees a row and its shadow. Doing so twice is harmless."""
         if row in self.open:
             self.open.remove(row)
             self.drop_shadow(row)
             self._free.append(row.index)
 
     def check_open(self, row: Row) -> None:
-        """Refuses a row that is not open here."""
+        """Raises UserError if the row is not open here."""
         if row not in self.open:
             raise UserError("the session was closed, or is another engine's")
 
     def truncate(self, row: Row, length: int, then: Sequence[int] = ()) -> None:
-        """Cuts a row's ids back to `length` and appends `then`, pending."""
+        """Truncates a row's ids to `length` and appends `then` as pending ids."""
         row.ids[length:] = then
         row.cached = min(row.cached, length)
         shadow = row.shadow
@@ -144,11 +144,11 @@ class Rows:
                 shadow.cached = min(shadow.cached, shadow.prefix + length - shadow.base)
 
     def begin_shadow(self, row: Row, prefix: int, base: int) -> None:
-        """Takes a shadow row, where one is free, for the row's context without `ids[prefix:base]`."""
+        """Starts a shadow of the row's context without `ids[prefix:base]`, in a shadow row if one is free."""
         row.shadow = Shadow(self._free_shadows.pop() if self._free_shadows else None, prefix, base, len(row.ids))
 
     def drop_shadow(self, row: Row) -> None:
-        """Gives up what the shadow has encoded."""
+        """Abandons the row's shadow, if it has one."""
         if row.shadow is not None:
             if row.shadow.index is not None:
                 self._free_shadows.append(row.shadow.index)
@@ -156,7 +156,7 @@ class Rows:
 
 
 def never_sampled(config: ModelConfig, template: Template, ends: Collection[int] | None = None) -> np.ndarray:
-    """bool `[V]`: padding and control tokens, but for those that `ends` a slice (by default) or a turn."""
+    """bool `[V]`: padding and control tokens, except those in `ends` (by default the ends of a slice)."""
     suppress = np.ones(config.padded_vocab_size, bool)
     suppress[: config.vocab_size] = False
     suppress[[i for i in template.tokenizer.special.values() if i < config.vocab_size]] = True
@@ -165,13 +165,13 @@ def never_sampled(config: ModelConfig, template: Template, ends: Collection[int]
 
 
 def cache_sizes(rows: int, capacity: int, slack: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and slots of an engine's cache, and of the shadow cache in which contexts are encoded afresh.
+    """Rows and slots of an engine's cache and of its shadow cache.
 
     Args:
         rows: B.
         capacity: most tokens of a context.
-        slack: slots behind it, for one chunk and one slice.
+        slack: slots behind the capacity, for one chunk and one slice.
     """
-    # A system prompt takes a quarter of the capacity at most, the pairs that stay a quarter of the rest, and as
-    # much may come in while they are encoded.
+    # A system prompt takes at most a quarter of the capacity, the pairs that are kept a quarter of the rest, and as
+    # much again may come in while they are encoded.
     return (rows, capacity + slack), (max(1, rows // 8), capacity * 3 // 4 + slack)

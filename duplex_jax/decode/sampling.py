@@ -1,4 +1,4 @@
-"""Drawing one token a row: temperature, top-p, top-k, greedy, and the bias on idle. No sort of the vocabulary."""
+"""Samples one token per row: temperature, top-p, top-k, greedy, and idle bias, without sorting the vocabulary."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from duplex_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a session draws tokens. The defaults are the paper's (section 4.3.1).
+    """Sampling settings of a session. The defaults are the paper's (section 4.3.1).
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: keep the most probable tokens up to this mass; 1 keeps all.
-        top_k: keep this many; 0 keeps all.
-        idle_bias: added to the logit of idle at the first token of a slice, beside the model's own
+        top_p: keep the most probable tokens up to this probability mass; 1 keeps all.
+        top_k: keep this many tokens; 0 keeps all.
+        idle_bias: added to the logit of idle at the first token of a slice, on top of the model's own
             (`Template.idle_bias`): above 0 more patient, below 0 more eager.
     """
 
@@ -27,7 +27,7 @@ class Sampling:
     idle_bias: float = 0.0
 
     def __post_init__(self):
-        # Far beyond it, what may not be drawn would be as likely as the rest.
+        # At much higher temperatures suppressed tokens would become as likely as the rest.
         if not 0 <= self.temperature <= 1e6:
             raise UserError(f"temperature {self.temperature} is negative or beyond 1e6; 0 is greedy, 0.8 the paper's")
         if not 0 < self.top_p <= 1:
@@ -39,17 +39,18 @@ class Sampling:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """float32 as int32 of the same order."""
+    """float32 as int32 with the same ordering."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Which tokens top-k and then top-p keep; tokens that tie with the last kept one are kept too.
+    """Which tokens top-k and then top-p keep; ties with the last kept token are kept too.
 
-    A token stays if fewer than `top_k` tokens beat it and if those that beat it have less than `top_p` of the mass
-    (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). Both thresholds are found by bisection
-    over the 32 bits of a float: exact, without a sort.
+    A token stays if fewer than `top_k` tokens have a higher logit, and those together have less than `top_p` of the
+    mass (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). Both thresholds are found by bisection
+    over
+    the 32 bits of a float: exact, without a sort.
 
     Args:
         logits: float32 `[B, V]`, already divided by the temperature.
@@ -57,15 +58,15 @@ def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.A
         top_k: int32 `[B]`; 0 keeps all.
 
     Returns:
-        bool `[B, V]`; at least one a row.
+        bool `[B, V]`; at least one token per row.
     """
     keys = _bits(logits)
     weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
 
     def threshold(weights: jax.Array, limit: jax.Array) -> jax.Array:
-        """The least key whose betters weigh less than `limit`: int32 `[B]`."""
-        low = jnp.full(limit.shape, jnp.iinfo(jnp.int32).min, jnp.int32)  # betters of `low` may weigh too much
-        high = jnp.max(keys, -1)  # those of `high` never do
+        """The lowest key above which the weights sum to less than `limit`: int32 `[B]`."""
+        low = jnp.full(limit.shape, jnp.iinfo(jnp.int32).min, jnp.int32)  # the weight above `low` may exceed the limit
+        high = jnp.max(keys, -1)  # the weight above `high` never does
 
         def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = bounds
@@ -76,7 +77,7 @@ def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.A
         return lax.fori_loop(0, 32, halve, (low, high))[1]
 
     count = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
-    # A batch in which nobody asks for top-k, the usual one, saves half the work.
+    # Usually no row of a batch asks for top-k; then this step is skipped, which halves the work.
     kept = lax.cond(
         jnp.any(top_k > 0),
         lambda: keys >= threshold(jnp.ones_like(weights), count)[:, None],
@@ -84,7 +85,7 @@ def nucleus_mask(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.A
     )
     weights = jnp.where(kept, weights, 0)
     mass = jnp.sum(weights, -1)
-    # With top_p 1 nothing is cut, whatever rounding says of the sum.
+    # With top_p 1 nothing is cut, whatever the rounding error of the sum.
     limit = jnp.where(top_p < 1, top_p * mass, jnp.inf)
     return kept & (keys >= threshold(weights, limit)[:, None])
 
@@ -93,22 +94,22 @@ _BLOCK = 256
 
 
 def choose(weights: jax.Array, at: jax.Array) -> jax.Array:
-    """The index at which the running sum of each row's weights passes a share of their total.
+    """The index at which the running sum of each row's weights passes the given share of their total.
 
-    One random number a row instead of one a token. Sums are taken by blocks, so that rounding does not grow with V.
+    Needs one random number per row instead of one per token. Sums are blocked, so that rounding does not grow with V.
 
     Args:
-        weights: float32 `[B, V]`, none below 0, some above it in every row.
-        at: float32 `[B]` in [0, 1).
+        weights: float32 `[B, V]`, nonnegative, with a positive one in every row.
+        at: float32 `[B]` in [0, 1), the share.
 
     Returns:
-        int32 `[B]`; the weight there is above 0.
+        int32 `[B]`; the weight at the index is positive.
     """
     B, V = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
 
     def passed(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where the running sum passes the target, and what the target is counted from there."""
+        """Where the running sum passes the target, and the target relative to the sum before that index."""
         sums = jnp.cumsum(weights, -1)
         some = weights > 0
         last = weights.shape[-1] - 1 - jnp.argmax(some[:, ::-1], -1)
@@ -124,11 +125,11 @@ def choose(weights: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-    """One token a row.
+    """Samples one token per row.
 
     Args:
         logits: float32 `[B, V]`.
-        keys: a random key for each row; rows do not see each other's.
+        keys: one random key per row, so rows are independent.
         temperature, top_p, top_k: `[B]`, see `Sampling`.
 
     Returns:
@@ -137,7 +138,7 @@ def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: ja
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        # Below the greatest, so that a small temperature cannot overflow.
+        # Relative to the maximum, so that a small temperature cannot overflow.
         scaled = (logits - jnp.max(logits, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         weights = jnp.where(nucleus_mask(scaled, top_p, top_k), jnp.exp(scaled), 0)
         return jnp.where(temperature > 0, choose(weights, jax.vmap(jax.random.uniform)(keys)), greedy)

@@ -19,14 +19,14 @@ from duplex_jax.timeline import SlicePair
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One answer of a session.
+    """The assistant's slice of one interval.
 
     Attributes:
-        index: which interval of the session it belongs to, from 0.
-        text: the assistant's words, with their leading space; None is silence.
+        index: the interval's number in the session, from 0.
+        text: the assistant's words with their leading space; None is silence.
         ids: the sampled ids, stop token included.
         seconds: how long the step took.
-        context: tokens that the session holds after it.
+        context: tokens in the session's context after it.
     """
 
     index: int
@@ -37,16 +37,16 @@ class Slice:
 
 
 class DuplexSession:
-    """A conversation in time slices: each step takes the user's slice and gives the assistant's.
+    """A conversation in time slices: each step takes the user's slice and returns the assistant's.
 
     Args:
-        engine: where it takes a row.
-        system: a system prompt, which stays when old pairs are dropped.
-        seed: of its random draws.
-        sampling: how it draws.
-        keep_idle: of a run of pairs in which nobody speaks, how many the context keeps; the rest is forgotten at no
-            cost. None keeps all.
-        dormant: an idle user slice is answered with idle without asking the model, as the paper's server does.
+        engine: the engine in which it opens a row.
+        system: a system prompt, kept when old pairs are dropped.
+        seed: random seed.
+        sampling: sampling settings.
+        keep_idle: how many pairs of a run of mutual silence stay in the context; the rest are forgotten at no cost.
+            None keeps all.
+        dormant: answer an idle user slice with idle without running the model, as the paper's server does.
 
     Raises:
         EngineFull: no row is free.
@@ -69,12 +69,12 @@ class DuplexSession:
         self._row = engine.open(start, sampling, seed)
         self._prefix = len(start)
         self._pairs: list[Pair] = []
-        self._oldest = 0  # slices before this one were dropped from the context
-        self._carry = b""  # the beginning of a character whose rest is still to come
+        self._oldest = 0  # index of the first slice that was not dropped from the context
+        self._carry = b""  # leading bytes of an incomplete character
         self.first = 0
-        """Index of the first slice in `timeline`: not 0 where a snapshot came without its past."""
+        """Index of the first slice in `timeline`; above 0 if restored from a snapshot without its past."""
         self.timeline: list[SlicePair] = []
-        """Every slice pair since then, forgotten and dropped ones too."""
+        """All slice pairs since then, including forgotten and dropped ones."""
 
     @property
     def ids(self) -> list[int]:
@@ -88,12 +88,12 @@ class DuplexSession:
 
     @property
     def dropped(self) -> int:
-        """How many of the oldest slices were dropped from the context for want of room."""
+        """How many of the oldest slices were dropped from the context to make room."""
         return self._oldest
 
     @property
     def sampling(self) -> Sampling:
-        """How the session draws; may be changed between steps."""
+        """Sampling settings; may be changed between steps."""
         return self._row.sampling
 
     @sampling.setter
@@ -101,22 +101,22 @@ class DuplexSession:
         self._row.sampling = sampling
 
     def step(self, user: str | None) -> Slice:
-        """Takes the user's slice of one interval (None: silence) and gives the assistant's.
+        """Takes the user's slice of one interval (None: silence) and returns the assistant's.
 
         Raises:
-            UserError: the slice is empty, or does not fit the cache.
+            UserError: the slice is empty or does not fit the cache.
         """
         return step_sessions({self: user})[self]
 
     def fits(self, user: str) -> bool:
-        """Whether the cache has room for the user's slice; a longer one is refused."""
+        """Whether the cache has room for the user's slice; `step` refuses one that does not fit."""
         return len(self.template.user_part(user)) <= self._longest_part
 
     def say(self, user: str | None, words: Sequence[int]) -> None:
-        """Books an interval in which the assistant says `words`, token ids, or nothing; the model is not asked.
+        """Adds an interval in which the assistant says the ids `words`, or nothing, without running the model.
 
         Raises:
-            UserError: the user's slice is empty, or does not fit the cache.
+            UserError: the user's slice is empty or does not fit the cache.
         """
         part, said = self._part(user), list(words) or [self.template.idle_id]
         self.engine.append(self._row, [*part, *said])
@@ -124,7 +124,7 @@ class DuplexSession:
         self._make_room(len(part) + len(said))
 
     def instead(self, words: Sequence[int]) -> None:
-        """Says `words`, or nothing, in the newest slice in place of what was said in it.
+        """Replaces the assistant's words in the newest slice by the ids `words`, or by silence.
 
         Raises:
             UserError: there is no slice.
@@ -139,16 +139,17 @@ class DuplexSession:
         self.say(user, words)
 
     def prefill(self, turns: Iterable[tuple[str, str]]) -> None:
-        """Puts past turns into the context as slice pairs, as training data writes them; the model is not asked.
+        """Adds past turns to the context as slice pairs, in the form of the training data, without running the model.
 
-        A user's turn is cut into slices to which the assistant is silent. An assistant's turn begins beside the last
-        slice of the user's turn before it, goes on while the user is silent, and ends with a silent pair.
+        A user turn is cut into slices that the assistant answers with silence. An assistant turn begins in the same
+        pair as the last slice of the preceding user turn, continues while the user is silent, and ends with a silent
+        pair.
 
         Args:
-            turns: (role, text), the oldest first; the role is `user` or `assistant`, in any order.
+            turns: (role, text), oldest first; the role is `user` or `assistant`, in any order.
 
         Raises:
-            UserError: a user's slice does not fit the cache; nothing was changed.
+            UserError: a user slice does not fit the cache; nothing has changed.
         """
         pairs: list[tuple[str | None, Sequence[int]]] = []
         for role, text in turns:
@@ -160,7 +161,7 @@ class DuplexSession:
                 pairs.append((user, ids))
             pairs.append((None, ()))
         sizes = [len(self.check_fits(user)) + len(said) + self._answer_room for user, said in pairs]
-        # Pairs that others behind them would push out at once are in the timeline alone.
+        # Pairs that later ones would push out at once go into the timeline only.
         behind = itertools.accumulate(reversed(sizes))
         stay = sum(1 for _ in itertools.takewhile(lambda n: n <= self._longest_part, behind))
         gone, pairs = pairs[: len(pairs) - stay], pairs[len(pairs) - stay :]
@@ -174,7 +175,7 @@ class DuplexSession:
             self.say(user, said)
 
     def instruct(self, system: str | None) -> None:
-        """Replaces the system prompt; the conversation behind it is encoded again with the next step.
+        """Replaces the system prompt; the conversation after it is encoded again in the next step.
 
         Raises:
             UserError: the prompt takes more than a quarter of the capacity.
@@ -193,42 +194,42 @@ class DuplexSession:
         self._drop_now(self._answer_room)
 
     def encode_ahead(self) -> Iterator[int]:
-        """Encodes what waits for the next step, a chunk each time; yields how many tokens still wait."""
+        """Encodes the tokens pending for the next step, one chunk per iteration; yields how many are left."""
         row = self._row
         while (waiting := len(row.ids) - row.cached) > self.engine.chunk:
             self.engine.encode(row, self.engine.chunk)
             yield waiting
 
     def logits(self) -> np.ndarray:
-        """float32 `[V]`: the logits behind the context as it stands."""
+        """Logits after the current context, float32 `[V]`."""
         return self.engine.logits(self._row)
 
     def cancel(self, tokens: int = 0) -> None:
-        """Cuts the newest assistant slice after its first `tokens` tokens; with 0 it becomes idle."""
+        """Truncates the newest assistant slice to its first `tokens` tokens; with 0 it becomes idle."""
         if self.slices:
             self._cut(self.slices - 1, tokens)
 
     def heard(self, index: int, characters: int) -> None:
-        """Takes unheard words out: slice `index` was heard up to `characters`, later slices not at all.
+        """Removes unheard words: slice `index` was heard up to `characters`, later slices not at all.
 
-        The user's slices stay; what follows a cut is encoded again with the next step.
+        The user's slices stay; whatever follows the cut is encoded again in the next step.
 
         Raises:
-            UserError: no such slice.
+            UserError: there is no such slice.
         """
         self._check(index)
         pair = next((p for p in self._pairs if p.index == index), None)
         words = self._words(pair.said) if pair else []
         lengths = [len(self._text(pair.carry, words[:n])[0]) if pair else 0 for n in range(len(words) + 1)]
         heard = max((length for length in lengths if length <= characters), default=0)
-        # Where something is cut, no first half of the next character stays.
+        # After a cut, no partial next character may remain.
         self._cut(index, lengths.index(heard) if heard < lengths[-1] else len(words))
 
     def rewind(self, index: int) -> None:
-        """Forgets slice `index` and all after it, on both sides.
+        """Forgets slice `index` and all later ones, on both sides.
 
         Raises:
-            UserError: no such slice, or its pair was dropped from the context.
+            UserError: there is no such slice, or its pair was dropped from the context.
         """
         self._check(index)
         if index < self._oldest:
@@ -240,7 +241,7 @@ class DuplexSession:
         self._carry = self._left_over()
 
     def fork(self, seed: int | None = None) -> "DuplexSession":
-        """A second session with the same past.
+        """Opens a second session with the same past.
 
         Raises:
             EngineFull: no row is free.
@@ -248,17 +249,17 @@ class DuplexSession:
         return self._with_row(self.engine, self.engine.fork(self._row, seed), self.snapshot(entries=False))
 
     def snapshot(self, entries: bool = True) -> Snapshot:
-        """The session on the host; without `entries` it is small, and its context is encoded again on restoring."""
+        """The session's state on the host; without `entries` it is small, and restoring encodes the context again."""
         row, past = self._row, self.timeline[: self._oldest - self.first]
         return Snapshot(self._state(), self.engine.read(row) if entries and row.cached else None, past)
 
     @classmethod
     def restore(cls, engine: Engine, snapshot: Snapshot) -> "DuplexSession":
-        """The session of a snapshot in a row of `engine`, which must run the same model.
+        """Restores a snapshot in a row of `engine`, which must run the same model.
 
         Raises:
             EngineFull: no row is free.
-            UserError: the snapshot is of another model or template, or does not fit.
+            UserError: the snapshot belongs to another model or template, or does not fit.
         """
         state = snapshot.state
         try:
@@ -269,7 +270,7 @@ class DuplexSession:
                 raise UserError(f"the snapshot is of a model of shape {state['model']} (layers, heads of keys, their "
                                 f"width, vocabulary); this engine's is {_shape(engine)}")  # fmt: skip
             snapshot.check(engine.config.vocab_size)
-            # The row begins with what stays for good, so that the same limit holds for it.
+            # The row begins with the permanent ids, so that the same limit applies to them.
             start, sampling = state["ids"][: state["prefix"]], Sampling(**state["sampling"])
             with engine.opening(start, sampling, state["seed"]) as row:
                 engine.write(row, state["ids"], snapshot.entries)
@@ -280,7 +281,7 @@ class DuplexSession:
             raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
 
     def close(self) -> None:
-        """Gives the row back."""
+        """Closes the engine's row."""
         self.engine.close(self._row)
 
     @classmethod
@@ -318,10 +319,10 @@ class DuplexSession:
     def _words(self, said: Sequence[int]) -> list[int]:
         return [i for i in said if i not in self.template.stop_ids]
 
-    # What a step does to the context.
+    # Updating the context in a step.
 
     def _part(self, user: str | None) -> list[int]:
-        """The ids of a user slice; makes room for them where that was not done ahead."""
+        """The ids of a user slice; drops old pairs if there is no room for them yet."""
         if user == "":
             raise UserError(f"the user's slice {self.slices} is empty; silence is None (in a file, <idle>)")
         part = self.check_fits(user)
@@ -332,7 +333,7 @@ class DuplexSession:
         """The ids of a user slice.
 
         Raises:
-            UserError: it is longer than the cache has room for at once.
+            UserError: it needs more room than the cache has at once.
         """
         part = self.template.user_part(user)
         if len(part) > self._longest_part:
@@ -344,7 +345,7 @@ class DuplexSession:
 
     @property
     def _longest_slice(self) -> int:
-        """Tokens of an assistant's slice that is given to the session."""
+        """Most tokens of an assistant slice that is passed in rather than sampled."""
         return max(4, self.engine.max_slice_tokens)
 
     @property
@@ -356,7 +357,7 @@ class DuplexSession:
         return self.engine.max_slice_tokens + len(self.template.closing([]))
 
     def _take(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
-        """Books what a step appended, `part` and then `said`; the assistant's words, or None."""
+        """Records what a step appended, `part` and then `said`; returns the assistant's words, or None."""
         start = len(self._row.ids) - len(said) - len(part)
         pair = Pair(self.slices, start, start + len(part), user, said, self._carry)
         words, self._carry = self._text(pair.carry, self._words(said))
@@ -368,14 +369,14 @@ class DuplexSession:
         return text_of(self.template, carry, words)
 
     def _left_over(self) -> bytes:
-        """What the newest slice leaves of a character."""
+        """The bytes of an incomplete character at the end of the newest slice."""
         pair = self._pairs[-1] if self._pairs else None
         if pair is None or pair.index + 1 != self.slices:
             return b""
         return self._text(pair.carry, self._words(pair.said))[1]
 
     def _book(self, pair: Pair) -> None:
-        """Closes the pair at the end of the context, and forgets it if it is one silence too many."""
+        """Closes the pair at the end of the context, and forgets it if it exceeds `keep_idle` silent pairs."""
         self.engine.append(self._row, self.template.closing(pair.said))
         self._pairs.append(pair)
         run = itertools.takewhile(lambda p: p.user is None and not self._words(p.said), reversed(self._pairs))
@@ -384,7 +385,7 @@ class DuplexSession:
             self.engine.truncate(self._row, pair.start)
 
     def _cut(self, index: int, tokens: int) -> None:
-        """Cuts slice `index` after `tokens` tokens and silences the assistant in all later ones."""
+        """Truncates slice `index` to `tokens` tokens and silences the assistant in all later slices."""
 
         def kept(pair: Pair) -> list[int]:
             return self._words(pair.said)[: tokens if pair.index == index else 0]
@@ -410,16 +411,16 @@ class DuplexSession:
             self._book(Pair(pair.index, start, start + len(part), pair.user, said, b""))
         self._carry = self._left_over()
 
-    # How a session goes on without end: whole old pairs are dropped before the cache is full.
+    # Endless sessions: whole old pairs are dropped before the cache is full.
 
     def _make_room(self, added: int) -> None:
-        """Works ahead towards dropping old pairs: `added` tokens came with this step."""
+        """Works ahead towards dropping old pairs; `added` tokens came with this step."""
         row, engine = self._row, self.engine
         if row.shadow is None:
             base = self._first_kept()
             kept = self._prefix + len(row.ids) - base
-            # While the shadow catches up the context grows by no more than what is kept: twice as many tokens are
-            # encoded as come in.
+            # The shadow encodes twice as many tokens as come in, so until it has caught up the context grows by at most
+            # as many tokens as are kept.
             if base == self._prefix or len(row.ids) + kept < engine.capacity - 2 * (engine.chunk + self._answer_room):
                 return
             engine.begin_shadow(row, self._prefix, base)
@@ -429,8 +430,10 @@ class DuplexSession:
             self._dropped(base)
 
     def _drop_now(self, needed: int) -> None:
-        """Drops old pairs at once where `needed` tokens do not fit: this slice pays, because it is too long for what
-        was done ahead."""
+        """Drops old pairs at once if `needed` tokens do not fit.
+
+        The slice is then too long for what was encoded ahead, and this step takes longer.
+        """
         row, room = self._row, self.engine.capacity - needed
         if len(row.ids) > room and row.shadow is not None:
             base = row.shadow.base
@@ -442,8 +445,10 @@ class DuplexSession:
             self._dropped(base)
 
     def _first_kept(self, room: int | None = None) -> int:
-        """Where the oldest pair that stays begins: the newest pairs that take a quarter of the capacity stay, at
-        least the newest one, and none that `room` is too small for."""
+        """Start of the oldest pair to keep.
+
+        The newest pairs that fit in a quarter of the capacity are kept, at least one, and none that exceeds `room`.
+        """
         n = len(self._row.ids)
         keep = (self.engine.capacity - self._prefix) // 4
         if self._pairs:
@@ -452,7 +457,7 @@ class DuplexSession:
         return next((p.start for p in self._pairs if n - p.start <= keep), n)
 
     def _dropped(self, base: int) -> None:
-        """Books that `ids[prefix:base]` are gone."""
+        """Updates the pairs after `ids[prefix:base]` were removed."""
         shift = base - self._prefix
         self._pairs = [p for p in self._pairs if p.start >= base]
         for pair in self._pairs:
@@ -462,13 +467,13 @@ class DuplexSession:
 
 
 def _shape(engine: Engine) -> list[int]:
-    """What two engines must share so that one can take up the other's snapshots."""
+    """The model sizes that two engines must share to exchange snapshots."""
     c = engine.config
     return [c.num_layers, c.num_kv_heads, c.head_dim, c.vocab_size]
 
 
 def step_sessions(slices: Mapping[DuplexSession, str | None]) -> dict[DuplexSession, Slice]:
-    """One interval of several sessions of one engine in one batch; see `DuplexSession.step`."""
+    """One interval of several sessions of one engine as one batch; see `DuplexSession.step`."""
     began = time.perf_counter()
     asked = {s: s._part(user) for s, user in slices.items() if not (s.dormant and user is None)}
     texts: dict[DuplexSession, tuple[str | None, list[int]]] = {}

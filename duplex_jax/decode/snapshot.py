@@ -1,4 +1,4 @@
-"""A session at rest on the host: what its context needs, and apart from that what was said before."""
+"""A session's state on the host: what its context needs and, separately, the past."""
 
 import dataclasses
 import io
@@ -19,13 +19,13 @@ from duplex_jax.tokenizer import complete_utf8, decode_bytes
 _FORMAT = 2
 
 _MOST_SLICES = 2**24
-"""Slices of silence cost nothing in a snapshot, and memory where it is restored."""
+"""Bound on the slices of a snapshot: silence costs nothing in it, but takes memory once restored."""
 
 
 def text_of(template: Template, carry: bytes, words: Sequence[int]) -> tuple[str, bytes]:
-    """A slice's text behind what the slice before left over, and what it leaves over itself.
+    """A slice's text after the bytes carried over from the previous slice, and the bytes carried over to the next.
 
-    The bytes of a character may come in two slices; its first half waits, and silence gives it up.
+    The bytes of a character may span two slices: the first part waits for the rest, and is discarded at silence.
     """
     data = carry + decode_bytes(template.tokenizer, words) if words else b""
     whole = complete_utf8(data)
@@ -34,9 +34,9 @@ def text_of(template: Template, carry: bytes, words: Sequence[int]) -> tuple[str
 
 @dataclasses.dataclass
 class Pair:
-    """Where a slice pair of the context lies: `ids[start:decision]` is the user's part, then come the `said` ids.
+    """Position of a slice pair in the context: `ids[start:decision]` is the user's part, followed by the `said` ids.
 
-    `carry` is the beginning of a character that the slice before it left to it.
+    `carry` holds the leading bytes of a character from the previous slice.
     """
 
     index: int
@@ -49,12 +49,12 @@ class Pair:
 
 @dataclasses.dataclass
 class Snapshot:
-    """A session at rest on the host.
+    """A session's state on the host.
 
     Attributes:
-        state: what the context needs, as plain JSON. Its size is bounded by the capacity, however long the session was.
+        state: what the context needs, as plain JSON. The capacity bounds its size, however long the session was.
         entries: the cached keys and values, or None.
-        past: the slice pairs that were dropped from the context, or the newest of them, or none: the session goes on
+        past: slice pairs that were dropped from the context: all, the newest or none of them; the session works
             without them.
     """
 
@@ -68,10 +68,10 @@ class Snapshot:
         return int(self.state["slices"])
 
     def check(self, vocab_size: int) -> None:
-        """Whether the state could be a session's.
+        """Checks that the state is consistent.
 
         Raises:
-            KeyError, TypeError, ValueError: a field is missing, or cannot be.
+            KeyError, TypeError, ValueError: a field is missing or invalid.
         """
         state, ids = self.state, self.state["ids"]
         counts = {name: state[name] for name in ("prefix", "oldest", "slices", "seed", "steps")}
@@ -92,7 +92,7 @@ class Snapshot:
         """The slice pairs of the context.
 
         Raises:
-            KeyError, TypeError, ValueError: a field of the state is missing, or cannot be.
+            KeyError, TypeError, ValueError: a field of the state is missing or invalid.
         """
         state = self.state
         ids, end, index = state["ids"], state["prefix"], state["oldest"] - 1
@@ -105,10 +105,10 @@ class Snapshot:
         return pairs
 
     def timeline(self, template: Template) -> list[SlicePair]:
-        """Everything said, as far as it is known: the past, then what the context holds; in between was silence.
+        """All slice pairs as far as they are known: the past, then the context's; gaps were silence.
 
         Raises:
-            KeyError, TypeError, ValueError: as `pairs`.
+            KeyError, TypeError, ValueError: as for `pairs`.
         """
         oldest, slices = self.state["oldest"], self.state["slices"]
         if not 0 <= len(self.past) <= oldest <= slices <= oldest + _MOST_SLICES:
@@ -120,10 +120,10 @@ class Snapshot:
         return [*self.past, *recent]
 
     def to_bytes(self, past: bool = True) -> bytes:
-        """One byte string (a NumPy archive; bfloat16 travels as its bits).
+        """Serialises to a NumPy archive (bfloat16 is stored as its bits).
 
         Args:
-            past: with what was said before; it grows with the session.
+            past: whether to include the past, which grows with the session.
         """
         state = {"format": _FORMAT, "state": self.state, "past": [list(p) for p in self.past] if past else []}
         arrays = {"state": np.frombuffer(json.dumps(state, ensure_ascii=False).encode(), np.uint8)}
@@ -136,10 +136,10 @@ class Snapshot:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Snapshot":
-        """The inverse of `to_bytes`. Takes no more memory than a few times what the bytes take themselves.
+        """Inverse of `to_bytes`. Its memory use is bounded by a small multiple of the input's size.
 
         Raises:
-            UserError: the bytes are no snapshot.
+            UserError: the bytes are not a snapshot.
         """
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -152,12 +152,12 @@ class Snapshot:
                     k, v = _array(archive, "k"), _array(archive, "v")
                     entries = _as_bfloat16(k), _as_bfloat16(v)
                 return cls(whole["state"], entries, past)
-        except Exception as e:  # zipfile, NumPy and json have many
+        except Exception as e:  # zipfile, NumPy and json raise many types
             raise UserError(f"the bytes are no session snapshot ({e})") from e
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of a NumPy archive; what it declares is compared with what is there before anything is read."""
+    """Reads an array of a NumPy archive after comparing its declared size with the actual size."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name}: is compressed; arrays are stored as they are")

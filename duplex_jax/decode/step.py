@@ -1,12 +1,12 @@
-"""What the programs of a TDM step are given, and how they draw tokens, whatever computes the logits.
+"""Inputs of a TDM step's programs and the sampling in them, common to all backends.
 
-A step feeds each row's user slice and samples the first token behind it (`feed`), then samples the rest of the slices
+A step feeds each row's user slice and samples the first token after it (`feed`), then samples the rest of the slices
 that are not silent (`say`):
 
     row 0:  cache [a b c d . . . . .]   feed [u v w]   cache [a b c d u v w . .]   say [x y]   cache [a b c d u v w x y]
     row 1:  cache [a b . . . . . . .]   feed [u . .]   cache [a b u . . . . . .]   (silent)    cache [a b u . . . . . .]
 
-The last sampled token has not been through the model; it is fed in front of the next user slice.
+The last sampled token has not been through the model yet; it is fed before the next user slice.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ class RowsInput:
     """R rows of the cache that a program works on.
 
     Attributes:
-        index: int32 `[R]`, which rows, each once; None for all rows of the cache in order.
-        lengths: int32 `[R]`, how much of the cache is the row's.
-        active: bool `[R]`, rows that take part. The others get a block of padding behind their length.
+        index: int32 `[R]`, distinct rows of the cache; None for all rows in order.
+        lengths: int32 `[R]`, valid entries of each row.
+        active: bool `[R]`, rows that take part; the others get padding written behind their length.
         in_turns: int32 `[R]`, 1 for rows that answer a turn instead of a slice; their answer is never idle.
         seeds: uint32 `[R]`, each session's seed.
-        steps: uint32 `[R]`, how many steps each session has taken; with the seed it makes the random key.
+        steps: uint32 `[R]`, how many steps each session has taken; seed and steps determine the random key.
         temperature, top_p: float32 `[R]`, see `Sampling`.
         top_k: int32 `[R]`.
-        suppress: bool `[2, V]`, tokens that are never sampled, in slices and in turns: control tokens that end neither.
-        ends: bool `[2, V]`, tokens that end a slice, and those that end a turn.
+        suppress: bool `[2, V]`, tokens that are never sampled in slices and in turns: control tokens that end neither.
+        ends: bool `[2, V]`, tokens that end a slice and tokens that end a turn.
     """
 
     index: Any
@@ -70,7 +70,7 @@ class RowsInput:
 
     @property
     def places(self) -> jax.Array:
-        """int32 `[R]`, each row's place in the cache."""
+        """int32 `[R]`, each row's index in the cache."""
         return jnp.arange(self.lengths.shape[0], dtype=jnp.int32) if self.index is None else self.index
 
 
@@ -81,13 +81,13 @@ class RowsInput:
 )
 @dataclasses.dataclass
 class StepInput:
-    """What a step gets of each row.
+    """What a step is fed.
 
     Attributes:
         rows: the rows.
-        tokens: int32 `[R, T]`, ids to append, right-padded; or `[P]`, those of one row behind those of the other, the
-            padding last, so that per-token work runs on P tokens instead of R x T.
-        counts: int32 `[R]`, how many of them are real; 0 for a row at rest.
+        tokens: int32 `[R, T]`, ids to append, right-padded; or `[P]`, all rows' ids end to end with the padding last,
+            so that per-token work runs on P tokens instead of R x T.
+        counts: int32 `[R]`, how many of the tokens are each row's; 0 for inactive rows.
         idle_bias: float32 `[R]`, see `Sampling`.
     """
 
@@ -98,7 +98,7 @@ class StepInput:
 
 
 def empty_rows(lengths: Any, suppress: Any, ends: Any, index: Any = None) -> RowsInput:
-    """Rows of so many cached tokens `[R]` that take no part."""
+    """Inactive rows with `lengths` `[R]` cached tokens."""
     R = len(lengths)
     return RowsInput(
         index, lengths, np.zeros(R, bool), np.zeros(R, np.int32), np.zeros(R, np.uint32), np.zeros(R, np.uint32),
@@ -107,17 +107,17 @@ def empty_rows(lengths: Any, suppress: Any, ends: Any, index: Any = None) -> Row
 
 
 def empty_step(rows: RowsInput, shape: tuple[int, ...]) -> StepInput:
-    """Rows that are fed nothing, with room for tokens of a shape."""
+    """Input that feeds nothing, with a token array of the given shape."""
     R = len(rows.lengths)
     return StepInput(rows, np.zeros(shape, np.int32), np.zeros(R, np.int32), np.zeros(R, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-    """What bounds a slice, beside the tokens that end it.
+    """End conditions of a slice, besides its stop tokens.
 
     Attributes:
-        idle_id: the token of a silent slice; it can only be a slice's first.
+        idle_id: the token of a silent slice; allowed only as a slice's first token.
         most: M, most tokens of a slice.
     """
 
@@ -126,7 +126,7 @@ class Stops:
 
 
 def first_token(logits: jax.Array, inputs: StepInput, idle_id: int) -> jax.Array:
-    """Samples each row's first token, which may be idle, from its logits `[R, V]`: int32 `[R]`."""
+    """Samples each row's first token, which may be idle, from logits `[R, V]`; returns int32 `[R]`."""
     rows = inputs.rows
     idle = jnp.where(rows.in_turns == 1, -1e30, logits[:, idle_id] + inputs.idle_bias)
     logits = jnp.where(rows.suppress[rows.in_turns], -1e30, logits).at[:, idle_id].set(idle)
@@ -137,19 +137,19 @@ def rest_of_slice(
     run: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]], state: Any, token: jax.Array,
     rows: RowsInput, stops: Stops,
 ) -> tuple[Any, jax.Array, jax.Array]:  # fmt: skip
-    """Samples the rest of R rows' slices behind their first tokens, until all of them are over.
+    """Samples the rest of R rows' slices after their first tokens, until all of them have ended.
 
     Args:
-        run: from a state, each row's newest token `[R]`, how many tokens its slice had before, and bool `[R]`, which
-            slices go on, to logits `[R, V]` and the next state.
-        state: what `run` begins with.
+        run: maps a state, each row's newest token `[R]`, the index of that token in its slice, and bool `[R]`, which
+            slices continue, to logits `[R, V]` and the next state.
+        state: the first argument of the first `run`.
         token: int32 `[R]`, each slice's first token.
-        rows: the rows, their fed tokens part of their lengths.
-        stops: what ends a slice.
+        rows: the rows; their lengths include the fed tokens.
+        stops: end conditions of a slice.
 
     Returns:
-        The last state; the sampled tokens, int32 `[R, M]`, the first included; how many of them are real, stop token
-        included, int32 `[R]`.
+        The last state; the sampled tokens, int32 `[R, M]`, including the first; and how many of them are valid, stop
+        token included, int32 `[R]`.
     """
     suppress = (rows.suppress | (jnp.arange(rows.suppress.shape[1]) == stops.idle_id))[rows.in_turns]
 
@@ -175,7 +175,7 @@ def rest_of_slice(
 
 
 def _draw(logits: jax.Array, i: jax.Array | int, rows: RowsInput) -> jax.Array:
-    """The token number i of each row's slice."""
+    """Samples token number i of each row's slice."""
 
     def key(seed: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), i)

@@ -1,6 +1,6 @@
-"""Turn-based talk over one row of an engine: a whole query in, a whole answer out.
+"""Turn-based conversations over one row of an engine: a whole query in, a whole answer out.
 
-`TurnSession` is the baseline; models that were trained on slices are asked and answer in slices (`SliceTurns`).
+`TurnSession` is the baseline; `SliceTurns` does the same with a model that was trained on slices.
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ from duplex_jax.errors import UserError
 from duplex_jax.slicing import user_slices
 
 MUST_SPEAK = -1e4
-"""Added to the logit of idle where an answer was asked for."""
+"""Added to the logit of idle when an answer was asked for."""
 
-# A turn-based conversation drops its oldest rounds rather than leave an answer less room than this, in tokens.
+# A turn-based conversation drops its oldest rounds when an answer would have less room than this, in tokens.
 _LEAST_ROOM = 256
 
 
 class TurnSession:
     """The turn-based baseline on the same weights: whole query in, whole answer out.
 
-    Turns are written in the model's own chat template (`Template.turns`). The answers that were sampled stay the ids
-    that they are, and what a new prompt shares with the context is not encoded again.
+    Turns are written in the model's own chat template (`Template.turns`). Sampled answers keep their ids, and the part
+    of a new prompt that the context already holds is not encoded again.
 
     Args:
-        engine: where it takes a row.
+        engine: the engine in which it opens a row.
         system: a system prompt; None for the chat template's own.
-        seed: of its random draws.
-        sampling: how it draws; `idle_bias` means nothing here.
-        start: ids that the context begins with, for prompts that `go_on` gives as ids.
+        seed: random seed.
+        sampling: sampling settings; `idle_bias` has no effect.
+        start: initial ids of the context, for prompts that are given to `go_on` as ids.
 
     Raises:
         EngineFull: no row is free.
@@ -57,24 +57,24 @@ class TurnSession:
         self._rounds: list[list[Message]] = []
         self.dropped = 0
         """How many of the oldest rounds were dropped from the context."""
-        self._prompt: Sequence[int] | None = None  # what the next step appends; None until the messages are written
-        self._left = 0  # tokens that the answer may still take
+        self._prompt: Sequence[int] | None = None  # what the next step appends; None if not yet encoded
+        self._left = 0  # tokens left for the answer
         self._said: list[int] = []  # the answer so far
 
     @property
     def answering(self) -> bool:
-        """Whether a query has been asked whose answer is not over."""
+        """Whether an answer is in progress."""
         return self._left > 0
 
     def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
-        """Answers a query; yields the answer's ids as they come, without the end token.
+        """Answers a query; yields the answer's ids as they are sampled, without the end token.
 
         Args:
-            query: what is asked.
-            max_tokens: of the answer, as `make_room` gives them where old rounds are to be dropped for it.
+            query: the user's turn.
+            max_tokens: most tokens of the answer; `make_room` gives a value after dropping old rounds.
 
         Raises:
-            UserError: the conversation outgrows the capacity, or an answer may take no token.
+            UserError: the conversation exceeds the capacity, or `max_tokens` is below 1.
         """
         if max_tokens < 1:
             taken = len(self.engine.template.turn_prompt([*self._opening, ("user", query)]))
@@ -86,30 +86,31 @@ class TurnSession:
             yield step_turns([self])[self]
 
     def ask(self, query: str, max_tokens: int) -> None:
-        """Begins a round; its answer of at most `max_tokens` tokens comes by `step_turns`."""
+        """Begins a round; `step_turns` samples its answer of at most `max_tokens` tokens."""
         self._rounds.append([("user", query)])
         self._prompt, self._left, self._said = None, max_tokens, []
 
     def go_on(self, ids: Sequence[int], max_tokens: int) -> None:
-        """Begins a round of which everything up to the answer is given as ids; see `ask`."""
+        """Begins a round whose prompt is given as ids; see `ask`."""
         self._rounds.append([])
         self._prompt, self._left, self._said = ids, max_tokens, []
 
     def say(self, query: str, answer: str) -> None:
-        """Puts a whole round into the context; the model is not asked."""
+        """Adds a whole round to the context without running the model."""
         self._rounds.append([("user", query), ("assistant", self.engine.template.tokenizer.encode(answer))])
 
     def room(self, query: str) -> int:
-        """The most tokens that an answer to `query` may take; below 1 where the query itself does not fit."""
+        """Most tokens that an answer to `query` may take; below 1 if the query itself does not fit."""
         taken = len(self._written([("user", query)]))
         return self.engine.capacity - taken - self.engine.max_slice_tokens + 1
 
     def make_room(self, query: str, max_tokens: int) -> int:
-        """Drops the oldest rounds that leave an answer to `query` too little room: less than it may take, than 256
-        tokens and than a quarter of the capacity.
+        """Drops the oldest rounds until an answer to `query` has enough room.
+
+        That is the least of `max_tokens`, 256 tokens and a quarter of the capacity.
 
         Returns:
-            The most tokens that the answer may take, up to `max_tokens`; below 1 where the query itself does not fit.
+            The most tokens that the answer may take, up to `max_tokens`; below 1 if the query itself does not fit.
         """
         least = min(max_tokens, _LEAST_ROOM, self.engine.capacity // 4)
         while (room := self.room(query)) < least and self.forget():
@@ -117,7 +118,7 @@ class TurnSession:
         return min(max_tokens, room)
 
     def forget(self) -> bool:
-        """Drops the oldest round from the context; False where there is none."""
+        """Drops the oldest round from the context; returns False if there is none."""
         if not self._rounds:
             return False
         del self._rounds[0]
@@ -125,16 +126,16 @@ class TurnSession:
         return True
 
     def close(self) -> None:
-        """Gives the row back."""
+        """Closes the engine's row."""
         self.engine.close(self._row)
 
     def _written(self, then: Sequence[Message] = ()) -> list[int]:
-        """Ids of the conversation up to the assistant's next word."""
+        """Ids of the conversation up to the start of the assistant's turn."""
         rounds = itertools.chain.from_iterable(self._rounds)
         return self.engine.template.turn_prompt([*self._opening, *rounds, *then])
 
     def _feed(self) -> Sequence[int]:
-        """What the next step appends to the row, from which all else that the prompt does not share was cut."""
+        """Ids that the next step appends, after truncating the row to the prefix that it shares with the prompt."""
         if self._prompt is None:
             row, ids = self._row, self._written()
             same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(row.ids, ids, strict=False)))
@@ -144,7 +145,7 @@ class TurnSession:
         return self._prompt
 
     def _take(self, said: Sequence[int]) -> list[int]:
-        """Books what a step sampled; the words of it."""
+        """Records what a step sampled; returns its words' ids."""
         engine, row, ends = self.engine, self._row, self.engine.template.turn_ends
         words = [i for i in said if i not in ends][: self._left]
         engine.truncate(row, len(row.ids) - len(said) + len(words))
@@ -156,10 +157,10 @@ class TurnSession:
 
 
 def step_turns(sessions: Iterable[TurnSession]) -> dict[TurnSession, list[int]]:
-    """The next tokens of several answers, of one engine, in one batch; see `TurnSession.ask`.
+    """Samples the next tokens of several answers of one engine as one batch; see `TurnSession.ask`.
 
     Raises:
-        UserError: a conversation outgrows the capacity; no session was changed.
+        UserError: a conversation exceeds the capacity; no session has changed.
     """
     sessions = list(sessions)
     if not sessions:
@@ -172,14 +173,16 @@ def step_turns(sessions: Iterable[TurnSession]) -> dict[TurnSession, list[int]]:
 class SliceTurns:
     """Whole query in, whole answer out, with a model that was trained on slices.
 
-    The query goes in slice by slice. The answer begins with its last slice and goes on while the user is silent, until
-    the model is: the end of one slice is not the end of the answer. Old pairs are dropped before the context is full.
+    The query is fed slice by slice. The answer begins with the query's last slice and continues while the user is
+    silent,
+    until the model answers with idle: the end of one slice does not end it. Old pairs are dropped before the context is
+    full.
 
     Args:
-        engine: where it takes a row.
+        engine: the engine in which it opens a row.
         system: a system prompt.
         seed: random seed.
-        sampling: how it draws.
+        sampling: sampling settings.
 
     Raises:
         EngineFull: no row is free.
@@ -188,7 +191,7 @@ class SliceTurns:
     def __init__(self, engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None):
         self._session = DuplexSession(engine, system=system, seed=seed, sampling=sampling)
         self.asked = 0
-        """Tokens in front of the newest answer."""
+        """Number of tokens before the newest answer."""
 
     @property
     def dropped(self) -> int:
@@ -196,15 +199,15 @@ class SliceTurns:
         return self._session.dropped
 
     def prefill(self, turns: Iterable[tuple[str, str]]) -> None:
-        """Puts past turns into the context; see `DuplexSession.prefill`."""
+        """Adds past turns to the context; see `DuplexSession.prefill`."""
         self._session.prefill(turns)
 
     def say(self, query: str, answer: str) -> None:
-        """Puts a whole round into the context; the model is not asked."""
+        """Adds a whole round to the context without running the model."""
         self._session.prefill([("user", query), ("assistant", answer)])
 
     def make_room(self, query: str, max_tokens: int) -> int:
-        """The most tokens that the answer may take: old slices make room for any."""
+        """Most tokens that the answer may take: always `max_tokens`, because old slices are dropped as needed."""
         return max_tokens
 
     def reply(self, query: str, max_tokens: int = 1024) -> Iterator[list[int]]:
@@ -236,12 +239,12 @@ class SliceTurns:
             said = session.step(None).ids
 
     def close(self) -> None:
-        """Gives the row back."""
+        """Closes the engine's row."""
         self._session.close()
 
 
 def rounds_of(turns: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], str | None]:
-    """Turns as rounds of a query and its answer, and a last query without one; turns of the same side are joined.
+    """Groups turns into (query, answer) rounds and an optional unanswered query; joins adjacent turns of one side.
 
     Raises:
         UserError: the first turn is the assistant's.
@@ -261,6 +264,6 @@ def rounds_of(turns: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], 
 def open_turns(
     engine: Engine, *, system: str | None = None, seed: int = 0, sampling: Sampling | None = None
 ) -> TurnSession | SliceTurns:
-    """A turn-based conversation as suits the engine's model; arguments as of `TurnSession`."""
+    """Opens the turn-based session that suits the engine's model; for the arguments see `TurnSession`."""
     kind = SliceTurns if engine.template.in_slices else TurnSession
     return kind(engine, system=system, seed=seed, sampling=sampling)

@@ -1,4 +1,4 @@
-"""Continuous batching of text that a model writes by itself: many writers, each a generator, share an engine's rows."""
+"""Continuous batching of independent writers: generators that ask for continuations and share an engine's rows."""
 
 import dataclasses
 import itertools
@@ -10,19 +10,19 @@ from duplex_jax.decode.rows import Request, Row
 from duplex_jax.decode.sampling import Sampling
 
 T = TypeVar("T")
-# A prefix at least this long is encoded once and copied into the rows that begin with it.
+# A shared prefix of at least this many tokens is encoded once and copied into the rows that begin with it.
 _SHARED = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One continuation that a writer asks for.
+    """A continuation that a writer asks for.
 
     Attributes:
-        prompt: ids of everything in front of it.
+        prompt: all ids before it.
         max_tokens: most tokens of the continuation.
-        sampling: how its tokens are drawn.
-        shared: how many of the first ids other writers begin with, too.
+        sampling: sampling settings.
+        shared: length of the prompt's prefix that other writers share.
     """
 
     prompt: Sequence[int]
@@ -33,7 +33,7 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A continuation: its ids without the stop token, and whether the model ended it itself."""
+    """A continuation: its ids without the stop token, and whether it ended with one."""
 
     ids: list[int]
     ended: bool
@@ -43,7 +43,7 @@ Writer = Generator[Draw, Drawn, T]
 
 
 class _Desk:
-    """A writer at work: its row, and what it has been given of the continuation it waits for."""
+    """A writer's state: its row, and the part received of the pending continuation."""
 
     def __init__(self, writer: Writer, seed: int, draw: Draw):
         self.writer, self.seed, self.draw = writer, seed, draw
@@ -52,7 +52,7 @@ class _Desk:
         self.feed: list[int] = []
 
     def begin(self, engine: Engine, roots: dict[tuple[int, ...], Row]) -> None:
-        """Prepares the row for the draw: what it already holds of the prompt stays, the rest is fed."""
+        """Prepares the row for the draw: keeps the prefix of the prompt that it already holds, and feeds the rest."""
         prompt = list(self.draw.prompt)
         if self.row is None:
             root = tuple(prompt[: self.draw.shared])
@@ -65,26 +65,26 @@ class _Desk:
                 self.row = engine.open((), seed=self.seed)
         self.row.sampling = self.draw.sampling
         held = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(self.row.ids, prompt, strict=False)))
-        # The last id is always fed: the first sampled token needs its logits.
+        # The last id is always fed, because the first sampled token needs its logits.
         held = min(held, len(prompt) - 1)
         engine.truncate(self.row, held)
         self.ids, self.feed = [], prompt[held:]
 
     def room(self, engine: Engine) -> int:
-        """How many tokens the continuation may take in this engine."""
+        """Most tokens that the continuation may take in this engine."""
         return min(self.draw.max_tokens, engine.capacity - len(self.draw.prompt) - engine.max_slice_tokens)
 
 
 def write(engine: Engine, writers: Iterable[tuple[int, Writer[T]]], rows: int) -> Iterator[tuple[int, T]]:
-    """Runs writers, `rows` of them at a time, and yields (number, result) of each as it returns.
+    """Runs writers, `rows` of them at a time, and yields each one's (number, result) as it returns.
 
-    A writer's words depend on its number (the seed of its row) and its own prompts, not on who writes beside it.
+    A writer's output depends only on its number (the seed of its row) and its own prompts, not on the other writers.
 
     Args:
-        engine: where the rows are; it needs a few more than `rows` for prefixes that writers share.
-        writers: numbers and generators that yield a `Draw` and are sent what was `Drawn`. A prompt that leaves no
-            room for a continuation is answered with an empty one.
-        rows: writers at once.
+        engine: the engine; it needs a few more rows than `rows` for shared prefixes.
+        writers: numbers, and generators that yield a `Draw` and are sent a `Drawn`. A prompt that leaves no room for a
+            continuation gets an empty one.
+        rows: most writers at once.
     """
     waiting = iter(writers)
     desks: dict[int, _Desk] = {}
@@ -95,7 +95,7 @@ def write(engine: Engine, writers: Iterable[tuple[int, Writer[T]]], rows: int) -
                 number, writer = arrived
                 try:
                     desks[number] = _Desk(writer, number, next(writer))
-                except StopIteration as stop:  # it needed nothing of the model
+                except StopIteration as stop:  # it asked for no continuation
                     yield number, stop.value
                     continue
                 desks[number].begin(engine, roots)

@@ -1,4 +1,4 @@
-"""Attention over packed rows, behind one function whatever computes it."""
+"""Causal attention over packed rows: one function, several backends."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from duplex_jax.errors import UserError
 BACKENDS = ("xla", "splash", "cudnn")
 
 Partition = Callable[[Sequence[str | None]], Any]
-"""From an array's logical axes to the mesh axes that carry them: `parallel.partition`."""
+"""Maps an array's logical axes to the mesh axes that shard them: `parallel.partition`."""
 
 
 def attend(
@@ -28,15 +28,17 @@ def attend(
     Args:
         q: `[B, T, N, H]`.
         k, v: `[B, T, K, H]`; N is a multiple of K.
-        segment_ids: int32 `[B, T]`, a token sees only its own segment; 0 is padding. None: one segment a row.
-        backend: `xla` runs anywhere; `splash` is JAX's TPU kernel (interpreted, slowly, on CPU), `cudnn` NVIDIA's.
-        partition: where several devices take part, which mesh axes carry batch and heads.
+        segment_ids: int32 `[B, T]`; a token attends only within its own segment, 0 is padding. None: one segment per
+            row.
+        backend: `xla` (any platform), `splash` (JAX's TPU kernel; interpreted and slow on CPU) or `cudnn` (NVIDIA
+            GPUs).
+        partition: gives the mesh axes of batch and heads; needed only by `splash` on several devices.
 
     Returns:
         `[B, T, N, H]`, in the dtype of `q`.
 
     Raises:
-        UserError: unknown backend, or a length that it cannot take.
+        UserError: the backend is unknown or does not support this row length.
     """
     if backend == "xla":
         return _attend_xla(q, k, v, segment_ids)
@@ -52,9 +54,9 @@ def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
     return _attend_xla_forward(q, k, v, segment_ids)[0]
 
 
-# FlashAttention in blocks of queries and keys (Dao et al. 2022, algorithms 1 and 4): no [T, T] is ever written, and the
-# way back needs one number a query beside its operands. Blocks of keys are not visited where all their documents end
-# before the block of queries.
+# FlashAttention in blocks of queries and keys (Dao et al. 2022, algorithms 1 and 4): no [T, T] array is materialised,
+# and the backward pass needs only one extra number per query. Key blocks whose segments all end before the query block
+# are skipped.
 _BLOCK = 128
 _MASKED = -1e30
 
@@ -73,7 +75,7 @@ def _attend_xla_forward(
             out, top, total = so_far
             scores = blocks.scores(q, keys[j], i, j)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            kept = jnp.exp(top - new_top)  # 0 where nothing before could be seen, which forgets it
+            kept = jnp.exp(top - new_top)  # 0 if no earlier key was visible
             probs = jnp.exp(scores - new_top[..., None])
             values_seen = _product("bkts,bksh->bkth", probs.astype(v.dtype), values[j])
             return out * kept[..., None] + values_seen, new_top, total * kept + jnp.sum(probs, axis=-1)
@@ -126,11 +128,11 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class _Blocks:
-    """How rows are cut for `_attend_xla`: the last block is padded, with tokens that nobody sees.
+    """Splits rows into blocks for `_attend_xla`; the last block is padded with masked tokens.
 
     Attributes:
-        number: of blocks, n.
-        first: int32 `[n]`, the first block of keys that each block of queries has to visit.
+        number: n, the number of blocks.
+        first: int32 `[n]`, for each query block the first key block that it attends to.
     """
 
     def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...], segment_ids: jax.Array | None):
@@ -143,44 +145,44 @@ class _Blocks:
         self.first = jnp.zeros(self.number, jnp.int32)
         if segment_ids is not None:
             self._segments = self._cut(segment_ids)
-            # Padding stands behind everything. Blocks whose ranges of ids do not meet have no segment in common.
+            # Padding sorts last. Two blocks whose ranges of segment ids are disjoint have no segment in common.
             ids = jnp.where(self._segments == 0, jnp.iinfo(jnp.int32).max, self._segments)
             low, high = jnp.min(ids, axis=-1), jnp.max(ids, axis=-1)
             meet = (low[:, None] <= high[None]) & (low[None] <= high[:, None])
             self.first = jnp.argmax(jnp.any(meet, axis=-1), axis=-1).astype(jnp.int32)
 
     def _cut(self, x: jax.Array) -> jax.Array:
-        """`[n, B, size, ...]` of `[B, T, ...]`."""
+        """`[B, T, ...]` to `[n, B, size, ...]`."""
         padding = [(0, 0), (0, self.number * self._size - self._T)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(self._B, self.number, self._size, *x.shape[2:]), 1, 0)
 
     def _join(self, x: jax.Array) -> jax.Array:
-        """`[B, T, heads, H]` of `[n, B, size, heads, H]`."""
+        """`[n, B, size, heads, H]` to `[B, T, heads, H]`."""
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(self._B, self.number * self._size, *x.shape[3:])[:, : self._T]
 
     def of_queries(self, x: jax.Array) -> jax.Array:
-        """`[n, B, K, G * size, H]` of `[B, T, N, H]`."""
+        """`[B, T, N, H]` to `[n, B, K, G * size, H]`."""
         x = self._cut(x)
         x = x.reshape(*x.shape[:3], self._K, self._G, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
     def to_queries(self, x: jax.Array) -> jax.Array:
-        """The way back."""
+        """Inverse of `of_queries`."""
         x = x.reshape(*x.shape[:3], self._G, self._size, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
         return self._join(x.reshape(*x.shape[:3], -1, x.shape[-1]))
 
     def of_keys(self, x: jax.Array) -> jax.Array:
-        """`[n, B, K, size, H]` of `[B, T, K, H]`."""
+        """`[B, T, K, H]` to `[n, B, K, size, H]`."""
         return jnp.swapaxes(self._cut(x), 2, 3)
 
     def to_keys(self, x: jax.Array) -> jax.Array:
-        """The way back."""
+        """Inverse of `of_keys`."""
         return self._join(jnp.swapaxes(x, 2, 3))
 
     def scores(self, q: jax.Array, k: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """float32 `[B, K, G * size, size]` of one block of queries with one of keys, masked."""
+        """Masked scores of query block i against key block j, float32 `[B, K, G * size, size]`."""
         place = jnp.arange(self._size)
         mask = (i * self._size + place[:, None] >= j * self._size + place)[None]
         if self._segments is not None:
@@ -192,7 +194,7 @@ class _Blocks:
 
 
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    # cuDNN knows causality itself; segments go in as an additive mask that all heads share.
+    # cuDNN applies the causal mask itself; segments are passed as a mask that all heads share.
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 

@@ -1,4 +1,4 @@
-"""The shape and scales of one model, read from its own `config.json`."""
+"""A model's shape and scales, read from its `config.json`."""
 
 import dataclasses
 import math
@@ -8,23 +8,23 @@ from typing import Any
 from duplex_jax.errors import UserError
 
 STORES = ("float32", "bfloat16", "int8")
-"""How decoding may store weights and cache entries."""
+"""Storage types of weights and cache entries for decoding."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; the fields are those of Hugging Face configs.
+    """RoPE scaling; the fields are those of Hugging Face configs.
 
     Attributes:
         type: one of `ROPE_TYPES`.
         factor: the ratio of the stretched to the original length.
         original_length: positions that the unscaled model was trained for.
-        low_freq_factor, high_freq_factor: `llama3`: the band of wavelengths that is interpolated.
-        beta_fast, beta_slow: `yarn`: the rotations between which it ramps.
-        attention_factor: `yarn`, `longrope`: the factor on cosines and sines, None for the formula's own.
-        short_factor, long_factor: `longrope`: a divisor for each frequency.
+        low_freq_factor, high_freq_factor: `llama3`: bounds of the band of wavelengths that is interpolated.
+        beta_fast, beta_slow: `yarn`: the numbers of rotations between which the ramp runs.
+        attention_factor: `yarn`, `longrope`: factor on cosines and sines; None for the formula's default.
+        short_factor, long_factor: `longrope`: one divisor per frequency, `[H / 2]`.
     """
 
     type: str = "default"
@@ -39,10 +39,10 @@ class RopeScaling:
     long_factor: tuple[float, ...] = ()
 
     def check(self, head_dim: int) -> None:
-        """Whether frequencies of this width can be scaled so.
+        """Checks the fields for heads of width `head_dim`.
 
         Raises:
-            UserError: names the field that cannot be.
+            UserError: a field is out of range; the message names it.
         """
         numbers = {"factor": self.factor, "attention_factor": self.attention_factor}
         numbers |= {n: getattr(self, n) for n in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")}
@@ -68,31 +68,31 @@ _SIZES = (
     ("max_position_embeddings", 1, 2**31),
     ("vocab_multiple", 1, 2**20),
 )
-"""What the sizes of a model can be: a damaged file asks for no more memory than there is."""
+"""Allowed ranges of the sizes, so that a damaged file cannot ask for absurd amounts of memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A MiniCPM. With `scale_emb` 1 and without `scale_depth` and `dim_model_base` it is a Llama.
+    """A MiniCPM. With `scale_emb` 1 and neither `scale_depth` nor `dim_model_base` it is a Llama.
 
     Attributes:
-        vocab_size: V, rows of the vocabulary that mean something.
+        vocab_size: V, vocabulary entries without padding.
         hidden_size: D.
         intermediate_size: F, the width of SwiGLU.
         num_layers: L.
         num_heads: N, query heads.
-        num_kv_heads: K, heads of keys and values; divides N.
+        num_kv_heads: K, key and value heads; divides N.
         head_dim: H.
         max_position_embeddings: positions that the model was trained for.
         rms_norm_eps: added to the mean square.
-        rope_theta: the base of the rotary frequencies.
-        rope_scaling: how they are stretched.
-        scale_emb: the factor on embeddings.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how the frequencies are scaled to longer contexts.
+        scale_emb: factor on the embeddings.
         scale_depth: residual branches are scaled by `scale_depth / sqrt(L)`; None for 1.
         dim_model_base: logits are divided by `D / dim_model_base`; None for 1.
-        tie_word_embeddings: the head is the embedding.
+        tie_word_embeddings: whether the head shares the embedding's weights.
         vocab_multiple: the stored vocabulary is padded to a multiple of this, so that it can be sharded.
-        initializer_range: the standard deviation of fresh weights.
+        initializer_range: standard deviation of initial weights.
         bos_token_id, eos_token_id: kept for export.
     """
 
@@ -142,24 +142,24 @@ class ModelConfig:
 
     @property
     def residual_scale(self) -> float:
-        """The factor on each residual branch."""
+        """Factor on each residual branch."""
         return 1.0 if self.scale_depth is None else self.scale_depth / math.sqrt(self.num_layers)
 
     @property
     def logit_divisor(self) -> float:
-        """What the last hidden state is divided by in front of the head."""
+        """Divisor of the last hidden state before the head."""
         return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
 
     @property
     def num_params(self) -> int:
-        """Weights without vocabulary padding."""
+        """Number of weights, vocabulary padding excluded."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         vocabularies = 1 if self.tie_word_embeddings else 2
         return self.num_layers * layer + self.hidden_size * (1 + vocabularies * self.vocab_size)
 
 
-# A field of these that is set means arithmetic that this model does not have.
+# If one of these fields is set, the checkpoint needs arithmetic that this model does not have.
 _UNSUPPORTED_IF_SET = (
     "attention_bias", "mlp_bias", "qkv_bias", "use_qk_norm", "qk_norm", "num_experts", "num_local_experts",
     "kv_lora_rank", "q_lora_rank", "quantization_config", "use_sliding_window", "attn_logit_softcapping",
@@ -172,7 +172,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     """Reads a Hugging Face `config.json` of MiniCPM or of a Llama-like model.
 
     Raises:
-        UserError: what is missing or not supported, by name.
+        UserError: a field is missing or not supported; the message names it.
     """
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
@@ -193,7 +193,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         head_dim = int(config.get("head_dim") or hidden // heads)
         scales: dict[str, Any] = {}
         if kind == "minicpm":
-            # The released configuration class has these defaults; files may leave them out.
+            # Files may leave these out: they are the defaults of the released configuration class.
             scales = {
                 "scale_emb": float(config.get("scale_emb", 1)),
                 "scale_depth": config.get("scale_depth", 1),
@@ -227,7 +227,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
 
 
 def _first(token: Any) -> int | None:
-    """A token id; of a list of them, such as Llama 3.1's ends of text, the first."""
+    """A token id; the first one of a list, such as Llama 3.1's end-of-text ids."""
     return int(token[0] if isinstance(token, list) else token) if token not in (None, []) else None
 
 
@@ -279,7 +279,7 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that transformers loads: as Llama where every scale is 1, else as Granite, its built-in MiniCPM.
+    """A `config.json` that transformers loads: as Llama if every scale is 1, else as Granite, which has all scales.
 
     Reading it back with `from_hf` gives the same arithmetic.
     """

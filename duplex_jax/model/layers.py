@@ -1,7 +1,7 @@
-"""The layers of MiniCPM as Flax modules, each an equation of the model, with the logical axes of its weights.
+"""The layers of MiniCPM as Flax modules, one equation each, with the logical axes of their weights.
 
-Letters: B rows, T tokens, D hidden, N query heads, K key heads, H head width, F SwiGLU width, L layers, V padded
-vocabulary, r rank of an update.
+Letters: B rows, T tokens, D hidden size, N query heads, K key-value heads, H head width, F SwiGLU width, L layers, V
+padded vocabulary, r LoRA rank.
 """
 
 import functools
@@ -17,17 +17,17 @@ from duplex_jax.model import rope
 from duplex_jax.model.config import ModelConfig
 
 Tables = tuple[jax.Array, jax.Array]
-"""Rotary cosines and sines of the tokens' positions, float32 `[B, T, H / 2]`."""
+"""Rotary cosines and sines at the tokens' positions, float32 `[B, T, H / 2]`."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""From rotated q `[B, T, N, H]`, k and v `[B, T, K, H]` to `[B, T, N, H]`."""
+"""Maps rotated q `[B, T, N, H]`, k and v `[B, T, K, H]` to `[B, T, N, H]`."""
 
 Update = tuple[jax.Array, jax.Array]
 """A low-rank update: A `[in, r]` and B `[r, out]`."""
 
 
 def parameter(value: Any, *axes: str, kind: Any = nnx.Param) -> Any:
-    """A weight with the logical name of each of its axes; `parallel` says which mesh axis carries it."""
+    """A weight with a logical name for each axis; `parallel` maps those names to mesh axes."""
     return kind(value, out_sharding=axes, eager_sharding=False)
 
 
@@ -36,19 +36,19 @@ def _normal(config: ModelConfig, rngs: nnx.Rngs, *shape: int) -> jax.Array:
 
 
 def product(x: jax.Array, weight: jax.Array, update: Update | None = None) -> jax.Array:
-    """`x W`, or `x W + (x A) B`: a small update added to W would be rounded away in bfloat16."""
+    """`x W`, or `x W + (x A) B`: a small update added to W itself would be rounded away in bfloat16."""
     y = lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())))
     return y if update is None else y + (x @ update[0]) @ update[1]
 
 
 class Linear(nnx.Module):
-    """`x W`, plus `alpha / r (x A) B` where `lora.add` has put an update beside the weight.
+    """`x W`, plus `alpha / r (x A) B` once `lora.add` has attached an update.
 
     Attributes:
         weight: `[in, out]`.
         lora_a, lora_b: `[in, r]` and `[r, out]`, or None.
         lora_scale: `alpha / r`.
-        product: computes it.
+        product: the function that computes it.
     """
 
     def __init__(self, config: ModelConfig, shape: tuple[int, int], axes: tuple[str, str], *, rngs: nnx.Rngs):
@@ -59,17 +59,17 @@ class Linear(nnx.Module):
         self.product = product
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., out]` from `[..., in]`, in the dtype of `x`."""
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         update = None
         if self.lora_a is not None and self.lora_b is not None:
             update = self.lora_a.astype(x.dtype), (self.lora_b * self.lora_scale).astype(x.dtype)
         weight = self.weight[...]
-        # qwix's quantised weights are of no other dtype than what they stand for.
+        # qwix's quantised weights report the dtype of the weights they replace.
         return self.product(x, weight if weight.dtype == x.dtype else weight.astype(x.dtype), update)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32: `[..., D]`, in the dtype of `x`."""
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32; returns `[..., D]` in the dtype of `x`."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight).astype(x.dtype)
@@ -83,16 +83,16 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` from `[..., D]`, in the dtype of `x`."""
+        """`[..., D]` to `[..., D]`, in the dtype of `x`."""
         return rms_norm(x, self.weight[...], self.eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """`[B, T, D]` in `dtype`: rows of a table `[V, D]`.
+    """Looks up tokens `[B, T]` in a table `[V, D]`; returns `[B, T, D]` in `dtype`.
 
-    A few control tokens are half of all tokens, so the gradient of a row sums thousands of them: in float32, and in the
-    same order on every platform.
+    A few control tokens make up half of all tokens, so the gradient of their rows sums thousands of terms: the sum is
+    in float32, and in the same order on every platform.
     """
     return table[tokens].astype(dtype)
 
@@ -109,7 +109,7 @@ def _lookup_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], dy: jax
 
     dy = dy.reshape(n, -1)[order].astype(jnp.float32)
     sums, _ = lax.associative_scan(join, (dy, first[:, None]))
-    places = jnp.where(jnp.append(first[1:], True), ids, V + jnp.arange(n))  # the last of each token has its sum
+    places = jnp.where(jnp.append(first[1:], True), ids, V + jnp.arange(n))  # a token's last row holds its sum
     grads = jnp.zeros(table.shape, jnp.float32).at[places].set(sums, mode="drop", unique_indices=True)
     return grads.astype(table.dtype), None
 
@@ -118,11 +118,11 @@ lookup.defvjp(lambda table, tokens, dtype: (lookup(table, tokens, dtype), (table
 
 
 class Embedding(nnx.Module):
-    """A vector for each token of the vocabulary: what goes in, and what the head compares with.
+    """One vector per token of the vocabulary, for looking tokens up and for the head's scores.
 
     Attributes:
         weight: `[V, D]`.
-        rows: `[n, D]`, trained in place of the weight's rows `row_ids` where the weight is frozen; or None.
+        rows: `[n, D]`, trained in place of rows `row_ids` of the frozen weight; or None.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -132,7 +132,7 @@ class Embedding(nnx.Module):
         self.row_ids: tuple[int, ...] = ()
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """`[B, T, D]` of tokens `[B, T]`."""
+        """Embeddings `[B, T, D]` of tokens `[B, T]`."""
         x = lookup(self.weight[...], tokens, dtype)
         if self.rows is None:
             return x
@@ -140,13 +140,13 @@ class Embedding(nnx.Module):
         return jnp.where(hit.any(-1, keepdims=True), hit.astype(dtype) @ self.rows.astype(dtype), x)
 
     def table(self) -> jax.Array:
-        """`[V, D]`, the trained rows in place."""
+        """The whole table `[V, D]`, with trained rows substituted."""
         if self.rows is None:
             return self.weight[...]
         return self.weight.at[jnp.asarray(self.row_ids)].set(self.rows.astype(self.weight.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """float32 `[..., V]`: the product of `[..., D]` with every token's vector."""
+        """Dot products of `[..., D]` with every token's vector, float32 `[..., V]`."""
         table = self.table().astype(x.dtype)
         return lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(self, x: jax.Array, tables: Tables, attend: Attend) -> jax.Array:
-        """`[B, T, D]` from `[B, T, D]`."""
+        """`[B, T, D]` to `[B, T, D]`."""
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
         y = attend(rope.rotate(q, tables), rope.rotate(k, tables), v)
         return self.o(y.reshape(*x.shape[:2], -1))
@@ -179,12 +179,12 @@ class Mlp(nnx.Module):
         self.down = Linear(config, (F, D), ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` from `[..., D]`."""
+        """`[..., D]` to `[..., D]`."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind a norm and on a residual branch scaled by `scale_depth / sqrt(L)`."""
+    """One layer: attention and MLP, each after a norm, on residual branches scaled by `scale_depth / sqrt(L)`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config)
@@ -194,6 +194,6 @@ class Block(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(self, x: jax.Array, tables: Tables, attend: Attend) -> jax.Array:
-        """`[B, T, D]` from `[B, T, D]`; `attend` is what differs between packed rows and a cache."""
+        """`[B, T, D]` to `[B, T, D]`; `attend` is the attention over packed rows or over a cache."""
         x = x + self.residual_scale * self.attention(self.attn_norm(x), tables, attend)
         return x + self.residual_scale * self.mlp(self.mlp_norm(x))

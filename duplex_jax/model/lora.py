@@ -1,8 +1,8 @@
-"""Low-rank updates beside frozen weights, and embedding rows of new tokens trained fully.
+"""LoRA: low-rank updates of frozen weights, plus fully trained embedding rows of new tokens.
 
     y = x W + (alpha / rank) (x A) B        (Hu et al. 2021, "LoRA"; A normal, B zero at the start)
 
-Updates are `nnx.LoRAParam`s of the layers that they belong to. As a tree of their own they are
+Updates are `nnx.LoRAParam`s of the layers that they modify. As a tree of their own they are
 `{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}, "rows": {"embed": [n, D]}}`.
 """
 
@@ -26,18 +26,18 @@ TARGETS = tuple(_PARTS)
 def add(
     model: MiniCPM, rank: int, alpha: float, targets: Sequence[str], row_ids: Sequence[int], key: jax.Array
 ) -> MiniCPM:
-    """Puts updates beside the weights of a model, its layers stacked; they change nothing yet.
+    """Attaches updates to a model with stacked layers; B starts at zero, so the output does not change yet.
 
     Args:
-        model: changed in place.
-        rank: r, of the updates.
+        model: the model, changed in place.
+        rank: r, the rank of the updates.
         alpha: updates are scaled by `alpha / r`.
-        targets: which weights of a layer get one.
-        row_ids: tokens whose rows of the embedding, and of the head, are trained.
-        key: draws the A of each update.
+        targets: names of the weights in a layer that get an update.
+        row_ids: tokens whose embedding rows (and head rows) are trained.
+        key: random key for the initial A.
 
     Raises:
-        UserError: a target that no layer has, or a rank over the width of one.
+        UserError: no layer has one of the targets, or the rank exceeds a target's width.
     """
     assert isinstance(model.layers, Block)
     for name in targets:
@@ -61,7 +61,7 @@ def add(
 
 
 def merge(frozen: Params, trained: Params, scale: float, ids: Sequence[int]) -> Params:
-    """Plain weights that compute the same, as numpy arrays in the dtype of the frozen ones."""
+    """Plain weights equivalent to frozen ones plus updates, as numpy arrays in the frozen weights' dtype."""
     layers = dict(frozen["layers"])
     for name, w in trained["layers"].items():
         a, b = np.asarray(w["a"], np.float32), np.asarray(w["b"], np.float32)

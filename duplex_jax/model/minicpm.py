@@ -5,9 +5,9 @@
     x = x + residual_scale * down(silu(gate(rms_norm(x))) * up(rms_norm(x)))
     logits = head(rms_norm(x) / (D / dim_model_base))
 
-The parameters of `MiniCPM` are the one declaration of the model's weights: initial values, abstract shapes
-(`nnx.eval_shape`), shardings (`out_sharding`), names in files (`model.tree`), low-rank updates (`model.lora`) and what
-decoding stores are all read from them.
+The parameters of `MiniCPM` are the single declaration of the model's weights. Initial values, abstract shapes
+(`nnx.eval_shape`), shardings (`out_sharding`), names in files (`model.tree`), low-rank updates (`model.lora`) and
+decoding's storage formats all derive from them.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,15 @@ REMAT = {
 
 
 class MiniCPM(nnx.Module):
-    """The model.
+    """The language model.
 
     Attributes:
-        config: its shape and scales.
-        embed: embeddings of tokens.
-        layers: a `Block` whose weights are stacked, `[L, ...]`, as training scans them; or, after `unstack`, L blocks,
-            as decoding runs them.
-        final_norm: the norm in front of the head.
-        head: the head's table where it is not the embedding's, else None.
+        config: shape and scales.
+        embed: token embeddings.
+        layers: a `Block` with stacked weights, `[L, ...]`, for training; after `unstack`, a list of L blocks, for
+            decoding.
+        final_norm: the norm before the head.
+        head: the head's table, or None if it shares the embedding's.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -58,24 +58,24 @@ class MiniCPM(nnx.Module):
 
     @property
     def output(self) -> Embedding:
-        """What the last hidden states are compared with."""
+        """The table that scores the last hidden states: the head's, or the embedding's where they are tied."""
         return self.embed if self.head is None else self.head
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, one by one, of a model that `unstack` made."""
+        """The layers as a list; the model must come from `unstack`."""
         assert not isinstance(self.layers, Block)
         return list(self.layers)
 
     @property
     def dtype(self) -> Any:
-        """That of the embedding."""
+        """The embedding's dtype."""
         return self.embed.weight.dtype
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        """float32 logits `[B, T, V]` of tokens `[B, T]`; arguments as for `hidden`."""
+        """float32 logits `[B, T, V]` of tokens `[B, T]`; for the arguments see `hidden`."""
         return self.logits(self.hidden(tokens, positions, segment_ids))
 
     def hidden(
@@ -90,20 +90,20 @@ class MiniCPM(nnx.Module):
         shard: Shard = lambda x, axes: x,
         capacity: int | None = None,
     ) -> jax.Array:
-        """Hidden states of packed rows; `logits` makes logits of them.
+        """Hidden states of packed rows, as `logits` takes them.
 
         Args:
             tokens: int32 `[B, T]`.
             positions: int32 `[B, T]`, restarting in each segment; None for 0, 1, 2, ...
-            segment_ids: int32 `[B, T]`, a token sees only its own segment; None for one segment a row.
-            dtype: of the computation; that of the norms by default.
-            attend: attention of all layers, in place of causal attention within segments.
-            remat: what the backward pass computes again, one of `REMAT`.
-            shard: puts a sharding constraint on activations by logical axes.
-            capacity: positions that rotary scaling is fixed for; T by default.
+            segment_ids: int32 `[B, T]`; a token attends only within its own segment. None for one segment per row.
+            dtype: dtype of the computation; that of the norms by default.
+            attend: attention used in every layer; causal attention within segments by default.
+            remat: rematerialisation policy of the backward pass, one of `REMAT`.
+            shard: adds a sharding constraint to an activation, given its logical axes.
+            capacity: context length that rotary scaling is computed for; T by default.
 
         Returns:
-            `[B, T, D]`, normalised and divided.
+            `[B, T, D]`, after the final norm and divided by `logit_divisor`.
 
         Raises:
             UserError: unknown remat policy.
@@ -118,7 +118,7 @@ class MiniCPM(nnx.Module):
         def run(block: Block, x: jax.Array) -> jax.Array:
             return shard(block(x, tables, see), ("batch", "length", "activation"))
 
-        # Each device looks up its part of the width for all rows, and rows travel: the table stays where it is.
+        # Each device looks up its slice of the width for all rows, so rows are exchanged and the table is not gathered.
         x = self.embedded(shard(tokens, ("rows", "length")), dtype or self.final_norm.weight.dtype)
         x = shard(shard(x, ("rows", "length", "embed")), ("batch", "length", "activation"))
         if not isinstance(self.layers, Block):
@@ -139,28 +139,28 @@ class MiniCPM(nnx.Module):
         return self.embed(tokens, dtype) * self.config.scale_emb
 
     def normalised(self, x: jax.Array) -> jax.Array:
-        """The last layer's `[..., D]`, ready for the head."""
+        """The last layer's output `[..., D]`, normalised and scaled for the head."""
         return self.final_norm(x) / self.config.logit_divisor
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 `[..., V]` from `[..., D]` as `hidden` returns it; padded columns are -1e30."""
+        """float32 logits `[..., V]` of hidden states `[..., D]`; columns that pad the vocabulary are -1e30."""
         return mask_padding(self.config, self.output.scores(hidden))
 
 
 def mask_padding(config: ModelConfig, scores: jax.Array) -> jax.Array:
-    """Logits `[..., V]` with -1e30 for the rows that pad the vocabulary."""
+    """Logits `[..., V]` with the columns that pad the vocabulary set to -1e30."""
     if config.padded_vocab_size == config.vocab_size:
         return scores
     return jnp.where(jnp.arange(scores.shape[-1]) < config.vocab_size, scores, -1e30)
 
 
 def abstract(config: ModelConfig) -> MiniCPM:
-    """The model with `jax.ShapeDtypeStruct`s for weights: nothing is allocated."""
+    """The model with `jax.ShapeDtypeStruct`s as weights; allocates nothing."""
     return nnx.eval_shape(lambda: MiniCPM(config, rngs=nnx.Rngs(0)), graph=False)
 
 
 def unstack(model: MiniCPM) -> MiniCPM:
-    """A model of the same weights with its layers apart."""
+    """The same model with its layers as a list of L blocks instead of one stacked block."""
     if not isinstance(model.layers, Block):
         return model
     graphdef, stacked = nnx.split(model.layers)

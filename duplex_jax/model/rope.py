@@ -10,13 +10,12 @@ from duplex_jax.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, length: int) -> tuple[np.ndarray, float]:
-    """Frequencies and the factor on cosines and sines.
+    """Rotary frequencies, and the factor on cosines and sines.
 
     Args:
         config: the model.
-        length: positions in use: a training row's length, or a cache's capacity. `dynamic` and `longrope` change
-            beyond the original length; for a cache they are fixed by its capacity, so that keys written early and
-            late agree.
+        length: positions in use: a training row's length or a cache's capacity. `dynamic` and `longrope` change beyond
+            the original length; a cache uses its capacity throughout, so that early and late keys agree.
 
     Returns:
         float64 `[H / 2]` and the factor. Formulas: Hugging Face's `modeling_rope_utils`, after Peng et al. 2023
@@ -57,14 +56,14 @@ def inverse_frequencies(config: ModelConfig, length: int) -> tuple[np.ndarray, f
 
 
 def rotary_tables(config: ModelConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for `positions` `[B, T]`: two float32 `[B, T, H / 2]`."""
+    """Cosines and sines at `positions` `[B, T]`: two float32 arrays `[B, T, H / 2]`."""
     inverse, factor = inverse_frequencies(config, length)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x` `[B, T, heads, H]`; dimension i is paired with i + H / 2, as released checkpoints have it."""
+    """Rotates `x` `[B, T, heads, H]`, pairing dimension i with i + H / 2 as released checkpoints do."""
     cos, sin = (t[:, :, None, :] for t in tables)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,8 +1,8 @@
-"""A model's weights as a plain tree under short names: what files, optimisers and jitted functions take.
+"""A model's weights as a plain tree with short names, for files, optimisers and jitted functions.
 
     {"embed": [V, D], "layers": {"attn_norm": [L, D], "q": [L, D, N H], ..., "down": [L, F, D]}, "final_norm": [D]}
 
-and `head` where it is not the embedding. What LoRA trains is a tree of its own,
+plus `head` where it is not tied to the embedding. LoRA weights are a separate tree,
 `{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}, "rows": {"embed": [n, D]}}`.
 """
 
@@ -26,12 +26,12 @@ def _shapes(config: ModelConfig) -> Params:
 
 
 def shapes(config: ModelConfig) -> Params:
-    """The tree as `jax.ShapeDtypeStruct`s in float32: nothing is allocated."""
+    """The tree as float32 `jax.ShapeDtypeStruct`s; allocates nothing."""
     return jax.tree.map(lambda x: x, _shapes(config))
 
 
 def short_name(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A parameter's path in the tree from its path in the module."""
+    """Converts a parameter's path in the module to its path in the tree."""
     if path[-1] == "rows":
         return "rows", path[0]
     return tuple(str(name).removeprefix("lora_") for name in path if name not in ("attention", "mlp", "weight"))
@@ -40,12 +40,12 @@ def short_name(path: tuple[Any, ...]) -> tuple[str, ...]:
 def to_tree(
     model: MiniCPM, of: Callable[[nnx.Variable], Any] = nnx.Variable.get_raw_value, kind: Any = nnx.Param
 ) -> Params:
-    """The tree of a model's stacked weights.
+    """The tree of a model with stacked layers.
 
     Args:
         model: the model.
-        of: what a leaf is made of a parameter; its value by default.
-        kind: `nnx.Param`, or a filter that selects some of them, such as `nnx.LoRAParam`.
+        of: computes a leaf from a parameter; its value by default.
+        kind: filter that selects parameters: all by default, or a subset such as `nnx.LoRAParam`.
     """
     tree: Params = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
@@ -57,14 +57,14 @@ def to_tree(
 
 
 def with_weights(model: MiniCPM, tree: Mapping[str, Any], kind: Any = nnx.Param) -> MiniCPM:
-    """The model with these weights in place of those of some kind."""
+    """The model with the parameters of this kind replaced by the tree's weights."""
     graphdef, state, rest = nnx.split(model, kind, ...)  # type: ignore[misc]
     flat = {path: variable.replace(get(tree, short_name(path))) for path, variable in nnx.to_flat_state(state)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat), rest)
 
 
 def from_tree(config: ModelConfig, tree: Mapping[str, Any]) -> MiniCPM:
-    """The model that a tree holds the weights of."""
+    """Builds a model from a tree of weights."""
     return with_weights(minicpm.abstract(config), tree)
 
 

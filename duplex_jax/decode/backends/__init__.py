@@ -1,7 +1,7 @@
-"""What computes a step: the one interface between the engine and the arithmetic, and the choice of a backend.
+"""The interface between the engine and the arithmetic, and the choice of a backend.
 
-A backend keeps a model's weights as its programs take them. Its methods are pure functions, to be jitted with the cache
-donated; `slots` is how many of the cache's slots are read, at least the longest active row's length.
+A backend holds a model's weights in the layout its programs need. Its methods are pure functions, to be jitted with the
+cache donated; `slots` is how many of the cache's slots are read, at least the longest active row's length.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Settings:
     """How a backend computes and stores.
 
     Attributes:
-        capacity: positions that rotary scaling is fixed for.
-        dtype: of the computation.
-        weights: how matrices are stored, one of `STORES`.
-        entries: how cached keys and values are stored, one of the same.
+        capacity: context length that rotary scaling is computed for.
+        dtype: dtype of the computation.
+        weights: storage type of the matrices, one of `STORES`.
+        entries: storage type of cached keys and values, one of `STORES`.
     """
 
     capacity: int
@@ -40,10 +40,10 @@ class Backend(Protocol):
 
     Attributes:
         config: the model.
-        settings: how it computes.
+        settings: dtypes and storage types.
         weights: a tree of arrays, the first argument of every method that takes `weights`.
-        reads_buckets: whether a program reads as many slots of every row as the longest needs. Otherwise it reads of
-            each row what that holds, and one program serves all lengths.
+        reads_buckets: whether a program reads the same number of slots of every row, as many as the longest needs. If
+            not, it reads only each row's own entries, and one program serves all lengths.
     """
 
     config: ModelConfig
@@ -57,25 +57,25 @@ class Backend(Protocol):
     def feed(
         self, weights: Any, cache: KVCache, inputs: StepInput, *, slots: int, longest: int, stops: Stops
     ) -> tuple[KVCache, jax.Array]:
-        """Appends each row's user slice, of at most `longest` tokens, and samples the first token behind it.
+        """Appends each row's user slice, of at most `longest` tokens, and samples the first token after it.
 
         Returns:
-            The cache with every row's fed tokens written behind its length; the sampled tokens, int32 `[R]`.
+            The cache with the fed tokens written behind each row's length; the sampled tokens, int32 `[R]`.
         """
 
     def say(
         self, weights: Any, cache: KVCache, token: jax.Array, rows: RowsInput, *, slots: int, stops: Stops
     ) -> tuple[KVCache, jax.Array, jax.Array]:
-        """Samples the rest of R rows' slices behind their first tokens `[R]`.
+        """Samples the rest of R rows' slices after their first tokens `[R]`.
 
         Args:
             weights, cache, slots, stops: as for `feed`.
             token: each slice's first token.
-            rows: the rows, their fed tokens part of their lengths.
+            rows: the rows; their lengths include the fed tokens.
 
         Returns:
             The cache with all sampled tokens but the last written behind each row's length; the sampled tokens, int32
-            `[R, M]`, and how many of them are real, stop token included, int32 `[R]`.
+            `[R, M]`; and how many of them are valid, stop token included, int32 `[R]`.
         """
 
     def extend(
@@ -88,34 +88,35 @@ class Backend(Protocol):
             weights, cache, slots: as for `feed`.
             row: int32 scalar, the row.
             tokens: int32 `[T]`, right-padded; the padding's entries are never read.
-            count: int32 scalar, how many of them are real.
+            count: int32 scalar, number of tokens without padding.
             length: int32 scalar, the row's length before the chunk.
 
         Returns:
-            The cache with the chunk's entries behind the row's length; the chunk's hidden states `[T, D]`, normalised.
+            The cache with the chunk's entries written behind the row's length; the chunk's hidden states `[T, D]`,
+            normalised.
         """
 
     def forward(self, weights: Any, tokens: jax.Array) -> jax.Array:
-        """Hidden states `[B, T, D]` of whole rows `[B, T]`, without a cache, normalised."""
+        """Normalised hidden states `[B, T, D]` of whole rows `[B, T]`, without a cache."""
 
     def logits(self, weights: Any, hidden: jax.Array) -> jax.Array:
-        """float32 `[..., V]` of normalised hidden states `[..., D]`."""
+        """float32 logits `[..., V]` of normalised hidden states `[..., D]`."""
 
 
 def prepare(
     model: MiniCPM, capacity: int, *, dtype: Any = None, weights: str | None = None, entries: str | None = None,
     kernels: bool | None = None,
 ) -> Backend:  # fmt: skip
-    """A model's weights for this machine.
+    """Prepares a model's weights for this machine's backend.
 
     Args:
-        model: its weights stacked, numpy or jax arrays.
-        capacity, weights, entries: see `Settings`; stored as `dtype` by default.
-        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
-        kernels: whether the CPU's own kernels compute (in float32); by default where they can be had.
+        model: the model with stacked weights, numpy or jax arrays.
+        capacity, weights, entries: see `Settings`; storage types default to `dtype`.
+        dtype: dtype of the computation; by default float32 on CPU and bfloat16 elsewhere.
+        kernels: whether to use the native CPU kernels (float32); by default if they are available.
 
     Raises:
-        UserError: an unknown store, or kernels that are not here.
+        UserError: unknown storage type, or the kernels are not available.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

@@ -1,7 +1,7 @@
-"""Decoding by the CPU's own kernels (`native`): they write the cache in place and read of each row what it holds.
+"""Decoding with the native CPU kernels, which write the cache in place and read only each row's own entries.
 
-Matrices lie in panels, P[n, d, i] = W[d, 64 n + i], so that a thread reads one stretch of memory; padded with zeros.
-Those that meet the same input lie side by side. int8: W[d, f] = scale[f] q[d, f], scale[f] = max_d |W[d, f]| / 127.
+Matrices are stored in panels, P[n, d, i] = W[d, 64 n + i], zero-padded, so that a thread reads contiguous memory.
+Matrices with the same input are concatenated. int8: W[d, f] = scale[f] q[d, f], scale[f] = max_d |W[d, f]| / 127.
 """
 
 import functools
@@ -24,11 +24,11 @@ _PANEL = 64  # as in native/common.h
 
 
 class Panels(NamedTuple):
-    """Matrices `[D, F]` side by side.
+    """Concatenated matrices `[D, F]`.
 
     Attributes:
-        data: `[ceil(F / 64), D, 64]`, F that of all of them; float32, bfloat16 or int8.
-        scales: float32 `[F]`, padded to whole panels; empty where nothing is scaled.
+        data: `[ceil(F / 64), D, 64]` with F their total width; float32, bfloat16 or int8.
+        scales: float32 `[F]`, padded to whole panels; empty unless int8.
     """
 
     data: jax.Array
@@ -36,8 +36,8 @@ class Panels(NamedTuple):
 
 
 def panels(weights: Sequence[Any], how: str) -> Panels:
-    """Matrices `[D, F]` with the same D, stored as one of `STORES`."""
-    # Waited for, so that no more than one matrix is there in both forms.
+    """Converts matrices `[D, F]` that share D to panels of a storage type from `STORES`."""
+    # Blocks until done, so that at most one matrix exists in both forms.
     return jax.block_until_ready(_panels([jnp.asarray(w) for w in weights], how))
 
 
@@ -54,19 +54,19 @@ def _panels(weights: Sequence[jax.Array], how: str) -> Panels:
 
 
 def matmul(x: jax.Array, matrix: Panels, width: int) -> jax.Array:
-    """float32 `[..., width]`: `x` `[..., D]` times the matrices, of so many columns in all."""
+    """float32 `[..., width]`: `x` `[..., D]` times the matrices, whose total width is `width`."""
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     return native.matmul(rows, matrix.data, matrix.scales, width).reshape(*x.shape[:-1], width)
 
 
 def columns(matrix: Panels, index: jax.Array) -> jax.Array:
-    """float32 columns `[..., D]` of indices `[...]`: rows of the embedding, where the matrix is a tied head."""
+    """float32 columns `[..., D]` at indices `[...]`: embedding rows, where the matrix is a tied head."""
     taken = matrix.data[index // _PANEL, :, index % _PANEL].astype(jnp.float32)
     return taken * matrix.scales[index][..., None] if matrix.scales.size else taken
 
 
 class Layer(NamedTuple):
-    """A layer's weights, in the order in which the kernel takes them: norms float32 `[D]`."""
+    """A layer's weights in the kernel's order; norms are float32 `[D]`."""
 
     attn_norm: jax.Array
     qkv: Panels
@@ -80,8 +80,8 @@ class Weights(NamedTuple):
     """A model's weights.
 
     Attributes:
-        embed: float32 `[V, D]`; None where the head is the embedding.
-        layers: of each layer.
+        embed: float32 `[V, D]`; None if tied to the head.
+        layers: weights of each layer.
         final_norm: float32 `[D]`.
         head: `[D, V]`.
     """
@@ -93,11 +93,11 @@ class Weights(NamedTuple):
 
 
 class Cpu:
-    """See `backends.Backend`; computes in float32.
+    """The native CPU backend (see `backends.Backend`); computes in float32.
 
     Args:
-        model: weights of any kind of array.
-        settings: how weights and entries are stored.
+        model: weights as any kind of array.
+        settings: storage types of weights and entries.
     """
 
     reads_buckets = False
@@ -116,7 +116,7 @@ class Cpu:
                 panels([mlp.down.weight[...]], how),
             )
 
-        # The head first: its temporaries are the largest, and nothing else is there yet.
+        # The head comes first, while memory is free, because its temporaries are the largest.
         head = panels([model.output.weight[...].T], how)
         self.weights = Weights(
             None if model.head is None else jnp.asarray(model.embed.weight[...], jnp.float32),
@@ -175,17 +175,17 @@ class Cpu:
     def _run(
         self, weights: Weights, cache: KVCache, tokens: jax.Array, rows: Sequence[jax.Array]
     ) -> tuple[KVCache, jax.Array]:
-        """R rows' tokens through the layers.
+        """Runs R rows' tokens through the layers.
 
         Args:
-            weights: the model's.
-            cache: takes their entries.
+            weights: the model's weights.
+            cache: the cache that receives the new entries.
             tokens: int32 `[P]`.
-            rows: int32 `[R]` each: where a row's tokens begin in `[P]`, how many there are, its place in the cache, and
-                how many slots it had before.
+            rows: four int32 `[R]`: start of each row's tokens in `[P]`, their number, the row's index in the cache, and
+                its length before the tokens.
 
         Returns:
-            The cache, and hidden states `[P, D]`; what is no row's is zeros.
+            The cache, and hidden states `[P, D]`; zero for tokens that belong to no row.
         """
         starts, counts, index, lengths = (a.astype(jnp.int32) for a in rows)
         place = jnp.arange(tokens.shape[0])

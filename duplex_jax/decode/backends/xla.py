@@ -1,7 +1,7 @@
-"""Decoding by XLA on any platform: the model's own blocks, with attention over the cache and a small buffer.
+"""Decoding with XLA on any platform: the model's own blocks, with attention over the cache and a small buffer.
 
-A program reads the cache and writes its own new entries behind the rows' lengths at its end; meanwhile they live in a
-buffer of a few slots.
+New entries are kept in a buffer of a few slots while a program runs; at its end they are written to the cache behind
+the rows' lengths.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from duplex_jax.model.minicpm import MiniCPM, unstack
 
 
 class Xla:
-    """See `backends.Backend`.
+    """The XLA backend; see `backends.Backend`.
 
     Args:
-        model: weights of any kind of array.
-        settings: how it computes.
+        model: weights as any kind of array.
+        settings: dtypes and storage types.
     """
 
     reads_buckets = True
@@ -33,15 +33,15 @@ class Xla:
     def __init__(self, model: MiniCPM, settings: Settings):
         self.config, self.settings = model.config, settings
         self._graphdef, state = nnx.split(_stored(unstack(model), settings))
-        # A plain tuple: flattening it for each call costs less than flattening the module's state.
+        # A plain tuple, because flattening it on each call costs less than flattening the module's state.
         leaves, self._structure = jax.tree.flatten(state)
         self.weights = tuple(leaves)
         parameters = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
         self.axes = tuple(weight.get_metadata().get("out_sharding") for weight in parameters)
-        """Logical axes of each of the weights; None for stored ones."""
+        """Logical axes of each weight; None for weights stored in a reduced format."""
 
     def model(self, weights: Any) -> MiniCPM:
-        """The module with these weights, its layers apart."""
+        """The module with these weights and unstacked layers."""
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
@@ -58,7 +58,7 @@ class Xla:
         return cache, first_token(self._logits(model, hidden), inputs, stops.idle_id)
 
     def _feed_rows(self, model: MiniCPM, past: KVCache, inputs: StepInput, longest: int) -> tuple[jax.Array, KVCache]:
-        """Tokens `[R, T]`: hidden states `[R, D]` of each row's last, and the buffer."""
+        """Feeds tokens `[R, T]`; returns the hidden states `[R, D]` of each row's last token, and the buffer."""
         lengths, T = inputs.rows.lengths, longest
         attention = _Attention(past, self._buffer(lengths.shape[0], T), lengths, _causal(T))
         hidden = self._run(model, inputs.tokens, lengths[:, None] + jnp.arange(T), attention)
@@ -66,7 +66,7 @@ class Xla:
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], attention.written
 
     def _feed_flat(self, model: MiniCPM, past: KVCache, inputs: StepInput, longest: int) -> tuple[jax.Array, KVCache]:
-        """Tokens `[P]`, one row's behind the other's: attention sees them as `[R, T]`, all else as `[1, P]`."""
+        """Feeds tokens `[P]`, all rows' end to end: attention sees them as `[R, T]`, everything else as `[1, P]`."""
         lengths, T = inputs.rows.lengths, longest
         R, P = lengths.shape[0], inputs.tokens.shape[0]
         ends = jnp.cumsum(inputs.counts)
@@ -113,12 +113,12 @@ class Xla:
         return model.logits(model.normalised(x))
 
     def _buffer(self, rows: int, slots: int) -> KVCache:
-        """For new entries; they are stored in fewer bits only when they go into the cache."""
+        """A buffer for new entries, which are quantised only when they are written to the cache."""
         entries = jnp.dtype(self.settings.entries)
         return kv.zeros(self.config, rows, slots, self.settings.dtype if entries == jnp.int8 else entries)
 
     def _run(self, model: MiniCPM, tokens: jax.Array, positions: jax.Array, attention: "_Attention") -> jax.Array:
-        """Tokens `[B, t]` through the layers: `[B, t, D]`."""
+        """Runs tokens `[B, t]` through the layers; returns `[B, t, D]`."""
         tables = rope.rotary_tables(self.config, positions, self.settings.capacity)
         x = model.embedded(tokens, self.settings.dtype)
         for block in model.blocks:
@@ -131,15 +131,16 @@ def _causal(length: int) -> jax.Array:
 
 
 class _Attention:
-    """Attention of one pass through the layers over what is cached and over the buffer, which takes the new entries.
+    """Attention of one pass through the layers over the cached entries and the buffer, to which it adds the new ones.
 
     Args:
-        past: what R rows have cached.
+        past: cached entries of R rows.
         buffer: M slots for their new entries.
-        lengths: int32 `[R]`, how much of the past is real.
-        visible: bool `[t, M]`, which slots of the buffer each of a row's t tokens sees.
-        slot: where in the buffer the tokens' entries begin.
-        flat: where tokens come as `[1, P]`: the first maps them to `[R, t]`, the second maps `[R t]` back to `[P]`.
+        lengths: int32 `[R]`, valid cached entries of each row.
+        visible: bool `[t, M]`, the buffer slots that each of a row's t tokens attends to.
+        slot: where the tokens' entries begin in the buffer.
+        flat: for tokens of shape `[1, P]`: the first function maps `[1, P]` to `[R, t]`, the second `[R t]` back to
+            `[P]`.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class _Attention:
         self._kept: list[tuple[jax.Array, jax.Array]] = []
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """The next layer's."""
+        """Attention of the next layer."""
         past, (k_buffer, v_buffer) = next(self._layers)
         if self._flat is not None:
             q, k, v = (x[0][self._flat[0]] for x in (q, k, v))
@@ -175,10 +176,10 @@ class _Attention:
 
 
 def _when_done(start: jax.Array, hidden: jax.Array) -> jax.Array:
-    """`start`, known only when the hidden states are.
+    """`start` with an artificial data dependency on the hidden states.
 
-    All that is read of the cache is read before anything is written then; else XLA copies the whole cache to write one
-    row. It does not see that a place in an array is never negative.
+    It makes XLA finish all reads of the cache before the first write; otherwise it copies the whole cache to write one
+    row. XLA does not know that an argmax is never negative, so the dependency is not optimised away.
     """
     return start + jnp.minimum(jnp.argmax(hidden.reshape(-1)), 0).astype(start.dtype)
 
@@ -188,38 +189,38 @@ def _stored_parameter(value: jax.Array | None) -> Any:
 
 
 class StoredLinear(nnx.Module):
-    """`model.layers.Linear` in fewer bits: `W[d, f] = scale[f] q[d, f]` where it is int8."""
+    """`model.layers.Linear` in a storage type: `W[d, f] = scale[f] q[d, f]` if int8."""
 
     def __init__(self, weight: Any, how: str):
         data, scales = _fewer_bits(jnp.asarray(weight), how, axis=0)
         self.data, self.scales = _stored_parameter(data), _stored_parameter(scales)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., out]` from `[..., in]`, in the dtype of `x`."""
+        """`[..., in]` to `[..., out]`, in the dtype of `x`."""
         y = x @ self.data.astype(x.dtype)
         return y if self.scales is None else (y * self.scales[...]).astype(x.dtype)
 
 
 class StoredEmbedding(nnx.Module):
-    """`model.layers.Embedding` in fewer bits, with a scale for each token where it is int8."""
+    """`model.layers.Embedding` in a storage type, with one scale per token if int8."""
 
     def __init__(self, weight: Any, how: str):
         data, scales = _fewer_bits(jnp.asarray(weight), how, axis=1)
         self.data, self.scales = _stored_parameter(data), _stored_parameter(scales)
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """`[B, T, D]` of tokens `[B, T]`."""
+        """Embeddings `[B, T, D]` of tokens `[B, T]`."""
         x = self.data[tokens].astype(jnp.float32)
         return (x if self.scales is None else x * self.scales[tokens][..., None]).astype(dtype)
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """float32 `[..., V]` of `[..., D]`."""
+        """float32 scores `[..., V]` of hidden states `[..., D]`."""
         y = x.astype(jnp.float32) @ self.data.astype(jnp.float32).T
         return y if self.scales is None else y * self.scales[...]
 
 
 def _fewer_bits(weight: jax.Array, how: str, axis: int) -> tuple[jax.Array, jax.Array | None]:
-    """A matrix stored as one of `STORES`, and the scales of int8 (weight-only, symmetric), found along `axis`."""
+    """A matrix in one of `STORES`, and its int8 scales (weight-only, symmetric), computed along `axis`."""
     if how != "int8":
         return weight.astype(how), None
     weight = weight.astype(jnp.float32)
@@ -228,7 +229,7 @@ def _fewer_bits(weight: jax.Array, how: str, axis: int) -> tuple[jax.Array, jax.
 
 
 def _stored(model: MiniCPM, settings: Settings) -> MiniCPM:
-    """A model, its layers apart, in the dtype of the computation, its matrices as they are stored; on the device."""
+    """A model with unstacked layers in the dtype of the computation and its matrices as stored, on the device."""
     if settings.weights != settings.dtype.name:
         for block in model.blocks:
             for part in (block.attention, block.mlp):
