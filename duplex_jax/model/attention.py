@@ -6,10 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from duplex_jax.errors import UserError
+from duplex_jax.model import cudnn
 
 BACKENDS = ("xla", "splash", "cudnn")
+
+SAVED = cudnn.SAVED
+"""Name of the attention results that the backward pass needs, for remat policies."""
 
 Partition = Callable[[Sequence[str | None]], Any]
 """Maps an array's logical axes to the mesh axes that shard them: `parallel.partition`."""
@@ -43,7 +48,7 @@ def attend(
     if backend == "xla":
         return _attend_xla(q, k, v, segment_ids)
     if backend == "cudnn":
-        return _attend_cudnn(q, k, v, segment_ids)
+        return _attend_cudnn(q, k, v, segment_ids, partition)
     if backend == "splash":
         return _attend_splash(q, k, v, segment_ids, partition)
     raise UserError(f"attention backend {backend!r} is unknown; one of {', '.join(BACKENDS)}")
@@ -85,7 +90,7 @@ def _attend_xla_forward(
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
     _, (out, log_total) = jax.lax.scan(queries, None, (jnp.arange(blocks.number), blocks.of_queries(q * H**-0.5)))
-    out = blocks.to_queries(out)
+    out, log_total = checkpoint_name((blocks.to_queries(out), log_total), SAVED)
     return out, (q, k, v, segment_ids, out, log_total)
 
 
@@ -193,10 +198,32 @@ class _Blocks:
         return jnp.where(mask[:, None, None], scores, _MASKED).reshape(shape)
 
 
-def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    # cuDNN applies the causal mask itself; segments are passed as a mask that all heads share.
-    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+def _attend_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, partition: Partition | None
+) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        return cudnn.attend(q, k, v, None if segments is None else cudnn.bias_of(segments, q.dtype))
+
+    return _on_each_device(local, q, k, v, segment_ids, partition)
+
+
+def _on_each_device(
+    local: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    partition: Partition | None,
+) -> jax.Array:
+    """Runs a kernel on each device's own rows and heads: XLA cannot partition it."""
+    operands = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
+    mesh = jax.sharding.get_abstract_mesh()
+    if partition is None or mesh.empty or mesh.size == 1:
+        return local(*operands)
+    heads = partition(("batch", "length", "heads", None))
+    kv_heads = partition(("batch", "length", "kv_heads", None))
+    specs = (heads, kv_heads, kv_heads, partition(("batch", "length")))[: len(operands)]
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*operands)
 
 
 _SPLASH_LANES = 128
@@ -223,7 +250,7 @@ def _attend_splash(
         )  # fmt: skip
         splash_mha = splash.make_splash_mha(
             mask=masks.MultiHeadMask([masks.CausalMask((T, T))] * q.shape[2]), block_sizes=sizes,
-            head_shards=1, q_seq_shards=1, interpret=interpret,
+            head_shards=1, q_seq_shards=1, interpret=interpret, residual_checkpoint_name=SAVED,
         )  # fmt: skip
         out = jax.vmap(splash_mha)(
             (q * H**-0.5).transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3),
@@ -235,11 +262,4 @@ def _attend_splash(
         compiled, interpreted = (functools.partial(kernel, interpret=i) for i in (False, True))
         return jax.lax.platform_dependent(*operands, tpu=compiled, default=interpreted)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if partition is None or mesh.empty or mesh.size == 1:
-        return local(q, k, v, segment_ids)
-    heads = partition(("batch", "length", "heads", None))
-    kv_heads = partition(("batch", "length", "kv_heads", None))
-    return jax.shard_map(
-        local, in_specs=(heads, kv_heads, kv_heads, partition(("batch", "length"))), out_specs=heads, check_vma=False
-    )(q, k, v, segment_ids)
+    return _on_each_device(local, q, k, v, segment_ids, partition)

@@ -25,11 +25,18 @@ from duplex_jax.model.layers import Attend, Block, Embedding, RMSNorm, parameter
 
 Shard = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(attention.SAVED)
+
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
 }
+"""What the forward pass keeps, by remat policy: everything; each layer's input; attention's results too; those and the
+results of products with weights."""
 
 
 class MiniCPM(nnx.Module):

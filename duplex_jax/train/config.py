@@ -129,7 +129,8 @@ class Compute:
     Attributes:
         dtype: of the computation; master weights and moments stay float32.
         frozen_dtype: of weights that LoRA leaves alone.
-        remat: what the backward pass computes again: none, dots or full.
+        remat: what the backward pass recomputes: none; dots (all but products with weights and attention); attention
+            (all but attention); or full.
         attention: xla, splash (TPU), cudnn (GPU, bfloat16), or auto for the mesh's own, in float32 on GPUs xla.
         loss_chunk: tokens of a row whose logits exist at once.
     """

@@ -1,10 +1,15 @@
-"""Each attention backend that runs here against attention written out in numpy."""
+"""Each attention backend that runs here against attention written out in numpy; cuDNN's calls against JAX's own."""
+
+import json
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duplex_jax import parallel
 from duplex_jax.errors import UserError
 from duplex_jax.model import attention
 
@@ -100,3 +105,70 @@ def test_what_a_backend_cannot_do():
         attention.attend(x, x, x, None, "splash")
     with pytest.raises(UserError, match="is unknown; one of xla, splash, cudnn"):
         attention.attend(x, x, x, None, "flash")
+
+
+def lowered_for_cuda(function: Any, *operands: Any) -> list[str]:
+    """The calls of cuDNN in a program for GPUs, as StableHLO."""
+    text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "CustomSPMDPartitioning" not in text
+    return [line.strip() for line in text.splitlines() if "__cudnn" in line]
+
+
+def gradients_of(backend: Any) -> Any:
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
+        return jnp.sum(backend(q, k, v, *segments).astype(jnp.float32))
+
+    return lambda *x: jax.grad(loss, (0, 1, 2))(*x)
+
+
+HEADS = jax.ShapeDtypeStruct((4, 128, 4, 16), jnp.bfloat16)
+KV_HEADS = jax.ShapeDtypeStruct((4, 128, 2, 16), jnp.bfloat16)
+SEGMENTS = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+
+
+@pytest.mark.parametrize("segments", [(), (SEGMENTS,)])
+def test_cudnn_is_called_as_jax_calls_it(segments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch):
+    """cuDNN's calls need no GPU to be written down: JAX's own, without the gradient of the mask."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def of_jax(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any = None) -> jax.Array:
+        mask = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+    def parts(line: str) -> tuple[list[Any], list[Any]]:
+        config = json.loads(re.search(r'backend_config = "(.*?)", ', line)[1].replace("\\22", '"'))
+        config["cudnn_fmha_backend_config"]["intermediate_tensor_shape"]["layout"] = None
+        takes, gives = (re.findall(r"tensor<(\S*)>", types) for types in line.rsplit(" : ", 1)[1].split(" -> "))
+        layouts = (part for part in line.split("operand_layouts = ")[1].split("result_layouts = "))
+        takes_in, gives_in = (re.findall(r"dense<(.*?)> :", part) for part in layouts)
+        name = re.search(r"@(\S+)\(", line)[1]
+        return [name, config, takes, takes_in], list(zip(gives, gives_in, strict=True))
+
+    backends = (lambda *x: attention.attend(*x, *([None] * (4 - len(x))), "cudnn"), of_jax)
+    operands = (HEADS, KV_HEADS, KV_HEADS, *segments)
+    ours, theirs = ([parts(x) for x in lowered_for_cuda(gradients_of(b), *operands)] for b in backends)
+    assert len(ours) == 2
+    for (call, gives), (call_of_jax, gives_of_jax) in zip(ours, theirs, strict=True):
+        assert call == call_of_jax
+        assert gives == [x for x in gives_of_jax if x[0] != "4x1x128x128xbf16"]
+
+
+def test_cudnn_gets_each_device_its_rows_and_heads():
+    """Also where the axes between hosts are taken by the training step's own `shard_map`."""
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), parallel.AXES, (jax.sharding.AxisType.Auto,) * 4)
+
+    def attend(*x: jax.Array) -> jax.Array:
+        return attention.attend(*x, "cudnn", parallel.partition)
+
+    def copies(*x: jax.Array) -> Any:
+        rows = jax.P(parallel.REPLICA_AXES)
+        return jax.shard_map(gradients_of(attend), in_specs=(rows,) * 4, out_specs=rows,
+                             axis_names=set(parallel.REPLICA_AXES), check_vma=False)(*x)  # fmt: skip
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        for program in (gradients_of(attend), copies):
+            forward, backward = lowered_for_cuda(program, HEADS, KV_HEADS, KV_HEADS, SEGMENTS)
+            assert "(tensor<1x128x2x16xbf16>, tensor<1x128x1x16xbf16>, " in forward
+            assert "-> (tensor<1x2x128x16xbf16>, tensor<1x1x128x16xbf16>, tensor<1x1x128x16xbf16>" in backward

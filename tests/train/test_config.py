@@ -79,7 +79,7 @@ def test_an_override_that_cannot_be(name: str, value: str, message: str):
     [
         ("optim.schedule", "wds", "one of wsd"),
         ("optim.decay", "sqrt", "1-sqrt"),
-        ("compute.remat", "some", "one of none, full, dots"),
+        ("compute.remat", "some", "one of none, full, attention, dots"),
         ("compute.attention", "flash", "one of auto, xla"),
         ("optim.warmup", "500", "are more than"),
         ("optim.final", "2", "0..1"),

@@ -21,7 +21,7 @@ from tests.train import plans
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_packed_is_unpacked(tied: bool, remat: str):
     shape = plans.with_shape(tie_word_embeddings=tied)
     plan = plans.plan(shape=shape, data__batch=2, compute__remat=remat)
@@ -31,6 +31,20 @@ def test_packed_is_unpacked(tied: bool, remat: str):
     wanted, wanted_grads = jax.jit(jax.value_and_grad(lambda p: plans.unpacked_loss(shape, p, batch)))(params)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
     assert plans.largest_difference(grads, wanted_grads) < 2e-4
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_attention_is_computed_again_in_full_remat_alone(backend: str, remat: str, times: int):
+    """Counted in the program of a step for TPUs or GPUs: Mosaic's kernels, cuDNN's calls."""
+    plan = plans.plan(
+        data__length=128, compute__remat=remat, compute__attention=backend, compute__dtype="bfloat16",
+        data__micro_batches=1,
+    )  # fmt: skip
+    operands = steps.abstract_state(plan), {}, steps.abstract_batch(plan)
+    platform, forward = {"splash": ("tpu", "splash_mha_fwd"), "cudnn": ("cuda", "ScaleBiasSoftmax(")}[backend]
+    text = steps.jitted_step(plan).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(forward) == times
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
