@@ -1,4 +1,4 @@
-"""The aiohttp application: the page, four protocols, health and metrics."""
+"""The aiohttp application: the page, five protocols, health and metrics."""
 
 from importlib import resources
 from typing import Any
@@ -10,6 +10,9 @@ from duplex_jax.serve.completions import Completions, problem
 from duplex_jax.serve.connection import Connection, Sockets, WireLimits
 from duplex_jax.serve.demo import ORDINARY_PORT, Demo
 from duplex_jax.serve.metrics import Metrics
+from duplex_jax.serve.openai_live import OpenAILive
+from duplex_jax.serve.openai_live_messages import MEDIA
+from duplex_jax.serve.openai_live_session import Store
 from duplex_jax.serve.protocol import VERSION, Duplex, VoiceFactory
 from duplex_jax.serve.realtime import Realtime
 from duplex_jax.serve.sessions import Sessions
@@ -50,7 +53,7 @@ class Server:
         sockets = max(WireLimits.sockets_per_client, 4 * sessions.limits.per_client)
         self.access, self.wire = access or Access(), wire or WireLimits(sockets_per_client=sockets)
         self.slice_seconds, self.make_voice = slice_seconds, make_voice
-        self.metrics, self.sockets = Metrics(sessions), Sockets(self.wire)
+        self.metrics, self.sockets, self.store = Metrics(sessions), Sockets(self.wire), Store()
         self.ordinary_port = ORDINARY_PORT
         """Where the paper's client finds turn-based conversations."""
         self._draining = False
@@ -72,6 +75,10 @@ class Server:
                 web.get("/v1/models/{id:.+}", self._models),
                 web.get("/v1/duplex", self._duplex),
                 web.get("/v1/realtime", self._realtime),
+                web.get("/v1/live/sessions", self._live),
+                web.get("/v1/live/sessions/{id}/fork", self._live),
+                web.route("*", "/v1/live/sessions", self._no_media),
+                web.route("*", "/v1/live/sessions/{id}/{action}", self._no_media),
                 web.get("/v1/demo", self._demo),
                 web.post("/v1/chat/completions", Completions(self.sessions, self.model, self.wire.write_seconds)),
             ]
@@ -137,6 +144,20 @@ class Server:
             ).run()
 
         return await self.sockets.accept(request, talk, ("realtime",))
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        forks = request.match_info.get("id")
+
+        async def talk(connection: Connection) -> None:
+            await OpenAILive(
+                connection, self.sessions, self.model, self.slice_seconds, self.make_voice, self.store, forks
+            ).run()
+
+        return await self.sockets.accept(request, talk)
+
+    async def _no_media(self, request: web.Request) -> web.StreamResponse:
+        text = f"{request.method} {request.path}: is not supported: {MEDIA}, nor a sideband"
+        return problem(400, "invalid_request_error", text, "unsupported_endpoint")
 
     async def _demo(self, request: web.Request) -> web.StreamResponse:
         place = request.transport.get_extra_info("sockname") if request.transport else None

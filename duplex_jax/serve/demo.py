@@ -16,9 +16,9 @@ from duplex_jax.serve.connection import Caller, Connection
 from duplex_jax.serve.events import Delta, Event, Spoken, Trouble
 from duplex_jax.serve.hub import Full
 from duplex_jax.serve.incoming import check_values, converse
-from duplex_jax.serve.live import MOST_WAITING
 from duplex_jax.serve.sessions import Entry, Sessions
 from duplex_jax.serve.settings import Settings
+from duplex_jax.serve.typed import MOST_WAITING
 from duplex_jax.timeline import IDLE
 
 NEW_SESSION, NEW_ORDINARY_SESSION = "<!new_session!>", "<!new_ordinary_session!>"

@@ -73,7 +73,14 @@ class Trouble:
     fatal: bool = False
 
 
-Event = Spoken | Audio | Speech | Delta | Trouble
+@dataclasses.dataclass(frozen=True)
+class Delegated:
+    """An answer begins in slice `index` that is, or may be, somebody else's; see `talk.Delegation`."""
+
+    index: int
+
+
+Event = Spoken | Audio | Speech | Delta | Trouble | Delegated
 
 
 class Voice(Protocol):

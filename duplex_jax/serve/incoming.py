@@ -17,6 +17,7 @@ from duplex_jax.timeline import whole_characters
 _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound="Incoming")
+Handler = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 _LONGEST = 500
 """Characters of an error: what is wrong with a message may be as long as the message."""
@@ -209,3 +210,53 @@ def read_kind(message: Mapping[str, Any]) -> str:
     if not isinstance(kind, str):
         raise Refusal(f"type: is {json.dumps(kind)[:40]}; must be str", "invalid_type", "type")
     return kind
+
+
+class Events:
+    """Events of OpenAI's websocket protocols: each has a type, and an id that answers give back.
+
+    Args:
+        handlers: what each type does.
+        absent: types that the protocol has and this server has not, and why.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler], absent: Mapping[str, str] | None = None):
+        self._handlers, self._absent = handlers, absent or {}
+        self.id: str | None = None
+        """Id of the event that is being dealt with, as its client gave it."""
+
+    def take_id(self) -> str | None:
+        """The id, for the error that ends the event."""
+        taken, self.id = self.id, None
+        return taken
+
+    async def handle(self, data: str | bytes) -> None:
+        """Does what one message asks for.
+
+        Raises:
+            UserError: it cannot be done.
+        """
+        self.id = None
+        message = parse_object(data)
+        given = message.get("event_id")
+        self.id = given if isinstance(given, str) and whole_characters(given) else None
+        check_values(message)
+        kind = read_kind(message)
+        if kind in self._absent:
+            raise Refusal(f"type: {kind!r} is not supported: {self._absent[kind]}", "unsupported_event", "type")
+        if kind not in self._handlers:
+            raise Refusal(f"type: {kind!r} is no event that this server takes", param="type")
+        await self._handlers[kind](message)
+        self.id = None
+
+
+def openai_error(error: UserError) -> dict[str, Any]:
+    """An error as OpenAI's protocols say it."""
+    code = "session_limit" if isinstance(error, Full) else getattr(error, "code", "invalid_value")
+    ours = code in ("server_error", "session_limit")
+    return {
+        "type": "server_error" if ours else "invalid_request_error",
+        "code": code,
+        "message": str(error),
+        "param": getattr(error, "param", None),
+    }

@@ -13,25 +13,21 @@ import numpy as np
 
 from duplex_jax.decode.session import DuplexSession, Slice
 from duplex_jax.decode.snapshot import Snapshot
-from duplex_jax.decode.turns import MUST_SPEAK, SliceTurns, TurnSession, open_turns, rounds_of
+from duplex_jax.decode.turns import MUST_SPEAK, SliceTurns, TurnSession, open_turns
 from duplex_jax.errors import UserError
-from duplex_jax.serve.events import Audio as Audio
-from duplex_jax.serve.events import Delta, Event, Spoken, Trouble, Voice
+from duplex_jax.serve.events import Event, Spoken, Trouble, Voice
 from duplex_jax.serve.hub import Hub
-from duplex_jax.serve.mind import Mind, Talk
+from duplex_jax.serve.mind import Mind
+from duplex_jax.serve.rounds import Rounds
 from duplex_jax.serve.seat import Seat
 from duplex_jax.serve.settings import Settings
+from duplex_jax.serve.talk import Delegation, Talk
 from duplex_jax.serve.tasks import to_the_end
-from duplex_jax.slicing import USER_WORDS, user_slices, words_of
-from duplex_jax.timeline import SlicePair, Timeline, whole_characters
+from duplex_jax.serve.typed import MOST_WAITING, Typed
+from duplex_jax.slicing import user_slices, words_of
+from duplex_jax.timeline import Timeline, whole_characters
 
 T = TypeVar("T")
-
-MOST_WORDS = USER_WORDS[1]
-"""Words that one slice takes of what was typed; the rest waits for the next tick."""
-
-MOST_WAITING = 2_000
-"""Characters that may wait for the clock."""
 
 MOST_AHEAD = 64
 """Slices that a client with a clock of its own may send ahead of the answers."""
@@ -61,9 +57,8 @@ class LiveSession:
         """When somebody last spoke."""
         self._seat = Seat(hub)
         self._talk = Talk(mind, hub, settings.slice_seconds, settings.system, lambda event: self.emit(event))
-        self._turns: list[SlicePair] = []
-        self._words: list[str] = []  # typed, and waiting for the clock
-        self._query: list[str] = []  # of a turn that the user has not ended
+        self._rounds = Rounds(mind, hub, settings.system, lambda event: self.emit(event))
+        self._typed = Typed()
         self._slices: collections.deque[str | None] = collections.deque()  # of a client that keeps the clock
         self._taken: list[str | None] = []  # the user's slice of the interval that is due, until it is over
         self._sent = asyncio.Event()
@@ -125,6 +120,7 @@ class LiveSession:
     async def close(self) -> None:
         """Ends the session and gives its row back, if it has one."""
         self._talk.stop()
+        self._rounds.stop()
         await self.stop()
         await self._seat.close()
 
@@ -136,7 +132,7 @@ class LiveSession:
     @property
     def may_rest(self) -> bool:
         """Whether it could be set aside: a duplex session in which nothing goes on."""
-        busy = self._talk.active or self._words or self._slices or self._taken or self._seat.lock.locked()
+        busy = self._talk.active or self._typed.words or self._slices or self._taken or self._seat.lock.locked()
         return self.has_row and self.settings.mode == "duplex" and not busy
 
     async def set_aside(self, resting: bool = True) -> None:
@@ -147,21 +143,8 @@ class LiveSession:
     # What the client does.
 
     def say(self, text: str) -> None:
-        """Words for the next ticks.
-
-        Raises:
-            UserError: nothing but white space is no words; too much waits already; half a character.
-        """
-        if not whole_characters(text):
-            raise UserError("text holds half of a surrogate pair; send whole characters")
-        words = words_of(text)
-        waiting = sum(map(len, self._words))
-        if waiting + len(text) > MOST_WAITING:
-            raise UserError(f"{waiting} characters wait for the clock already and {len(text)} come; "
-                            f"at most {MOST_WAITING} may")  # fmt: skip
-        if self._words and words and not words[0][0].isspace():
-            words[0] = f" {words[0]}"  # a message begins a word of its own, though another one waits for the same tick
-        self._words += words
+        """Words for the next ticks; see `Typed.add`."""
+        self._typed.add(text)
 
     async def recall(self, turns: Sequence[tuple[str, str]]) -> None:
         """Puts past turns into the context at once; the model is not asked.
@@ -176,15 +159,10 @@ class LiveSession:
             UserError: a word that does not fit the context, or turns that a turn-based session cannot have.
         """
         if self.settings.mode == "turn_based":
-            rounds, query = rounds_of(turns)
-            if query is not None:
-                raise UserError("history: ends with the user's turn; send that one as text")
             async with self._seat.lock:
-                for asked, answer in rounds:
-                    await to_the_end(self.hub.call(self._seat.session.say, asked, answer))
-                    self._talk.past.append(SlicePair(asked, answer))
+                await self._rounds.recall(self._seat.session, turns)
             return
-        waiting, self._words = self._words, []
+        waiting, self._typed.words = self._typed.words, []
         turns = [("user", "".join(waiting)), *turns]
         words: list[str] = []
         if self.settings.clock == "server" and turns[-1][0] == "user":
@@ -197,18 +175,32 @@ class LiveSession:
                 await self._encode(session)
                 past = session.timeline[first - session.first :]
         except BaseException:
-            self._words = waiting + self._words
+            self._typed.words = waiting + self._typed.words
             raise
-        self._words = words + self._words
+        self._typed.words = words + self._typed.words
         self.quiet_since = time.monotonic()
         for index, pair in enumerate(past, first):
             self.emit(Spoken(index, pair.user, pair.assistant, 0.0, 0.0, past=True))
+
+    def delegate(self, delegation: Delegation) -> None:
+        """Sets who answers; by default the server's mind, or the duplex model where it has none."""
+        self._talk.delegation = delegation
+
+    def comment(self, text: str) -> None:
+        """Words of the application's own, to be said in the next slice in which nobody speaks.
+
+        Raises:
+            UserError: no words, half a character, or too many words wait already.
+        """
+        if not (text.strip() and whole_characters(text)):
+            raise UserError("commentary is whole characters, and not blank")
+        self._talk.comment(text)
 
     async def instruct(self, system: str | None) -> None:
         """Replaces the system prompt; see `DuplexSession.instruct`."""
         async with self._seat.duplex() as session:
             await to_the_end(self.hub.call(session.instruct, system))
-            self._talk.system = system
+            self._talk.instruct(system)
             await self._encode(session)
 
     async def _encode(self, session: DuplexSession) -> None:
@@ -323,7 +315,7 @@ class LiveSession:
     def slices(self) -> int:
         """How many slices it has had."""
         if self.settings.mode == "turn_based":
-            return len(self._turns)
+            return len(self._rounds.intervals)
         session = self._seat.aside or self._seat.session
         return session.slices if session is not None else 0
 
@@ -336,7 +328,7 @@ class LiveSession:
             elif isinstance(self._seat.session, DuplexSession):
                 pairs = await self.hub.call(list, self._seat.session.timeline)
             else:
-                pairs = list(self._turns)
+                pairs = list(self._rounds.intervals)
         return Timeline(pairs)
 
     async def _between(self, work: Callable[[DuplexSession], T]) -> T:
@@ -382,8 +374,7 @@ class LiveSession:
 
     async def _take(self) -> None:
         """Takes the user's words of this interval."""
-        words, self._words = self._words[:MOST_WORDS], self._words[MOST_WORDS:]
-        text = "".join(words).strip()
+        text = self._typed.take()
         if self.voice is not None:
             self._said = await self._voiced(self.voice.take)
             text = " ".join(filter(None, (text, self._said)))
@@ -401,7 +392,7 @@ class LiveSession:
             return
         seat = self._seat
         async with seat.lock:
-            rests = seat.aside is not None and seat.resting and user is None
+            rests = seat.aside is not None and seat.resting and user is None and not self._talk.active
             session = None if rests else await seat.come_back()
             spoken = await to_the_end(self._step(session, user, due, missed))
         if self.voice is not None and spoken is not None:
@@ -431,8 +422,7 @@ class LiveSession:
         late, tokens = time.monotonic() - due, self._count(result.ids)
         spoken = Spoken(result.index, user, text, result.seconds, late, missed, result.context, cancelled)
         spoken = dataclasses.replace(spoken, tokens=tokens, limited=limited, heard=self._said)
-        self.emit(spoken)
-        self.on_step(spoken)
+        self._tell(spoken)
         return spoken
 
     def _count(self, said: Sequence[int]) -> int:
@@ -449,7 +439,7 @@ class LiveSession:
         """The step of a session; whether what it said was cancelled at once, and whether it reached its limit."""
         if user is not None:
             self._hushed = False
-        urged = (self._urged or self._talk.urges) and not self._words and self._said is None
+        urged = (self._urged or self._talk.urges) and not self._typed.words and self._said is None
         if urged:
             await self.hub.call(_bias, session, MUST_SPEAK)
         try:
@@ -467,7 +457,7 @@ class LiveSession:
         if result.text is None:
             self._answering, self._allowance = self._urged, self._allowance if self._urged else None
             return result, False, False
-        if not self._words:
+        if not self._typed.words:
             self._urged = False
         if unwanted:
             await self.hub.call(session.cancel)
@@ -485,36 +475,18 @@ class LiveSession:
         return result, False, True
 
     async def _turn_interval(self, user: str | None, due: float) -> None:
-        """The baseline: a pause (or, from a client with a clock of its own, a slice's end) ends the query.
+        """The baseline: a pause (or, from a client with a clock of its own, a slice's end) ends the query."""
+        ends, most = self.settings.clock == "client", self.settings.max_tokens
+        try:
+            text, seconds = await self._rounds.interval(self._seat.session, user, ends, most)
+        except UserError as e:
+            self.emit(Trouble("slice_refused", str(e)))
+            return
+        self._tell(Spoken(self.slices - 1, user, text, seconds, time.monotonic() - due))
 
-        While it answers it does not listen.
-        """
-        if user is not None:
-            self._query.append(user)
-        text, seconds = None, 0.0
-        if self._query and (user is None or self.settings.clock == "client"):
-            began, query = time.monotonic(), " ".join(self._query)
-            self._query.clear()
-            try:
-                text = await self._answer(query)
-            except UserError as e:
-                self.emit(Trouble("slice_refused", str(e)))
-                return
-            seconds = time.monotonic() - began
-        self._turns.append(SlicePair(user, text))
-        spoken = Spoken(len(self._turns) - 1, user, text, seconds, time.monotonic() - due)
+    def _tell(self, spoken: Spoken) -> None:
         self.emit(spoken)
         self.on_step(spoken)
-
-    async def _answer(self, query: str) -> str | None:
-        words: list[str] = []
-        parts = self._talk.answer(self._seat.session, query, self.settings.max_tokens)
-        async with contextlib.aclosing(parts):
-            async for text in parts:
-                words.append(text)
-                self.emit(Delta(text, False))
-        self.emit(Delta("", True))
-        return "".join(words) or None
 
     async def _voiced(self, work: Callable[..., Any], *args: Any) -> Any:
         async with self._voice_lock:

@@ -1,31 +1,17 @@
-"""A mind behind a session: the duplex model decides when to speak, a chat model what is said.
-
-Each slice of the duplex model is a decision. Where it begins to speak the mind is asked with the conversation so far;
-its words replace the model's, a slice of at most ten tokens at a time:
-
-    user       what is the | capital of France |            |              | mm-hm    | no, of Spain |
-    model      -           | The               | city       | -            | of       | -            | Madrid
-    said       -           | (asking)          | The capital | of France is | Paris, a | -            | (asks anew)
-
-A silent decision beside or right behind the user's words ends the answer; with a silent user the mind's words go on.
-"""
+"""A mind: a chat model over OpenAI's chat completions, and an answer of it while it comes in; see `talk`."""
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
-from duplex_jax.decode.session import DuplexSession, Slice
-from duplex_jax.decode.turns import SliceTurns, TurnSession
 from duplex_jax.llm.client import make_api
-from duplex_jax.serve.events import Event, Trouble
-from duplex_jax.serve.hub import Hub
-from duplex_jax.slicing import MAX_SLICE_TOKENS, slice_ids, words_of
+from duplex_jax.serve.events import Trouble
+from duplex_jax.slicing import slice_ids, words_of
 from duplex_jax.timeline import SlicePair
-from duplex_jax.tokenizer import Tokenizer, complete_utf8, decode_bytes
+from duplex_jax.tokenizer import Tokenizer, decode_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +29,10 @@ ChatMessage = dict[str, str]
 
 class Fault(Exception):
     """The mind gave no usable answer; the message says why."""
+
+    def trouble(self) -> Trouble:
+        """What the client is told."""
+        return Trouble("mind_failed", f"the mind: {self}; the model answers by itself")
 
 
 class Mind:
@@ -67,17 +57,29 @@ class Mind:
         self._api = make_api(url, timeout, asynchronous=True)
         self._completions = self._api.chat.completions  # imports much, so not within a slice
         self._slots = asyncio.Semaphore(at_once)
-        self.answers: set[asyncio.Task[None]] = set()
-        """Answers that come in, and those whose connection is being closed."""
+        self._answers: set[asyncio.Task[None]] = set()  # that come in, and those whose connection is being closed
 
     async def close(self) -> None:
         """Ends every answer and closes the connections."""
-        for task in self.answers:
+        for task in self._answers:
             task.cancel()
-        await asyncio.gather(*self.answers, return_exceptions=True)
+        await asyncio.gather(*self._answers, return_exceptions=True)
         await self._api.close()
 
-    async def stream(self, messages: Sequence[ChatMessage]) -> AsyncIterator[str]:
+    def ask(self, messages: Sequence[ChatMessage], index: int = 0, **options: Any) -> "Answer":
+        """Asks with the conversation so far.
+
+        Args:
+            messages: the conversation.
+            index: the slice at which it is asked.
+            options: of the request, such as `max_tokens`.
+        """
+        answer = Answer(self.stream(messages, **options), index)
+        self._answers.add(answer.task)
+        answer.task.add_done_callback(self._answers.discard)
+        return answer
+
+    async def stream(self, messages: Sequence[ChatMessage], **options: Any) -> AsyncGenerator[str, None]:
         """The answer's text as it comes.
 
         Raises:
@@ -90,7 +92,9 @@ class Mind:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._timeout):
                     await stack.enter_async_context(self._slots)
-                    chunks = await self._completions.create(model=self.model, messages=list(messages), stream=True)
+                    chunks = await self._completions.create(
+                        model=self.model, messages=list(messages), stream=True, **options
+                    )
                     await stack.enter_async_context(chunks)
                 chunks = aiter(chunks)
                 while said < MOST_ANSWERED:
@@ -125,28 +129,35 @@ def _read(chunk: Any, finished: bool) -> tuple[str | None, bool]:
 
 
 class Answer:
-    """An answer of the mind while it comes in.
+    """An answer while it comes in.
 
     Args:
-        mind: who is asked.
-        messages: the conversation.
-        index: the slice at which it is asked.
+        texts: its words, as they come.
+        index: the slice at which it was asked for.
     """
 
-    def __init__(self, mind: Mind, messages: Sequence[ChatMessage], index: int):
+    def __init__(self, texts: AsyncGenerator[str, None], index: int):
         self.index, self.met = index, -2
         self.since = time.monotonic()
         self.said = self.filled = False
         self.fault: Fault | None = None
         self._text, self._over = "", False
         self._news = asyncio.Event()
-        self._task = asyncio.create_task(self._receive(mind, messages), name="mind")
-        mind.answers.add(self._task)
-        self._task.add_done_callback(mind.answers.discard)
+        self.task = asyncio.create_task(self._receive(texts), name="answer")
+        """Receives it."""
 
-    async def _receive(self, mind: Mind, messages: Sequence[ChatMessage]) -> None:
+    @classmethod
+    def of(cls, text: str, index: int) -> "Answer":
+        """An answer whose words are all there."""
+
+        async def texts() -> AsyncGenerator[str, None]:
+            yield text
+
+        return cls(texts(), index)
+
+    async def _receive(self, texts: AsyncGenerator[str, None]) -> None:
         try:
-            async with contextlib.aclosing(mind.stream(messages)) as texts:  # type: ignore[type-var]
+            async with contextlib.aclosing(texts):
                 async for text in texts:
                     self._text += text
                     self._news.set()
@@ -159,7 +170,7 @@ class Answer:
 
     def stop(self) -> None:
         """Ends the stream; what was not taken is gone."""
-        self._task.cancel()
+        self.task.cancel()
         self._text, self._over = "", True
         self._news.set()
 
@@ -230,131 +241,3 @@ def messages_of(pairs: Iterable[SlicePair], system: str | None) -> list[ChatMess
     return opening + [
         {"role": role, "content": glue[role].join(reversed(texts)).strip()} for role, texts in reversed(found)
     ]
-
-
-class Talk:
-    """One session's talk with the mind.
-
-    Args:
-        mind: who is asked; with None the duplex model's words stand.
-        hub: steps the session.
-        slice_seconds: k; a slice waits for the mind's words for half of it at most.
-        system: the system prompt.
-        emit: is told what goes wrong.
-    """
-
-    def __init__(
-        self, mind: Mind | None, hub: Hub, slice_seconds: float, system: str | None, emit: Callable[[Event], None]
-    ):
-        self.mind, self.system = mind, system
-        self.urges = False
-        """Whether the duplex model is to speak in the next slice, on its own."""
-        self.past: list[SlicePair] = []
-        """The rounds of a turn-based session."""
-        self._hub, self._patience, self._emit = hub, slice_seconds / 2, emit
-        self._answer: Answer | None = None
-        self._asked_anew = True  # the model has been silent, or the user has spoken, since the last answer
-        self._heard = False  # words of the user that no answer is about
-        self._own = False  # the duplex model answers in the mind's place
-
-    @property
-    def active(self) -> bool:
-        """Whether an answer is awaited or being said."""
-        return self._answer is not None
-
-    def stop(self) -> None:
-        """Ends the answer within the slice; its unsaid words are gone."""
-        answer, self._answer, self.urges = self._answer, None, False
-        if answer is not None:
-            answer.stop()
-
-    async def take(self, session: DuplexSession, user: str | None, result: Slice, urged: bool) -> Slice:
-        """What a slice says, given the duplex model's slice, which is the newest of the session."""
-        if self.mind is None:
-            return result
-        self.urges = False
-        speaks, answer = result.text is not None, self._answer
-        self._heard = self._heard or user is not None
-        if answer is not None and user is not None:
-            answer.met = result.index
-        if answer is not None and user is not None and not answer.said:
-            self.stop()  # the user goes on before its first word: what was asked is out of date
-            answer, self._asked_anew = None, True
-        elif answer is not None and not speaks and answer.met >= result.index - 1:
-            self.stop()
-            self._asked_anew = True
-            return result
-        if answer is None:
-            if not speaks:
-                self._asked_anew, self._own = True, False
-                return result
-            if self._own:
-                return result
-            if not ((self._asked_anew or user is not None or urged) and (self._heard or urged)):
-                return await self._say(session, result, [])  # the answer is over
-            past = [*session.timeline[:-1], SlicePair(user, None)]
-            answer = self._answer = Answer(self.mind, messages_of(past, self.system), result.index)
-            self._asked_anew = self._heard = False
-        return await self._go_on(session, answer, result)
-
-    async def _go_on(self, session: DuplexSession, answer: Answer, result: Slice) -> Slice:
-        """The next slice of an answer: its words, a filler, or silence; the model's own where the mind failed."""
-        assert self.mind is not None
-        most = min(MAX_SLICE_TOKENS, session.engine.max_slice_tokens)
-        ids = await answer.take(session.template.tokenizer, most, self._patience)
-        if answer.done and self._answer is answer:
-            self._answer, self._own = None, answer.fault is not None
-            if answer.fault is not None:
-                self._emit(_trouble(answer.fault))
-                self.urges = not answer.said and result.text is None
-        if ids or (self._answer is None and not self._own):
-            return await self._say(session, result, ids)
-        late = time.monotonic() - answer.since
-        due = self.mind.filler_after is not None and late >= self.mind.filler_after
-        if self._answer is not None and not answer.said and not answer.filled and due:
-            answer.filled, self.urges = result.text is not None, result.text is None
-            return result
-        return result if self._own else await self._say(session, result, [])
-
-    async def _say(self, session: DuplexSession, result: Slice, ids: list[int]) -> Slice:
-        """Says `ids` in place of what the model sampled."""
-        if result.text is None and not ids:
-            return result
-        await self._hub.call(session.instead, ids)
-        return dataclasses.replace(result, ids=ids, text=session.timeline[-1].assistant, context=len(session.ids))
-
-    async def answer(self, turn: TurnSession | SliceTurns, query: str, max_tokens: int) -> AsyncGenerator[str, None]:
-        """A turn-based answer as it comes: the mind's, or the session's own where there is none.
-
-        Raises:
-            UserError: see `TurnSession.reply`.
-        """
-        said: list[str] = []
-        if self.mind is not None:
-            messages = messages_of([*self.past, SlicePair(query, None)], self.system)
-            answer = self._answer = Answer(self.mind, messages, 0)
-            try:
-                while (text := await answer.text()) is not None:
-                    said.append(text)
-                    yield text
-            finally:
-                self.stop()
-            if said:
-                await self._hub.call(turn.say, query, "".join(said))
-            elif answer.fault is not None:
-                self._emit(_trouble(answer.fault))
-        if not said:
-            parts = self._hub.each(turn.reply(query, turn.make_room(query, max_tokens)))
-            data = b""
-            async with contextlib.aclosing(parts):
-                async for ids in parts:
-                    data += decode_bytes(self._hub.engine.template.tokenizer, ids)
-                    whole = complete_utf8(data)
-                    said.append(data[:whole].decode("utf-8", errors="replace"))
-                    data = data[whole:]
-                    yield said[-1]
-        self.past.append(SlicePair(query, "".join(said) or None))
-
-
-def _trouble(fault: Fault) -> Trouble:
-    return Trouble("mind_failed", f"the mind: {fault}; the model answers by itself")

@@ -132,15 +132,15 @@ MESSAGES: dict[str, type[Incoming]] = {
 """The client's messages by their type."""
 
 
-def to_message(event: events.Event) -> dict[str, Any]:
-    """An event of a session as the protocol says it."""
+def to_message(event: events.Event) -> dict[str, Any] | None:
+    """An event of a session as the protocol says it; None where it says nothing of it."""
     match event:
         case events.Spoken():
             message = {"type": "slice", "slice": event.index, "user": event.user, "assistant": event.assistant,
                        "seconds": round(event.seconds, 4), "late": round(event.late, 4), "missed": event.missed,
                        "context": event.context}  # fmt: skip
             return message | ({"cancelled": True} if event.cancelled else {})
-        case events.Audio():
+        case events.Audio() if len(event.pcm):
             return {"type": "audio", "slice": event.index, "rate": event.rate, "pcm": to_base64(event.pcm)}
         case events.Speech():
             return {"type": "speech_started" if event.started else "speech_stopped",
@@ -149,6 +149,8 @@ def to_message(event: events.Event) -> dict[str, Any]:
             return {"type": "delta", "text": event.text, "done": event.done}
         case events.Trouble():
             return {"type": "error", "code": event.code, "message": event.message, "fatal": event.fatal}
+        case _:
+            return None
 
 
 class Duplex:
@@ -192,8 +194,8 @@ class Duplex:
         self._connection.send({"type": "error", "code": code, "message": str(error), "fatal": fatal})
 
     def _emit(self, event: events.Event) -> None:
-        if not (isinstance(event, events.Audio) and not len(event.pcm)):
-            self._connection.send(to_message(event))
+        if (message := to_message(event)) is not None:
+            self._connection.send(message)
         if isinstance(event, events.Trouble) and event.fatal:
             self._fatal = True
             self._connection.hang_up()

@@ -13,9 +13,8 @@ from typing import Any
 from duplex_jax.errors import UserError
 from duplex_jax.serve import realtime_messages as messages
 from duplex_jax.serve.connection import Caller, Connection
-from duplex_jax.serve.events import Audio, Delta, Event, Speech, Spoken, Trouble, Voice
-from duplex_jax.serve.hub import Full
-from duplex_jax.serve.incoming import Refusal, check_values, converse, parse_object, read, read_kind
+from duplex_jax.serve.events import Audio, Event, Speech, Spoken, Trouble, Voice
+from duplex_jax.serve.incoming import Events, Refusal, converse, openai_error, read
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.realtime_items import Conversation, Heard, Response, new_id
 from duplex_jax.serve.realtime_messages import RATE
@@ -23,7 +22,6 @@ from duplex_jax.serve.realtime_session import SessionOptions
 from duplex_jax.serve.sessions import Entry, Sessions
 from duplex_jax.serve.sound import from_base64, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, Resampler
-from duplex_jax.timeline import whole_characters
 
 LEAST_SOUND = RATE // 10
 """Samples that a turn of the user must have to be committed."""
@@ -59,27 +57,24 @@ class Realtime:
         self._to_wire: Resampler | None = None
         self._voice_rate = RATE
         self._given_out = 0  # samples, at the voice's rate
-        self._event_id: str | None = None  # of the event that is being dealt with
         self._options = SessionOptions(model, slice_seconds, make_voice is not None)
         self._entry: Entry | None = None
-        self._handlers = {
-            "session.update": self._update,
-            "conversation.item.create": self._create_item,
-            "conversation.item.truncate": self._truncate,
-            "conversation.item.retrieve": self._retrieve,
-            "conversation.item.delete": self._delete,
-            "duplex.text.append": self._append_text,
-            "input_audio_buffer.append": self._append_audio,
-            "input_audio_buffer.commit": self._commit_audio,
-            "input_audio_buffer.clear": self._clear_audio,
-            "response.create": self._create_response,
-            "response.cancel": self._cancel_response,
-            "output_audio_buffer.clear": self._clear_output,
-        }
-
-    @property
-    def _last_item(self) -> str | None:
-        return self._items.last
+        self._events = Events(
+            {
+                "session.update": self._update,
+                "conversation.item.create": self._create_item,
+                "conversation.item.truncate": self._truncate,
+                "conversation.item.retrieve": self._retrieve,
+                "conversation.item.delete": self._delete,
+                "duplex.text.append": self._append_text,
+                "input_audio_buffer.append": self._append_audio,
+                "input_audio_buffer.commit": self._commit_audio,
+                "input_audio_buffer.clear": self._clear_audio,
+                "response.create": self._create_response,
+                "response.cancel": self._cancel_response,
+                "output_audio_buffer.clear": self._clear_output,
+            }
+        )
 
     async def run(self) -> None:
         """Until the client goes."""
@@ -100,24 +95,11 @@ class Realtime:
             await self._connection.close()
 
     async def _handle(self, data: str | bytes) -> bool:
-        self._event_id = None
-        message = parse_object(data)
-        event_id = message.get("event_id")
-        self._event_id = event_id if isinstance(event_id, str) and whole_characters(event_id) else None
-        check_values(message)
-        kind = read_kind(message)
-        if kind not in self._handlers:
-            raise Refusal(f"type: {kind!r} is no event that this server takes", param="type")
-        await self._handlers[kind](message)
-        self._event_id = None
+        await self._events.handle(data)
         return True
 
     def _refuse(self, error: UserError) -> None:
-        code, param = getattr(error, "code", "invalid_value"), getattr(error, "param", None)
-        if isinstance(error, Full):
-            code = "session_limit"
-        ours = code in ("server_error", "session_limit")
-        self._error("server_error" if ours else "invalid_request_error", code, str(error), param)
+        self._send("error", error=openai_error(error) | {"event_id": self._events.take_id()})
 
     # The session.
 
@@ -351,10 +333,10 @@ class Realtime:
             case Speech():
                 self._speech(event)
             case Trouble():
-                self._error("server_error" if event.fatal else "invalid_request_error", event.code, event.message)
+                self._refuse(Refusal(event.message, event.code))
                 if event.fatal:
                     self._connection.hang_up()
-            case Delta():
+            case _:
                 pass  # turn-based sessions are not spoken of here
 
     def _slice(self, s: Spoken) -> None:
@@ -500,7 +482,3 @@ class Realtime:
 
     def _send(self, kind: str, **fields: Any) -> None:
         self._connection.send({"type": kind, "event_id": new_id("event"), **fields})
-
-    def _error(self, kind: str, code: str, message: str, param: str | None = None) -> None:
-        error = {"type": kind, "code": code, "message": message, "param": param, "event_id": self._event_id}
-        self._send("error", error=error)

@@ -20,7 +20,7 @@ from duplex_jax.evaluate.study import report as reports
 from duplex_jax.evaluate.study.plan import ASPECTS, SYSTEMS, Step, check_scores, next_step, plan_of, read_texts
 from duplex_jax.evaluate.study.store import Conversation, OutOfOrder, Scores, Store, UnknownCode, read
 from duplex_jax.evaluate.study.talk import Talk
-from duplex_jax.serve import live
+from duplex_jax.serve import events
 from duplex_jax.serve.sessions import Limits
 from duplex_jax.timeline import read_timelines
 from tests.evaluate.studies import SETUP, TEXTS, Participant, all_of, make_up, said, studying, until
@@ -344,9 +344,9 @@ def test_a_conversation_that_reaches_its_limit_counts(tmp_path: Path):
 
 def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came():
     talk = Talk(1, Step("talk", "b", 1), "Hello there.", 2.0)
-    talk.take(live.Spoken(0, "Hello there.", None, 0.0, 0.0))
+    talk.take(events.Spoken(0, "Hello there.", None, 0.0, 0.0))
     for text in ("Good", " mor"):
-        talk.take(live.Delta(text, False))
+        talk.take(events.Delta(text, False))
     kept = talk.kept(finished=True)
     assert kept is not None
     assert kept.timeline.pairs == [("Hello there.", None), (None, "Good mor")]

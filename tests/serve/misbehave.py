@@ -34,6 +34,15 @@ SAID: dict[str, list[Any]] = {
         {"type": "conversation.item.retrieve", "item_id": "mine"}, {"type": "response.cancel", "event_id": "x"},
         {"type": "duplex.text.append", "text": "what is"}, {"type": "input_audio_buffer.append", "audio": "AAAA"},
     ],
+    "/v1/live/sessions": [
+        {"type": "session.start", "session": {"model": "tiny", "store": True, "duplex": {"slice_seconds": 0.1}}},
+        {"type": "session.instructions.append", "content": "be kind", "delegation_id": None, "event_id": "x"},
+        {"type": "session.thinking.append", "content": "it rains"}, {"type": "session.input_audio.mute"},
+        {"type": "session.commentary.append", "content": "it rains"}, {"type": "duplex.cancel"},
+        {"type": "session.update", "session": {"delegation": {"type": "client", "acknowledgement_delay_ms": 5}}},
+        {"type": "duplex.text.append", "text": "what is"}, {"type": "session.input_audio.append", "audio": "AAAA"},
+        {"type": "session.close"},
+    ],
     "/v1/demo": ["<!new_session!>", "<!new_ordinary_session!>", "<idle>", "hello there"],
 }  # fmt: skip
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": True, "stop": ["x"],

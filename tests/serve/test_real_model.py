@@ -124,6 +124,46 @@ def test_an_audio_session_with_an_interruption(place: str):
 
 
 @pytest.mark.slow
+def test_a_live_session_with_an_interruption_commentary_and_a_fork(place: str):
+    async def test() -> None:
+        duplex = {"temperature": 0, "audio": False, "slices": True}
+        asked: Any = {"model": "smollm2-135m-duplex", "store": True, "duplex": duplex}
+
+        async def until_said(connection: Any, *words: str) -> str:
+            said = ""
+            while not any(w in said for w in words):
+                said += (await until(connection, "session.output_transcript.delta", [])).delta
+                assert len(said) < 600, said
+            return said
+
+        async with client(place) as ours, ours.live.connect() as connection:
+            await connection.session.start(session=asked)
+            id = (await until(connection, "session.started", [])).session.id
+            say: Any = {"type": "duplex.text.append"}
+            await connection.send(say | {"text": "What is the capital of France?"})
+            await until_said(connection, "Paris")
+            await connection.send(say | {"text": "Stop please. What is the capital of Italy?"})
+            await until_said(connection, "Rome", "Ital")
+            async with ours.live.forks.connect(session_id=id) as fork:
+                await fork.session.start(session={})
+                await until(fork, "session.started", [])
+                seen: dict[Any, dict[int, Any]] = {connection: {}, fork: {}}
+                for _ in range(4):
+                    for side, slices in seen.items():
+                        event = await until(side, "duplex.slice", [])
+                        slices[event.slice] = (event.user, event.assistant)
+                both = seen[connection].keys() & seen[fork].keys()
+                assert both
+                assert all(seen[connection][i] == seen[fork][i] for i in both)
+            await connection.session.commentary.append(content="Your table is booked.", delegation_id=None)
+            await until_said(connection, "booked.")
+            await connection.session.close()
+            assert (await until(connection, "session.closed", [])).reason == "close_requested"
+
+    run(test, 240)
+
+
+@pytest.mark.slow
 def test_chat_completions(place: str):
     """Whole turns by the same server."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.study.plan import Step
 from duplex_jax.evaluate.study.store import Conversation
-from duplex_jax.serve import live
+from duplex_jax.serve import events
 from duplex_jax.serve.connection import Connection
 from duplex_jax.serve.sessions import Entry
 from duplex_jax.timeline import SlicePair, Timeline
@@ -84,20 +84,20 @@ class Talk:
         if self.connection is not None:
             self.connection.send(message)
 
-    def take(self, event: live.Event) -> None:
+    def take(self, event: events.Event) -> None:
         """What the session emits."""
         now = round(time.monotonic() - self._began, 3)
         match event:
-            case live.Delta() if event.text:
+            case events.Delta() if event.text:
                 self._first = now if self._first is None else self._first
                 self._words += event.text
                 self._said(event.text)
-            case live.Spoken():
+            case events.Spoken():
                 if event.assistant is not None and not self._words:  # a slice is there at once
                     self._first = now
                     self._said(event.assistant)
                 self._add(SlicePair(event.user, event.assistant), now, round(now - event.late, 3))
-            case live.Trouble():
+            case events.Trouble():
                 self.over = self.over or event.fatal
                 self.tell({"type": "over"} if event.fatal else {"type": "error", "message": "That was not taken."})
 

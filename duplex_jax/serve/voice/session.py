@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from duplex_jax.serve.events import Audio, Speech
-from duplex_jax.serve.voice.asr import Listener, Recognizer, load_recognizer
+from duplex_jax.serve.voice.asr import Listener, load_recognizer
 from duplex_jax.serve.voice.speech import Speaker
 from duplex_jax.serve.voice.tts import Synthesizer, load_synthesizer
 
@@ -14,15 +14,12 @@ class SessionVoice:
     """What `live.Voice` asks for.
 
     Args:
-        recognizer: may be shared.
+        listener: hears this session alone.
         synthesizer: may be shared.
-
-    Raises:
-        UserError: the package for voice activity is missing.
     """
 
-    def __init__(self, recognizer: Recognizer, synthesizer: Synthesizer):
-        self._listener = Listener(recognizer)
+    def __init__(self, listener: Listener, synthesizer: Synthesizer):
+        self._listener = listener
         self._speaker = Speaker(synthesizer)
 
     def feed(self, pcm: np.ndarray) -> list[Speech]:
@@ -60,5 +57,5 @@ def load_voice(recognition: str = "moonshine", voice: str = "auto") -> Callable[
         UserError: no such engine, or a package is missing.
     """
     recognizer, synthesizer = load_recognizer(recognition), load_synthesizer(voice)
-    SessionVoice(recognizer, synthesizer)
-    return lambda: SessionVoice(recognizer, synthesizer)
+    Listener(recognizer)
+    return lambda: SessionVoice(Listener(recognizer), synthesizer)

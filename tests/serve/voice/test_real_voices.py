@@ -112,7 +112,7 @@ def test_the_bench_reports(piper: PiperSynthesizer, moonshine: MoonshineRecogniz
 
 
 def test_a_session_hears_and_speaks(piper: PiperSynthesizer, moonshine: MoonshineRecognizer):
-    voice: Voice = SessionVoice(moonshine, piper)
+    voice: Voice = SessionVoice(Listener(moonshine), piper)
     pcm = resample(piper.synthesize("Good morning to you.").pcm, piper.sample_rate, SAMPLE_RATE)
     found = voice.feed(np.concatenate([np.zeros(9000, np.float32), pcm, np.zeros(SAMPLE_RATE, np.float32)]))
     assert [s.started for s in found] == [True, False]
