@@ -238,7 +238,7 @@ def _messages(said: _Said, tokenizer: Tokenizer | None) -> Iterator[str]:
                 if said.pairs[i - 1].user is not None and i not in said.events[events.HESITATION]:
                     yield f"pair {i}: the user pauses, and no event says so"
                 continue
-            least = 1 if i == m.last else USER_WORDS[0]
+            least = 1 if i == m.last or i + 1 in said.events[events.HESITATION] else USER_WORDS[0]
             if not least <= count_words(part) <= USER_WORDS[1]:
                 yield f"pair {i}: {count_words(part)} words in the user's slice"
     for i, pair in enumerate(said.pairs):

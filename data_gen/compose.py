@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_gen import events
-from data_gen.hearing import hear, is_open, is_statement, pause_filler
+from data_gen.hearing import hear, is_open, is_statement, pause_filler, pauses
 from data_gen.rewriter import LeftOut
-from duplex_jax.slicing import USER_WORDS, count_words, slice_tokens, slice_words
+from duplex_jax.slicing import slice_tokens, slice_words, words_of
 from duplex_jax.timeline import Event, SlicePair, Timeline
 from duplex_jax.tokenizer import Tokenizer
 
@@ -69,34 +69,39 @@ class Conversation:
 
         Args:
             text: what the user says.
-            hesitate: probability of a pause of 1-3 pairs at each slice end that is not the end of a sentence.
+            hesitate: pauses of 1-3 pairs for every five words, about; none behind the end of a sentence.
         """
         first = len(self.pairs)
-        slices, may_pause = self._arrive(text)
         said = ""
-        for i, part in enumerate(slices):
-            inside = may_pause[i] and i + 1 < len(slices)
-            pauses = bool(hesitate) and inside and self.rng.random() < hesitate
-            if pauses and self.style and count_words(part) < USER_WORDS[1]:
-                part = f"{part} {pause_filler(self.rng)}".rstrip()
+        for part, silent in self._arrive(text, hesitate):
             self.pairs.append(SlicePair(part, None))
             said += part
-            if pauses:
+            if silent:
                 self.mark(events.HESITATION, len(self.pairs))
-                self.rest(self.rng.randint(1, 3) if not self.style or is_open(part) else 1)
+                self.rest(silent)
         self.messages.append(Message("user", first, len(self.pairs) - 1, digest("user", said)))
         return first
 
-    def _arrive(self, text: str) -> tuple[list[str], list[bool]]:
-        """The message's slices as they arrive, and behind which of them a speaker may pause within a sentence."""
-        if not self.style:
-            slices = slice_words(text, self.rng)
-            return slices, [part[-1] not in ".?!…。？！" for part in slices]
-        heard = hear(text, self.style, self.rng)
-        slices = slice_words(heard.text, self.rng)
-        ends = itertools.accumulate(len(part.split()) for part in slices)
-        # Behind a question that is over the user would be answered; behind a statement they may go on.
-        return slices, ["?" not in heard.marks[end - 1] for end in ends]
+    def _arrive(self, text: str, hesitate: float) -> Iterator[tuple[str, int]]:
+        """The message's slices as they arrive, each with the number of silent pairs behind it."""
+        if self.style:
+            heard = hear(text, self.style, self.rng)
+            text, marks = heard.text, heard.marks
+            words = [f" {word}" for word in text.split()]
+        else:
+            words = words_of(text)
+            marks = tuple(word[-1] for word in words)
+        places = pauses(words, marks, not self.style, hesitate, self.rng) if hesitate else []
+        for begin, end in itertools.pairwise([0, *places, len(words)]):
+            piece = "".join(words[begin:end])
+            silent = 0
+            if end < len(words):
+                silent = self.rng.randint(1, 3) if not self.style or is_open(piece) else 1
+                if self.style:
+                    piece = f"{piece} {pause_filler(self.rng)}".rstrip()
+            *before, last = slice_words(piece, self.rng)
+            yield from ((part, 0) for part in before)
+            yield last, silent
 
     def _patience(self, text: str) -> int:
         """Silent slices that a listener lets pass before it answers.
@@ -105,7 +110,7 @@ class Conversation:
         """
         if not self.style or not is_statement(text) or (self.pairs[-1].user or "")[-1:] in ".?!":
             return 0
-        return self.rng.choices((0, 1, 2, 3), (0.25, 0.5, 0.2, 0.05))[0]
+        return self.rng.choices((0, 1, 2), (0.35, 0.55, 0.1))[0]
 
     def query(self, text: str, hesitate: float = 0.0) -> None:
         """The user asks while the assistant is not speaking; the answer may start in the last pair."""

@@ -8,7 +8,7 @@ request is over, as they do for a listener.
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 # How often each style is drawn among spoken timelines.
 STYLES: Mapping[str, float] = {"bare": 0.5, "some_marks": 0.1, "no_marks": 0.1, "disfluent": 0.15, "typed": 0.15}
@@ -32,6 +32,13 @@ _OPEN = frozenset(
     a an the my your his her its our their this that these those of to in on at for from with by about into than and or
     but so because if when while as is are was were be been am do does did have has had can could will would should may
     might must very really more most some any no not i you he she we they who which what how there it's i'm um uh like
+    """.split()
+)
+# These begin a clause.
+_CLAUSE = frozenset(
+    """
+    and but so because if when while which who that though although since until i i'm i've i'll he she it it's they we
+    you my the this there now maybe especially before after without even just something
     """.split()
 )
 _REQUEST = re.compile(
@@ -85,6 +92,29 @@ def hear(text: str, style: str, rng: random.Random) -> Heard:
 def pause_filler(rng: random.Random) -> str:
     """What a speaker says in front of a pause, mostly nothing."""
     return rng.choice(_PAUSE_FILLERS) if rng.random() < 0.4 else ""
+
+
+def pauses(words: Sequence[str], marks: Sequence[str], written: bool, rate: float, rng: random.Random) -> list[int]:
+    """The words before which the user pauses, as indices in rising order.
+
+    Speakers pause in front of a new clause, or behind a word that promises another one, more often than elsewhere.
+
+    Args:
+        words: the message.
+        marks: the punctuation behind each word.
+        written: whether the listener sees the marks; then nobody pauses behind a full stop.
+        rate: pauses for every five words, about.
+        rng: draws the places.
+    """
+    places, last = list[int](), 0
+    for i in range(1, len(words)):
+        if any(mark in marks[i - 1] for mark in (".?!…。？！" if written else "?？")) or i < last + 2:
+            continue
+        clause = bool(marks[i - 1]) or words[i].strip().lower() in _CLAUSE
+        if rng.random() < rate / 5 * (2.5 if clause else 1.5 if is_open(words[i - 1]) else 0.6):
+            places.append(i)
+            last = i
+    return places
 
 
 def is_open(words: str) -> bool:

@@ -69,8 +69,11 @@ class Kind:
     Attributes:
         name: kept with each dialogue.
         begins: where the model writes the first message: the words that it begins with; "" leaves all to the model.
+        then: words that later messages of the user begin with.
         composed: where the first message is composed, by which of `examples.py`'s functions; `opening` and
             `situation` compose all messages of the user.
+        states: the user's messages are statements: they end in front of the first question, after two sentences at
+            most. Some of the two lose the full stop between them, as speech does.
         brief: whether answers are short and spoken; otherwise the model answers as it is used to.
         rounds: how often a dialogue has one round, two, three.
         answer_tokens: most tokens of an answer.
@@ -78,7 +81,9 @@ class Kind:
 
     name: str
     begins: tuple[str, ...] = ()
+    then: tuple[str, ...] = ("",)
     composed: str = ""
+    states: bool = False
     brief: bool = True
     rounds: tuple[float, ...] = (0.4, 0.4, 0.2)
     answer_tokens: int = spoken.MAX_TOKENS
@@ -100,12 +105,34 @@ _NATURAL = ("", "", "", "", "Read the following text", "Here is a", "Given the",
             "Choose", "Complete the", "Is the following", "Solve", "Calculate", "Explain why", "Write a short",
             "What is the difference between", "Classify", "Rewrite")  # fmt: skip
 
+_STORIES = tuple(
+    (
+        "I've been|I keep|I finally|I just|I found|I can't stop|I'm trying to|I'm so|I accidentally|I used to|I never|"
+        "I forgot|I bought|I lost|I started|I had|I think the|I really|I'm worried about|I'm excited about|I love|"
+        "I feel like|I spent|I noticed|I wish|My|My new|My old|My neighbor|My sister|My dad|My boss|My phone|My kids|"
+        "My cat|My car|My back|My job|The|The new|The weather|The movie|The train|The food|The people|The worst part|"
+        "These|This|That|It's|It was|There was|There's a|We|We just|We went|Our|Yesterday|Last night|Last week|Today|"
+        "This morning|Some people|Nobody|Everyone|Sometimes|Every time|Learning|Cooking|Working|Traveling|Being"
+    ).split("|")
+)
+_REPLIES = tuple(
+    (
+        "Okay|Okay,|Okay, I|Okay, that|Okay, let's|Yes|Yes,|Yes, I|Yes, my|Yes, please|Yeah,|Yeah, I think|No|No,|"
+        "No, I|No, not|Sure,|Alright,|Right,|Well, I|Well,|That's|That sounds|That was|That makes|It's|It was|"
+        "I think|I don't think|I guess|I need to|I'll|I'd like|I want|I like|I agree|I understand|I see,|I'm|Let me|"
+        "Let's|So I|So we|So it's|Then|Maybe|Actually,|Hmm,|Oh,|Great,|Good,|Perfect,|Thanks,|Wow,|Exactly,|Not|"
+        "Just|For|At|On|The|My|The number is|My name is|It's about|Around|We should|You're|You can|Please"
+    ).split("|")
+)
+
 KINDS: Mapping[str, tuple[float, Kind]] = {
     kind.name: (weight, kind)
     for weight, kind in (
-        (0.20, Kind("everyday", composed="opening")),
-        (0.20, Kind("situation", composed="situation")),
-        (0.26, Kind("asked", begins=_QUESTIONS)),
+        (0.16, Kind("everyday", composed="opening")),
+        (0.16, Kind("situation", composed="situation")),
+        (0.18, Kind("asked", begins=_QUESTIONS)),
+        (0.10, Kind("told", begins=_STORIES, then=_REPLIES, states=True)),
+        (0.06, Kind("reply", begins=_REPLIES, then=_REPLIES, states=True)),
         (0.16, Kind("natural", begins=_NATURAL, brief=False, rounds=(0.8, 0.2), answer_tokens=160)),
         (0.07, Kind("options", composed="options", brief=False, rounds=(1.0,), answer_tokens=60)),
         (0.05, Kind("sums", composed="sums", brief=False, rounds=(1.0,), answer_tokens=100)),
@@ -152,9 +179,9 @@ def _dialogue(kind: Kind, rounds: int, opening: Opening, rng: random.Random) -> 
             if planned:
                 turn = planned[number]
             else:
-                begin = rng.choice(kind.begins) if number == 0 else ""
+                begin = rng.choice(kind.then if said else kind.begins)
                 words = yield Ask("user", _chat(said), begin, _QUERY_TOKENS if kind.brief else 2 * _QUERY_TOKENS)
-                turn = Turn(query_of(words, said, kind.brief))
+                turn = Turn(query_of(_stated(words, rng) if kind.states else words, said, kind.brief))
             answer, other = said[-1] if turn.answer == SAME else turn.answer, None
             if not answer:
                 context = [*said, turn.asked or turn.said]
@@ -188,6 +215,24 @@ def _tokens(text: str) -> list[str]:
 
 def _chat(said: Sequence[str]) -> Messages:
     return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(said))
+
+
+def _stated(words: Words, rng: random.Random) -> Words:
+    """One or two sentences that ask for nothing.
+
+    Raises:
+        Refused: the first one is a question, or is not over.
+    """
+    text = words.text.strip().split("\n")[0]
+    whole = [text[s.start : s.end] for s in sentences(text)]
+    asks = next((i for i, s in enumerate(whole) if s[-1] not in ".!"), len(whole))
+    if not asks:
+        raise Refused("query states nothing")
+    kept = whole[: rng.randint(1, min(2, asks))]
+    if len(kept) == 2 and rng.random() < 0.3:
+        first, second = kept[0].rstrip(".!"), kept[1]
+        kept = [first, second if re.match(r"I\b", second) else second[0].lower() + second[1:]]
+    return Words(" ".join(kept), True)
 
 
 def query_of(words: Words, said: Sequence[str], brief: bool) -> str:

@@ -7,13 +7,13 @@ from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, Rewriter
 from duplex_jax.timeline import Timeline
 
-PROBABILITY = 0.4
+RATE = 0.5
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """The first dialogue; its user pauses for 1-3 pairs at some slice ends that end no sentence."""
+    """The first dialogue; its user pauses for 1-3 pairs at some words that end no sentence."""
     for query, answer in dialogues[0].rounds:
-        talk.round(query, answer, hesitate=PROBABILITY)
+        talk.round(query, answer, hesitate=RATE)
     if not any(e.kind == "hesitation" for e in talk.events):
         raise LeftOut("no query in which the user paused")
     return talk.timeline("hesitation", [dialogues[0].id])

@@ -28,8 +28,9 @@ def run(number: int, answers: dict[str, str]) -> tuple[list[Ask], Written | str]
 
 def test_every_kind_is_drawn_and_the_model_goes_on_from_what_is_begun():
     kinds = set()
-    for number in range(300):
-        asked, made = run(number, {"user": " the moon made of?", "assistant": "The moon is made of rock."})
+    for number in range(600):
+        ending = (" the moon made of?", " my cat. It sleeps a lot. Why is that?")[number % 2]
+        asked, made = run(number, {"user": ending, "assistant": "The moon is made of rock."})
         if isinstance(made, Written):
             kinds.add(made.kind)
             assert len(made.said) == 2 * len(made.again)

@@ -131,7 +131,7 @@ def test_an_error_leaves_no_microphone_on(server: browse.Server):
             for _ in range(2):
                 visit.page.click("#talk")
                 visit.page.wait_for_selector("#problem:has-text('microphone cannot be used') button:has-text('Retry')")
-                assert visit.page.get_attribute("#talk", "aria-pressed") == "false"
+                visit.page.wait_for_selector("#talk[aria-pressed=false]")
                 visit.page.click("#problem button:has-text('Retry')")
                 visit.page.wait_for_selector("#problem:not([hidden])")
             assert visit.page.evaluate("tracks.length") >= 4
