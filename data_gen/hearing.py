@@ -145,6 +145,8 @@ def _typed(word: str, rng: random.Random) -> list[str]:
     word = (word if word[-1:] == "?" and rng.random() < 0.3 else _MARKS.sub("", word)).lower()
     if word in _SHORT and rng.random() < 0.4:
         word = _SHORT[word]
+    elif "'" in word and rng.random() < 0.5:
+        word = word.replace("'", "")
     elif len(word) > 4 and word.isalpha() and rng.random() < 0.04:
         i = rng.randrange(1, len(word) - 2)
         word = (

@@ -1,4 +1,4 @@
-"""What users do beside asking: correct themselves, ask for more, less or the same again, ask two things, have it count.
+"""What users do beside asking: correct themselves, ask for more or less, reply, ask two things, have it count.
 
 Each situation is a short plan of turns. Where the words that are said are no question by themselves ("No, I meant
 Austria."), `asked` says what the model is asked in their place.
@@ -47,6 +47,41 @@ _FORMS = {
 }  # fmt: skip
 _PLACES = ("What's the capital of {}?", "Where is {}?", "Tell me something about {}.", "What do people eat in {}?",
            "What language do they speak in {}?", "What is {} known for?")  # fmt: skip
+# What somebody says to whom they talk already: agreement, doubt, what they are asked for, a short question.
+_REPLY = (
+    "Okay, {thing} works for me.|Yes, {thing} is fine.|No, not {thing}.|I'd rather have {thing}.|I'll take {thing}.|"
+    "Let's go with {thing}.|{thing}, please.|I think {thing} would be better.|I'm not sure about {thing}.|"
+    "I already have {thing}.|I don't need {thing}.|We could try {thing}.|Maybe we should take {thing}.|"
+    "Put {thing} on the list.|It's for {who}.|My name is {name}.|{name} can help me with it.|I was there with {who}.|"
+    "I talked to {who} about it.|{who_} told me the same thing.|{who_} would love that.|I'll be there at {time}.|"
+    "It starts at {time}.|The train leaves at {time}.|We meet at {time}.|Set it for {time}.|Can you make it {time}?|"
+    "My number is {number} {number}.|The code is {number}.|There are {small} of us.|I need {small} of them.|"
+    "It costs about {number} dollars.|I live at {number} {street}.|The office is on {street}.|It's near {street}.|"
+    "Yes, I agree with you.|No, I don't like that.|That's a good point.|That's not what I wanted.|That's really nice.|"
+    "That sounds difficult.|That was very helpful.|I see what you mean.|I understand now.|I'll think about it.|"
+    "Give me a minute to think.|Just a second, I'm writing that down.|I have to go soon.|I'll try that tonight.|"
+    "We did that last time.|It doesn't work for me.|It still doesn't work.|I've tried that already.|I hope so.|"
+    "I have no idea.|You're right about that.|I can't do that today.|I'm ready when you are.|I'm almost done.|"
+    "Everything is fine now.|The meeting went really well.|{who_} is coming to visit.|Nobody told me about {thing}.|"
+    "The {noun} is broken again.|The {noun} looks great.|My {noun} is too old.|I can't find my {noun}.|"
+    "I just bought a new {noun}.|This {noun} is much better.|The {noun} works again now.|I left my {noun} at home.|"
+    "Would that be enough?|Should I do that now?|Is that a good idea?|Do you agree with me?|Could we do it later?|"
+    "Are you sure about that?|Can I do it myself?|Does {who} need to know?|Will it take long?|So is it {thing}?|"
+    "What about {thing}?|How about {thing} instead?|Would you take {thing}?|Is {time} too late?"
+).split("|")
+_SLOTS = {
+    "thing": "the first one|the second one|the small one|the red one|the cheaper one|the other one|the blue one|both|"
+             "tea|a salad|rice|soup|an early flight|the bus|the longer way|the weekend|Monday|Friday|next month|"
+             "two tickets|a window seat|the garden|bread and cheese|a taxi|the morning|a shorter name".split("|"),
+    "who": "my sister|my brother|my wife|my husband|my boss|my teacher|my neighbor|my parents|my son|my daughter|"
+           "a friend|my doctor|the whole family|my team".split("|"),
+    "name": "Anna Tom Maria David Lucy Peter Nina Carlos Emma Ben".split(),
+    "time": "noon|five|six thirty|ten in the morning|half past eight|a quarter to nine|seven tonight|midnight".split("|"),
+    "number": [str(n) for n in range(11, 900, 7)],
+    "small": "two three four five six seven eight nine ten twelve".split(),
+    "street": "Park Street|Main Street|Hill Road|King Street|Station Road|Garden Lane|River Road".split("|"),
+    "noun": "phone bike lamp computer jacket printer radio umbrella key camera bag watch coat ticket".split(),
+}  # fmt: skip
 _COUNTRIES = (
     "France Italy Spain Peru Japan Egypt Canada Norway Greece India China Kenya Cuba Poland Austria Ireland Portugal "
     "Sweden Denmark Finland Brazil Mexico Chile Turkey Thailand Hungary Belgium Iceland Morocco Australia Vietnam"
@@ -76,7 +111,8 @@ _COUNT = ("Count from {a} to {b}.", "Can you count from {a} to {b}?", "Please co
 
 def situation(rng: random.Random) -> list[Turn]:
     """A plan of one to three turns."""
-    made = rng.choices((_correction, _follow_up, _listing, _two_at_once, _context), (0.35, 0.35, 0.1, 0.1, 0.1))[0](rng)
+    makers = (_correction, _follow_up, _reply, _listing, _two_at_once, _context)
+    made = rng.choices(makers, (0.27, 0.27, 0.25, 0.07, 0.07, 0.07))[0](rng)
     if rng.random() < 0.15:
         made.append(Turn(rng.choice(_AGAIN), answer=SAME))
     return made
@@ -112,6 +148,14 @@ def _follow_up(rng: random.Random) -> list[Turn]:
         )
     )
     return [first, follow]
+
+
+def _reply(rng: random.Random) -> list[Turn]:
+    """A reply by itself, as when the talk goes on from before, or behind a question and its answer."""
+    drawn = {slot: rng.choice(words) for slot, words in _SLOTS.items()}
+    said = rng.choice(_REPLY).format(**drawn, who_=drawn["who"].capitalize())
+    before = [Turn(rng.choice(_phrases(rng, "ask")))] if rng.random() < 0.4 else []
+    return [*before, Turn(said[0].upper() + said[1:])]
 
 
 def _listing(rng: random.Random) -> list[Turn]:
