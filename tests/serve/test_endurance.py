@@ -135,8 +135,8 @@ def test_clients_that_misbehave_cost_the_others_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [*SAID, COMPLETIONS])
-def test_clients_of_a_protocol_misbehave_for_five_minutes(path: str, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("path", [*SAID, COMPLETIONS, pytest.param(None, id="all")])
+def test_clients_of_a_protocol_misbehave_for_five_minutes(path: str | None, caplog: pytest.LogCaptureFixture):
     chaos(100, 300, path)
     assert not [r.getMessage() for r in caplog.records if r.exc_info]
 
