@@ -76,7 +76,7 @@ _SLOTS = {
     "who": "my sister|my brother|my wife|my husband|my boss|my teacher|my neighbor|my parents|my son|my daughter|"
            "a friend|my doctor|the whole family|my team".split("|"),
     "name": "Anna Tom Maria David Lucy Peter Nina Carlos Emma Ben".split(),
-    "time": "noon|five|six thirty|ten in the morning|half past eight|a quarter to nine|seven tonight|midnight".split("|"),
+    "time": "noon|five|six thirty|ten in the morning|half past eight|a quarter to nine|midnight".split("|"),
     "number": [str(n) for n in range(11, 900, 7)],
     "small": "two three four five six seven eight nine ten twelve".split(),
     "street": "Park Street|Main Street|Hill Road|King Street|Station Road|Garden Lane|River Road".split("|"),
