@@ -1,3 +1,3 @@
-"""Duplex language models in JAX: time slices in, time slices out, while both sides talk."""
+"""Full-duplex language models in JAX: user and assistant exchange time slices and can speak at the same time."""
 
 __version__ = "0.1.0"

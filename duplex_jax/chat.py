@@ -1,8 +1,8 @@
-"""Turn-based conversations as token ids, through the chat template (Jinja) that a model brings along.
+"""Turn-based conversations as token ids, rendered by the chat template (Jinja) that comes with a model.
 
-Rendered as transformers renders it; then control tokens that the template wrote become their ids, and everything else
-is tokenised as plain text. Words that somebody typed are fenced first, so none of them becomes a control token or one
-of the template's own markers.
+The template is rendered as transformers does it; then the control tokens in it become ids, and everything else is
+tokenised as plain text. User text is escaped first, so that none of it becomes a control token or one of the template's
+own markers.
 """
 
 import datetime
@@ -16,16 +16,16 @@ from duplex_jax.errors import UserError
 from duplex_jax.tokenizer import Tokenizer, encode_markup, token_names
 
 Message = tuple[str, str | Sequence[int]]
-"""A role and its text; an assistant's words may be given as the ids that were sampled, which then stay as they are."""
+"""A role and its text; an assistant's words may be given as the sampled ids, which are kept."""
 
-# Characters that Unicode reserves for use inside a program; text for interchange has none of them.
+# Unicode noncharacters, reserved for internal use, so they do not occur in interchanged text.
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
-# Markers that are words to the vocabulary: `<|user|>`, `[INST]`, `<<SYS>>`.
+# Markers made of ordinary tokens: `<|user|>`, `[INST]`, `<<SYS>>`.
 _MARKERS = re.compile(r"<<?/?[^<>\s{}'\"]{1,40}>?>|\[/?[A-Z_]{2,40}\]")
 
 
 class Turns(NamedTuple):
-    """A turn-based conversation as ids; `answers` are the spans of the assistant's words in them."""
+    """A turn-based conversation as ids; `answers` are the spans of the assistant's words."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -35,8 +35,8 @@ class ChatTemplate:
     """A model's own chat template over its tokenizer.
 
     Args:
-        source: the Jinja text.
-        tokenizer: gives the names of its bos, eos and the like to the template, and tokenises.
+        source: the Jinja template.
+        tokenizer: tokenises, and provides the names of bos, eos and other tokens.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer):
@@ -47,14 +47,14 @@ class ChatTemplate:
         self._typed = re.compile("|".join(map(re.escape, typed)) or r"(?!)")
 
     def render(self, messages: Sequence[tuple[str, str]], open_answer: bool = True) -> str:
-        """The conversation as text; control tokens are spelled out.
+        """The conversation as text, with control tokens spelled out.
 
         Args:
             messages: (role, text).
-            open_answer: the assistant's next message is begun at the end.
+            open_answer: end with the beginning of an assistant message.
 
         Raises:
-            UserError: the template cannot be parsed, or refuses these messages.
+            UserError: the template is invalid, or it rejects these messages.
         """
         try:
             self._template = self._template or _compile(self._source)
@@ -67,18 +67,18 @@ class ChatTemplate:
             )
         except UserError:
             raise
-        except Exception as e:  # a template is somebody's program and fails in every way there is
+        except Exception as e:  # a template is a program and can raise anything
             raise UserError(f"the model's chat template refuses these messages ({e})") from e
 
     def encode(self, messages: Sequence[Message], open_answer: bool = True) -> Turns:
         """The conversation as ids.
 
-        Messages of one role in a row are first given as they are, and joined by an empty line where the template
-        refuses them.
+        Consecutive messages of one role are first passed unchanged; if the template rejects them, they are joined with
+        an empty line.
 
         Args:
             messages: a role and its text, or the ids of an assistant's words.
-            open_answer: the assistant's next message is begun at the end.
+            open_answer: end with the beginning of an assistant message.
 
         Raises:
             UserError: see `render`.
@@ -112,20 +112,20 @@ class ChatTemplate:
         return Turns(ids, answers)
 
     def _fenced(self, text: str, fence: str) -> str:
-        """The text with a fence inside each word that would be a control token or one of the template's markers."""
+        """The text with a fence character inside every control token and template marker that it contains."""
 
         def fenced(found: re.Match[str]) -> str:
             word = found[0]
             return word[: len(word) // 2] + fence + word[len(word) // 2 :]
 
-        while True:  # once a word is broken, one that overlapped it may stand there whole
+        while True:  # breaking one marker can reveal another that overlapped it
             text, changes = self._typed.subn(fenced, text)
             if not changes:
                 return text
 
 
 def join_turns(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Message]:
-    """Messages of one role in a row become one, with an empty line between their texts."""
+    """Joins consecutive messages of one role, with an empty line between their texts."""
     joined: list[Message] = []
     for role, words in messages:
         if joined and joined[-1][0] == role:
@@ -140,7 +140,7 @@ def join_turns(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Messag
 
 
 def _compile(source: str) -> Any:
-    """The template in Jinja's sandbox, with the functions and filters that transformers gives it."""
+    """Compiles a template in Jinja's sandbox, with the functions and filters that transformers provides."""
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -164,12 +164,12 @@ def _compile(source: str) -> Any:
 
 
 def _generation() -> Any:
-    """The tag `{% generation %}`, which marks an answer for training; here it gives what it holds."""
+    """The tag `{% generation %}`, which marks an answer for training; here it renders its content."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+        tags = {"generation"}  # noqa: RUF012 - declared like this by Jinja
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

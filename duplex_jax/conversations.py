@@ -1,7 +1,7 @@
-"""One reader for every job of what a row of conversation can be: a timeline, or a turn-based chat of any known layout.
+"""Reads a row as a timeline or as a turn-based chat in one of the known layouts, for every job.
 
-One rule for turns holds everywhere: messages stay as they are written, where one side speaks twice too, and whoever
-renders them joins what their format cannot say apart; what has no place in it is refused by name.
+Messages keep their form, even if one side speaks twice in a row; the code that renders them joins what its format
+cannot express separately. Unsupported content raises an error that names it.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from duplex_jax.records import BadRow
 from duplex_jax.timeline import Timeline, from_row, whole_characters
 
-# Names of those who talk: chat templates', ShareGPT's.
+# Role names, of chat templates and of ShareGPT.
 ROLES = {
     "user": "user",
     "human": "user",
@@ -22,7 +22,7 @@ ROLES = {
     "system": "system",
 }
 JOINT = "\n\n"
-"""Stands between two messages of one side that become one."""
+"""Separator of joined messages of one side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Chat:
     """A turn-based conversation.
 
     Attributes:
-        messages: the field it was read from, role (system, user, assistant) and text of each; no text is blank.
-        id: the row's own, "" where it has none.
-        category: likewise.
+        messages: the field that was read, with the role (system, user, assistant) and text of each; no text is blank.
+        id: the row's id, or "".
+        category: the row's category, or "".
     """
 
     messages: list[tuple[str, str, str]]
@@ -41,16 +41,16 @@ class Chat:
 
 
 def parse_conversation(row: Any) -> Timeline | Chat:
-    """A timeline (`output`), or a chat; see `parse_chat`.
+    """Reads a timeline (`output`), or a chat; see `parse_chat`.
 
     Raises:
-        BadRow: neither, or broken; names the field.
+        BadRow: the row is neither, or invalid; the message names the field.
     """
     return parse_chat(row) if is_chat(row) else from_row(row)
 
 
 def is_chat(row: Any) -> bool:
-    """Whether a row is a chat by its own fields, whatever words it contains and whatever else it brings."""
+    """Whether a row has the fields of a chat; other fields and the text itself do not matter."""
     if not isinstance(row, dict):
         return False
     output = row.get("output")
@@ -61,7 +61,7 @@ def is_chat(row: Any) -> bool:
 
 
 def parse_chat(row: dict[str, Any]) -> Chat:
-    """A chat.
+    """Reads a chat.
 
     Args:
         row: `{"data": [text, ...]}` (UltraChat, user first), `{"messages": [{"role", "content"}]}` (ultrachat_200k and
@@ -69,7 +69,7 @@ def parse_chat(row: dict[str, Any]) -> Chat:
             (Alpaca).
 
     Raises:
-        BadRow: names the field.
+        BadRow: the row is invalid; the message names the field.
     """
     if row.get("data") is not None:
         messages = _ultrachat(row["data"])

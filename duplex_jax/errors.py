@@ -1,11 +1,11 @@
-"""The one exception that a user is meant to read: a single line, exit code 2; and what such a line says of fields."""
+"""`UserError`, the exception for bad input: one line for the user and exit code 2; and helpers for its messages."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Bad input: says what is wrong, where, and what would be right, in one line.
+    """Bad input: one line that says what is wrong, where, and what would be right.
 
     Command lines print it without a traceback and exit with code 2; library callers may catch it.
     """
@@ -15,24 +15,24 @@ class UserError(Exception):
 
 
 UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
-"""What reading fields raises where they are not what they should be."""
+"""Exceptions from accessing fields of malformed data."""
 
 
 def reason(error: Exception) -> str:
-    """Why fields could not be read, in words."""
+    """Describes in words why fields could not be read."""
     return f"field {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 @contextlib.contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Around imports that only an extra of the package brings.
+    """Context for imports that need an extra of this package.
 
     Args:
-        name: the extra, as pyproject.toml has it.
-        what: for what it is needed, as the beginning of a sentence: "reading Parquet".
+        name: the extra's name in pyproject.toml.
+        what: what it is needed for, as the beginning of a sentence: "reading Parquet".
 
     Raises:
-        UserError: a package is not installed; the line says how to install it.
+        UserError: a package is not installed; the message says how to install it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written aside, then renamed; and readers that undo compression."""
+"""Atomic files and folders, written aside and then renamed; locks, checks of target paths, and compressed input."""
 
 import contextlib
 import ctypes
@@ -21,10 +21,10 @@ from duplex_jax.errors import UserError
 
 
 def local_path(text: str) -> str:
-    """A path as a user wrote it, with `~` expanded; a URL is refused before any work is spent.
+    """Expands `~` in a path given by the user, and rejects URLs before any work is done.
 
     Raises:
-        UserError: a URL, or the home of a user who does not exist.
+        UserError: the path is a URL, or names the home of an unknown user.
     """
     if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", text):
         if scheme[1].lower() == "file":
@@ -40,7 +40,7 @@ def local_path(text: str) -> str:
 
 
 def check_writable(path: str | Path) -> Path:
-    """Creates the parent folder of `path` and refuses, before any time is spent, one that cannot be written.
+    """Creates the parent folder of `path` and checks, before any work is done, that it can be written.
 
     Raises:
         UserError: the folder cannot be made or written, or `path` is a folder.
@@ -53,7 +53,7 @@ def check_writable(path: str | Path) -> Path:
 
 
 def _check_place(folder: Path, path: str | Path) -> None:
-    """Creates `folder`, where `path` is to be written, and tries to write there."""
+    """Creates `folder`, in which `path` will be written, and tests that it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -67,13 +67,13 @@ _CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def locked(out: str | Path, beside: bool = False) -> Iterator[None]:
-    """Keeps a second run away from `out`, a folder, by a file `.lock` in it; the lock ends with the process.
+    """Prevents concurrent runs from writing to the folder `out`, by a file `.lock` in it that the process locks.
 
-    The file is removed at the end. On a file system without locks nothing is kept away.
+    The file is removed at the end. On a file system without locks nothing is prevented.
 
     Args:
-        out: what is written.
-        beside: the file lies beside `out`, which is a file or a folder that appears when it is whole.
+        out: the output.
+        beside: put the lock file next to `out`, if that is a file, or a folder that appears only once complete.
 
     Raises:
         UserError: another run is writing to `out`, or the place cannot be written.
@@ -93,7 +93,7 @@ def locked(out: str | Path, beside: bool = False) -> Iterator[None]:
         except OSError as e:
             if e.errno not in _CANNOT_LOCK:
                 raise UserError(f"{lock}: cannot lock it ({e.strerror}); give another place") from e
-        if not os.fstat(f.fileno()).st_nlink:  # opened just before its holder removed it
+        if not os.fstat(f.fileno()).st_nlink:  # its holder removed it after we opened it
             raise UserError(f"{out}: another run has just ended there; start again")
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -101,13 +101,13 @@ def locked(out: str | Path, beside: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            # Removed while it is held: whoever opened it before finds it locked.
+            # Removed while locked, so that a process that has already opened it finds it locked.
             with contextlib.suppress(OSError):
                 lock.unlink()
 
 
 def set_default_mode(path: Path) -> None:
-    """Gives a private file or folder the permissions that the user's umask gives any other."""
+    """Gives a private file or folder the permissions that the user's umask implies."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
@@ -117,7 +117,7 @@ _ASIDE = ".partial"
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool:
-    """Locks an open file or folder; False where another process has the lock."""
+    """Locks an open file or folder; returns False if another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -127,9 +127,9 @@ def _lock(descriptor: int, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """An empty file or folder beside `path`, locked while this process has it; gone at the end.
+    """An empty file or folder next to `path`, locked by this process and removed at the end.
 
-    What killed processes left in that folder is removed first: nobody holds its lock.
+    First removes what killed processes left there, recognised by the missing lock.
     """
     for old in path.parent.glob(f".*{_ASIDE}"):
         with contextlib.suppress(OSError):
@@ -148,9 +148,9 @@ def temporary(path: Path, folder: bool) -> Iterator[Path]:
                 _lock(held, wait=True)
             if name.exists():
                 break
-            os.close(held)  # another process took it for one that was left
+            os.close(held)  # another process mistook it for a leftover
     try:
-        set_default_mode(name)  # made private
+        set_default_mode(name)  # created private
         yield name
     finally:
         _remove(name)
@@ -170,7 +170,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -180,7 +180,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives an empty file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+    """Yields an empty file next to `path` and renames it to `path` if the block succeeds; otherwise leaves nothing.
 
     Raises:
         UserError: the place cannot be written, or the disk is full.
@@ -198,10 +198,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w", compress: bool = True) -> Iterator[IO[Any]]:
-    """Opens a file beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+    """Opens a file next to `path` and renames it to `path` if the block succeeds; otherwise leaves nothing.
 
-    Text is UTF-8 with Unix line ends. Names that end in `.gz` or `.zst` are compressed, unless `compress` says that
-    what is written is compressed already.
+    Text is UTF-8 with Unix line ends. Names that end in `.gz` or `.zst` are compressed, unless `compress` is False
+    because the data already is.
 
     Raises:
         UserError: the place cannot be written, or the disk is full.
@@ -224,10 +224,10 @@ def atomic_write(path: str | Path, mode: str = "w", compress: bool = True) -> It
 
 
 def check_new_file(path: str | Path, overwrite: bool = False) -> Path:
-    """`check_writable`, and refuses a file that is there unless it may be replaced.
+    """`check_writable`; also rejects an existing file unless it may be overwritten.
 
     Raises:
-        UserError: as that, or the file is there.
+        UserError: as for `check_writable`, or the file exists.
     """
     if Path(path).exists() and not overwrite and not Path(path).is_dir():
         raise UserError(f"{path}: is there already; give another name, or --overwrite")
@@ -235,13 +235,13 @@ def check_new_file(path: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_folder(path: str | Path, overwrite: bool = False) -> Path:
-    """Creates the parent of the folder `path` and refuses, before any time is spent, what `atomic_folder` would refuse.
+    """Creates the parent of the folder `path` and checks, before any work is done, that `atomic_folder` will succeed.
 
-    A folder that a killed run had taken away to replace it is put back.
+    Restores a folder that a killed run had moved away to replace it.
 
     Raises:
-        UserError: something is there already (an empty folder, or any folder with `overwrite`, may be replaced), or the
-            place cannot be written.
+        UserError: `path` exists (unless it is an empty folder, or a folder and `overwrite` is set), or the place cannot
+            be written.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -257,10 +257,10 @@ def check_folder(path: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_space(path: str | Path, size: int) -> None:
-    """Refuses to begin what the disk of `path` has no room for; `size` is in bytes, `path` a new file or a folder.
+    """Checks that the disk has room for `size` bytes at `path`, a new file or a folder.
 
     Raises:
-        UserError: too little is free.
+        UserError: there is too little free space.
     """
     path = Path(path)
     free = shutil.disk_usage(path if path.is_dir() else path.absolute().parent).free
@@ -273,10 +273,10 @@ def check_space(path: str | Path, size: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a new folder beside `path` and renames it onto `path` when the block ends well; else leaves nothing.
+    """Yields a new folder next to `path` and renames it to `path` if the block succeeds; otherwise leaves nothing.
 
     Raises:
-        UserError: as `check_folder`, or the disk is full.
+        UserError: as for `check_folder`, or the disk is full.
     """
     path = check_folder(path, overwrite)
     try:
@@ -286,7 +286,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 _sync(part)
             _sync(aside)
             if path.is_dir():
-                _exchange(aside, path)  # what was there is removed as the one aside
+                _exchange(aside, path)  # the old folder is now the temporary one, and is removed
             else:
                 os.replace(aside, path)
             _sync(path.parent)
@@ -295,9 +295,9 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Exchanges a folder with the one at `path`, whose name is never free where the system can do that.
+    """Exchanges a folder with the one at `path`, atomically if the system supports it.
 
-    Elsewhere the old one stands under another name for a moment, where `_put_back` finds it after a kill.
+    Otherwise the old one has another name for a moment; if the process is killed then, `_put_back` finds it.
     """
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -320,7 +320,7 @@ def _replaced(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Whether this process has the lock of a folder for now; True on a file system without locks."""
+    """Whether this process could take the folder's lock; True on a file system without locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         mine = True
@@ -332,7 +332,7 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def _put_back(path: Path) -> None:
-    """Ends what a run that was killed amid `_exchange` had begun."""
+    """Completes an exchange that a killed run had begun in `_exchange`."""
     old = _replaced(path)
     if old.is_dir():
         with _held(old) as mine:
@@ -342,13 +342,13 @@ def _put_back(path: Path) -> None:
                 os.replace(old, path)
 
 
-# A block of four bytes can stand for 128 KiB: so few at a time decompress into 16 MiB at most.
+# A compressed block of four bytes can expand to 128 KiB, so this many bytes expand to at most 16 MiB.
 _ZSTD_CHUNK = 512
 _LARGEST_WINDOW = 128 << 20
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Decompresses every frame of a file; the library's own reader takes a cut-off file for its end."""
+    """Decompresses all frames of a file; the library's own reader takes a truncated file for a complete one."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw = raw
@@ -377,10 +377,10 @@ class _ZstdFrames(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
-    """Opens a file of lines as bytes, decompressing `.gz` and `.zst` by name.
+    """Opens a file of lines as bytes, decompressing `.gz` and `.zst` by file name.
 
     Raises:
-        UserError: no such file, or not readable.
+        UserError: the file does not exist or is not readable.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file: a tokenizer from its metadata, and the metadata from a tokenizer."""
+"""GGUF vocabularies: a tokenizer from a file's metadata, and the metadata from a tokenizer."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ def from_gguf_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
 
     Args:
         fields: the file's `tokenizer.*` metadata, as plain Python values.
-        where: the file, for messages.
+        where: the file, for error messages.
 
     Raises:
-        UserError: a kind of vocabulary that is not supported.
+        UserError: the kind of vocabulary is not supported.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -52,12 +52,12 @@ def _from_gguf_fields(kind: str, fields: Mapping[str, Any], where: str) -> Token
         "tokenizer_class": "LlamaTokenizer",
         "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", True)),
-        "legacy": True,  # a space in front of every run of text, as llama.cpp has it
+        "legacy": True,  # a space before every run of text, as in llama.cpp
     }
     return SentencePieceTokenizer(_sentencepiece_model(fields, tokens, types), where=where, config=config)
 
 
-# How each `tokenizer.ggml.pre` splits text before BPE. llama.cpp keeps the same list by name.
+# How each `tokenizer.ggml.pre` splits text before BPE; llama.cpp has the same list.
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA3_REGEX = (
@@ -132,14 +132,14 @@ def _sentencepiece_model(fields: Mapping[str, Any], tokens: Sequence[str], types
 
 
 def gguf_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file; `from_gguf_fields` is the inverse.
+    """The `tokenizer.*` metadata of a GGUF file; inverse of `from_gguf_fields`.
 
     Args:
-        tokenizer: byte-level BPE, or SentencePiece.
+        tokenizer: byte-level BPE or SentencePiece.
         vocab_size: rows of the embedding; ids that the tokenizer lacks become unused tokens.
 
     Raises:
-        UserError: a kind of vocabulary, or a way to split text, that has no name in GGUF.
+        UserError: GGUF has no name for this kind of vocabulary or way of splitting text.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece_fields(tokenizer, vocab_size)
@@ -154,7 +154,7 @@ _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 def _gguf_vocabulary(
     tokenizer: Tokenizer, kind: str, pieces: Mapping[int, tuple[str, int]], vocab_size: int
 ) -> dict[str, Any]:
-    """What both kinds of vocabulary have; `pieces` maps ids to a token and its type."""
+    """Fields common to both kinds of vocabulary; `pieces` maps ids to a token and its type."""
     control = {i: (t, _CONTROL) for t, i in tokenizer.special.items()}
     known = {**pieces, **control}
     listed = [known.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(max(vocab_size, tokenizer.vocab_size))]
@@ -162,7 +162,7 @@ def _gguf_vocabulary(
         "tokenizer.ggml.model": kind,
         "tokenizer.ggml.tokens": [t for t, _ in listed],
         "tokenizer.ggml.token_type": [k for _, k in listed],
-        # Templates write every control token themselves.
+        # Templates write all control tokens themselves.
         "tokenizer.ggml.add_bos_token": bool(tokenizer.config.get("add_bos_token", False)),
     }
     names = token_names(tokenizer)
@@ -194,7 +194,7 @@ def _byte_level_fields(tokenizer: HFTokenizer, vocab_size: int) -> dict[str, Any
             "this tokenizer.json splits text in a way that has no name in GGUF; byte-level BPE as of "
             f"{', '.join(_PRE_TOKENIZERS)} can be written; --format=hf"
         )
-    pieces = {i: (token, _NORMAL) for i, token in tokenizer.pieces().items()}
+    pieces = {i: (token, _NORMAL) for i, token in tokenizer.pieces.items()}
     fields = _gguf_vocabulary(tokenizer, "gpt2", pieces, vocab_size)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     return fields | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}

@@ -1,7 +1,7 @@
-"""Where arrays live: one table from logical axes to mesh axes, the meshes, and the checks that they fit a model.
+"""Sharding: one table from logical axes to mesh axes, the meshes, and checks that they fit a model.
 
-To try another layout, change `RULES` and nothing else. Every weight and activation names its axes once
-(`out_sharding` of the parameters of `model.layers`, the `shard=` calls); here they meet the hardware.
+To try another layout, change `RULES` and nothing else. Every weight and activation names its logical axes once (the
+parameters' `out_sharding` in `model.layers`, the `shard=` calls).
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from duplex_jax.errors import UserError
 from duplex_jax.model.config import ModelConfig
 
 AXES = ("slice", "data", "fsdp", "tensor")
-"""`slice` crosses the data-centre network between TPU slices; `data` copies weights; `fsdp` shards them by rows of the
-batch; `tensor` shards heads, MLP width and vocabulary."""
+"""`slice` crosses the data-centre network between TPU slices; `data` replicates weights; `fsdp` shards them, and the
+batch's rows; `tensor` shards heads, MLP width and vocabulary."""
 
 BATCH_AXES = ("slice", "data", "fsdp")
 
 REPLICA_AXES = ("slice", "data")
-"""Along these every weight has copies; their gradients meet once a step."""
+"""Axes along which weights are replicated and gradients are reduced, once per step."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": BATCH_AXES,
-    "rows": REPLICA_AXES,  # of the batch, where `fsdp` cuts the width
+    "rows": REPLICA_AXES,  # rows of the batch where `fsdp` shards the width
     "length": None,
     "activation": None,
     # weights
@@ -50,15 +50,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator as its maker describes it; predictions are made from these.
+    """Data-sheet figures of an accelerator, used for predictions.
 
     Attributes:
-        name: for reports.
+        name: name in reports.
         flops: dense bf16 peak, FLOP/s.
-        memory: bytes that a program may use.
-        bandwidth: of that memory, bytes/s.
-        link: bytes/s that a chip sends to others in its slice or host.
-        network: bytes/s that a chip sends beyond it.
+        memory: usable bytes.
+        bandwidth: memory bandwidth, bytes/s.
+        link: bytes/s from a chip to others in its slice or host.
+        network: bytes/s from a chip to other slices or hosts.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Chip:
 GB = 1e9
 GIB = 2.0**30
 
-# Peaks from the makers' data sheets: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, NVIDIA A100 and H100 data sheets.
+# Peak figures from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} and NVIDIA's A100 and H100 data sheets.
 CPU = Chip("CPU", 1e11, 8 * GIB, 20 * GB, 10 * GB, 1 * GB)
 A100 = Chip("A100-80GB", 312e12, 79 * GIB, 2039 * GB, 300 * GB, 25 * GB)
 H100 = Chip("H100-SXM", 989e12, 79 * GIB, 3350 * GB, 450 * GB, 50 * GB)
@@ -84,17 +84,17 @@ V6E = Chip("TPU v6e", 918e12, 31.25 * GIB, 1640 * GB, 320 * GB, 6.25 * GB)
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """A mesh by name: how many devices carry each axis, and on what hardware.
+    """A named mesh: the hardware, and the number of devices along each axis.
 
     Attributes:
-        name: as `--mesh` says it.
+        name: its name for `--mesh`.
         chip: the accelerator.
         platform: `cpu`, `gpu` or `tpu`.
         slice, data, fsdp, tensor: devices along each axis.
-        hosts: machines; each runs one process.
-        topology: by which libtpu (`v5e:4x4`) or the CUDA plugin (`1x1x8`) describes it without the hardware.
-        target: for GPUs, the target that `compile` compiles for: `a100` or `h100`.
-        attention: the backend that `auto` means there.
+        hosts: number of machines; each runs one process.
+        topology: name by which libtpu (`v5e:4x4`) or the CUDA plugin (`1x1x8`) describes absent hardware.
+        target: for GPUs, the target of `compile`: `a100` or `h100`.
+        attention: the backend that `auto` selects.
     """
 
     name: str
@@ -116,20 +116,20 @@ class MeshSpec:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return math.prod(self.shape)
 
     @property
     def batch_shards(self) -> int:
-        """Parts into which the rows of a micro-batch are cut."""
+        """Number of parts into which the rows of a micro-batch are split."""
         return self.slice * self.data * self.fsdp
 
 
 def load_mesh_spec(name: str) -> MeshSpec:
-    """The mesh that `--mesh` names: one of `configs/mesh/`, or a Python file with a `get_mesh()`.
+    """The mesh that `--mesh` names: one in `configs/mesh/`, or a Python file with a `get_mesh()`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no mesh of that name.
     """
     if name.endswith(".py"):
         path = Path(name)
@@ -160,10 +160,10 @@ def mesh_names() -> list[str]:
 
 
 def resize(spec: MeshSpec, **axes: int) -> MeshSpec:
-    """The same hardware with other axes, for `--data`, `--fsdp` and `--tensor`; 0 leaves an axis as it is.
+    """The same hardware with other axes, for `--data`, `--fsdp` and `--tensor`; 0 keeps an axis as it is.
 
     Raises:
-        UserError: the axes do not multiply to the devices that there are.
+        UserError: the axes' product is not the number of devices.
     """
     wanted: dict[str, Any] = {k: v for k, v in axes.items() if v}
     changed = dataclasses.replace(spec, **wanted)
@@ -176,10 +176,10 @@ def resize(spec: MeshSpec, **axes: int) -> MeshSpec:
 
 
 def check_heads(spec: MeshSpec, config: ModelConfig) -> None:
-    """Refuses a mesh that does not divide a model's layers; needs its shape alone.
+    """Checks that a mesh divides a model's layers, given only the model's shape.
 
     Raises:
-        UserError: names the size, and the divisors that would do.
+        UserError: it does not; the message names the size, and divisors that would work.
     """
     sizes = {"heads": config.num_heads, "key heads": config.num_kv_heads, "MLP columns": config.intermediate_size}
     common = math.gcd(*sizes.values())
@@ -197,10 +197,10 @@ def check_heads(spec: MeshSpec, config: ModelConfig) -> None:
 
 
 def check_model(spec: MeshSpec, config: ModelConfig) -> None:
-    """Refuses a mesh that does not divide a model, vocabulary included.
+    """Checks that a mesh divides a model, vocabulary included.
 
     Raises:
-        UserError: names the size, and what would do.
+        UserError: it does not; the message names the size, and what would work.
     """
     check_heads(spec, config)
     if config.padded_vocab_size % spec.tensor:
@@ -211,10 +211,10 @@ def check_model(spec: MeshSpec, config: ModelConfig) -> None:
 
 
 def check_batch(spec: MeshSpec, rows: int, micro_batches: int) -> None:
-    """Refuses a batch that does not divide by micro-batches and devices.
+    """Checks that a batch divides into micro-batches and devices.
 
     Raises:
-        UserError: says which batches would do.
+        UserError: it does not; the message says which batch sizes would work.
     """
     if rows % micro_batches or (rows // micro_batches) % spec.batch_shards:
         unit = micro_batches * spec.batch_shards
@@ -230,14 +230,14 @@ def _divisors(n: int, most: int = 64) -> str:
 
 
 def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over real (or described) devices, all axes Auto.
+    """The mesh over real (or described) devices, with all axes Auto.
 
     Args:
-        spec: how many devices carry each axis.
-        devices: all of this run by default.
+        spec: number of devices along each axis.
+        devices: all devices of this run by default.
 
     Raises:
-        UserError: fewer devices than the mesh has.
+        UserError: there are fewer devices than the mesh needs.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < spec.size:
@@ -252,7 +252,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _arranged(spec: MeshSpec, devices: list[Any]) -> np.ndarray:
-    """Devices `[slice, data, fsdp, tensor]`, neighbours in the network beside each other."""
+    """Devices as `[slice, data, fsdp, tensor]`, with network neighbours adjacent."""
     if spec.platform != "tpu" or spec.size == 1:
         return np.array(devices).reshape(spec.shape)
     from jax.experimental import mesh_utils
@@ -267,7 +267,7 @@ def _arranged(spec: MeshSpec, devices: list[Any]) -> np.ndarray:
 
 
 def partition(axes: Sequence[str | None]) -> P:
-    """The mesh axes of an array from its logical ones, less those that an enclosing `shard_map` has taken."""
+    """Mesh axes for an array's logical axes, except those already bound by an enclosing `shard_map`."""
     taken = jax.sharding.get_abstract_mesh().manual_axes
 
     def free(axis: str | None) -> str | tuple[str, ...] | None:
@@ -280,36 +280,36 @@ def partition(axes: Sequence[str | None]) -> P:
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """The sharding of an array on a mesh from its logical axes."""
+    """Sharding of an array on a mesh, from its logical axes."""
     return NamedSharding(mesh, partition(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Puts an activation where its logical axes say, under the mesh of `jax.set_mesh`; without one, nothing."""
+    """Constrains an activation's sharding by its logical axes; a no-op without a mesh set by `jax.set_mesh`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
 def local_places(sharding: NamedSharding, shape: tuple[int, ...], axis: int = 0) -> list[int]:
-    """The indices along `axis` of which this process holds any part, ascending."""
+    """Indices along `axis` of which this process holds any part, ascending."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     return sorted({i for index in indices if index for i in range(*index[axis].indices(shape[axis]))})
 
 
 def global_array(sharding: NamedSharding, shape: tuple[int, ...], local: np.ndarray, places: Sequence[int]) -> Any:
-    """A global array whose first axis every process has read in part.
+    """A global array from parts of its first axis that each process holds.
 
     Args:
-        sharding: of the result.
-        shape: of the result.
-        local: what this process has, `[len(places), ...]`.
-        places: which indices of the first axis those are, ascending.
+        sharding: sharding of the result.
+        shape: shape of the result.
+        local: this process's part, `[len(places), ...]`.
+        places: indices of that part along the first axis, ascending.
     """
     at = {place: i for i, place in enumerate(places)}
 

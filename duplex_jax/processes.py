@@ -1,4 +1,4 @@
-"""Worker processes: they end when their parent does, however that was."""
+"""Worker processes that end when their parent does, however it ends."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ from multiprocessing.connection import wait
 
 
 def end_with_parent() -> None:
-    """Ends this process, which `multiprocessing` started, with its parent: a killed parent tells nobody to stop."""
+    """Ends this process, which `multiprocessing` started, with its parent, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

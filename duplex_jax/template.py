@@ -1,14 +1,16 @@
 """Templates: how a timeline becomes token ids for one model family, and back.
 
-A pair is `open + user + middle + assistant + close`. The user part, markers included, is tokenised as one string; the
-assistant part apart from it, whole message first, and cut where its slices are cut, so ids that a model sampled are
-never tokenised again. Control tokens enter by id only: no text that anybody types becomes one.
+A pair is `open + user + middle + assistant + close`. The user part, markers included, is tokenised as one string. The
+assistant's whole message is tokenised separately and then cut at its slices, so sampled ids are never tokenised again.
+Control tokens are inserted by id: text that a user types never becomes one.
 """
 
 import abc
 import dataclasses
 import enum
+import functools
 import itertools
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -21,7 +23,7 @@ from duplex_jax.tokenizer import Tokenizer, decode, decode_bytes, token_names
 
 
 class Code(enum.IntFlag):
-    """What a token counts for in training; `data.loader` makes loss weights of it."""
+    """What a token counts for in training; `data.loader` converts codes to loss weights."""
 
     IGNORED = 0
     """No target: the user's part, markers, the opening."""
@@ -30,7 +32,7 @@ class Code(enum.IntFlag):
     IDLE = 2
     """A silent assistant's idle token, and the end of that slice."""
     DECISION = 4
-    """Set beside the others at the first assistant token of a pair, where it speaks or stays idle."""
+    """Set in addition at the first assistant token of a pair, where it decides to speak or stay idle."""
 
 
 WEIGHED = Code.SPOKEN | Code.IDLE
@@ -43,7 +45,7 @@ class Encoded:
     Attributes:
         ids: int32 `[N]`, the whole timeline.
         codes: uint8 `[N]`, the `Code` of predicting `ids[i]` from `ids[:i]`.
-        starts: int32 `[P]`, where each pair begins; `starts[0]` is also the length of what comes before the pairs.
+        starts: int32 `[P]`, where each pair begins; `starts[0]` is also the length of the opening.
         decisions: int32 `[P]`, the index of each pair's first assistant token: speak or stay idle.
     """
 
@@ -54,20 +56,19 @@ class Encoded:
 
 
 class Template(abc.ABC):
-    """One model family's way to write slice pairs.
+    """A model family's format for slice pairs.
 
     Attributes:
-        name: the name by which a config or flag asks for it.
-        tokens: the control tokens that it needs: for each, the names that it may have in a vocabulary, best first. The
-            first is what a vocabulary without any of them is given (`missing_tokens`).
+        name: its name in configs and flags.
+        tokens: the control tokens that it needs. Each is a tuple of names that the vocabulary may use for it, best
+            first; a vocabulary with none of them gets the first one (`missing_tokens`).
         idle_id: the token that an idle assistant samples.
-        end_id: the token that ends an assistant's slice.
-        tells_typed_markers: whether a marker that somebody types differs from a real one.
-        idle_bias: the model's own, found after its training: added to the logit of idle wherever a slice begins, beside
-            what a session asks for.
+        end_id: the token that ends an assistant slice.
+        tells_typed_markers: whether a marker that a user types differs from a real one.
+        idle_bias: the model's own bias, calibrated after training: added to the logit of idle at the beginning of every
+            slice, on top of the session's own.
         in_slices: whether the model was trained on slices: it answers a turn slice by slice until it is silent.
-        chat: the model's own chat template, in which turn-based conversations are written; None where it brings none,
-            which takes the family's way.
+        chat: the model's own chat template for turn-based conversations; None to use the family's format.
         turn_ends: the tokens that end a turn-based answer: the model's own, and `end_id`.
     """
 
@@ -98,16 +99,16 @@ class Template(abc.ABC):
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """Tokens after which a slice is over."""
+        """Tokens that end a slice."""
         return (self.idle_id, self.end_id)
 
     @abc.abstractmethod
     def start(self, system: str | None = None) -> list[int]:
-        """Ids in front of the first pair, with a system prompt where one is given."""
+        """Ids before the first pair, including an optional system prompt."""
 
     @abc.abstractmethod
     def user_part(self, user: str | None) -> list[int]:
-        """Ids of the user's slice, markers included, up to where the assistant's first token comes; None is idle."""
+        """Ids of the user's slice (None: idle) with its markers, up to the assistant's first token."""
 
     @abc.abstractmethod
     def closing(self, assistant: Sequence[int]) -> list[int]:
@@ -115,39 +116,39 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
-        """The inverse for one pair's ids: the user's slice, and the assistant's ids up to and without the closing.
+        """Inverse for one pair: the user's slice, and the assistant's ids without the closing.
 
         Raises:
-            UserError: the ids are no pair of this template.
+            UserError: the ids are not a pair of this template.
         """
 
     def turns(self, messages: Sequence[Message], open_answer: bool = True) -> Turns:
-        """A turn-based conversation as ids: in the model's own chat template, else in the family's way.
+        """A turn-based conversation as ids, in the model's own chat template, or else in the family's format.
 
         Args:
             messages: a role (`system`, `user`, `assistant`) and its text, or the ids of an assistant's words.
-            open_answer: the assistant's next message is begun at the end.
+            open_answer: end with the beginning of an assistant message.
 
         Raises:
-            UserError: an order of roles that cannot be written.
+            UserError: the format cannot express this order of roles.
         """
         if self.chat is not None:
             return self.chat.encode(messages, open_answer)
         return self._family_turns(messages, open_answer)
 
     def turn_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a turn-based conversation up to the assistant's next word; see `turns`."""
+        """Ids of a turn-based conversation up to the assistant's next token; see `turns`."""
         return self.turns(messages).ids
 
     @abc.abstractmethod
     def _turn_closing(self) -> list[int]:
-        """Ids behind a turn-based answer's words."""
+        """Ids after the words of a turn-based answer."""
 
     def _words(self, text: str | Sequence[int]) -> list[int]:
         return self.tokenizer.encode(text) if isinstance(text, str) else list(text)
 
     def _family_turns(self, messages: Sequence[Message], open_answer: bool) -> Turns:
-        """User and assistant in turn, behind one system prompt: what a format without roles of its own can say."""
+        """Turns for a format without roles: an optional system prompt, then user and assistant alternating."""
         messages = join_turns(messages, self.tokenizer)
         system: str | None = None
         if messages and messages[0][0] == "system":
@@ -166,10 +167,10 @@ class Template(abc.ABC):
         return Turns(ids, answers)
 
     def assistant_ids(self, message: Sequence[str]) -> list[list[int]]:
-        """Ids of an assistant message given as its slices, a list a slice, without stop tokens.
+        """Ids of each slice of an assistant message, without stop tokens.
 
-        The message is tokenised whole and cut where the slices are; where a cut falls inside a token (another
-        tokenizer made the slices), every slice is tokenised apart.
+        The message is tokenised whole and cut at its slices. If a cut falls inside a token, because another tokenizer
+        made the slices, every slice is tokenised separately.
         """
         ids = self.tokenizer.encode("".join(message))
         ends = list(itertools.accumulate(len(s.encode()) for s in message))
@@ -181,7 +182,7 @@ class Template(abc.ABC):
         return [ids[a:b] for a, b in itertools.pairwise(cuts)]
 
     def assistant_text(self, ids: Sequence[int]) -> str | None:
-        """The assistant's slice as text: None for idle, stop tokens left out, half characters replaced."""
+        """The assistant's slice as text: None for idle; stop tokens are omitted, partial characters replaced."""
         words = [i for i in ids if i not in self.stop_ids]
         return decode(self.tokenizer, words) or None
 
@@ -202,12 +203,8 @@ class Template(abc.ABC):
             codes += [Code.IGNORED] * len(part) + [code] * len(said)
             codes += [code if i == self.end_id else Code.IGNORED for i in closing]
             codes[decisions[-1]] |= Code.DECISION
-        return Encoded(
-            np.asarray(ids, np.int32),
-            np.asarray(codes, np.uint8),
-            np.asarray(starts, np.int32),
-            np.asarray(decisions, np.int32),
-        )
+        int32 = functools.partial(np.asarray, dtype=np.int32)
+        return Encoded(int32(ids), np.asarray(codes, np.uint8), int32(starts), int32(decisions))
 
     def _assistant_parts(self, pairs: Sequence[SlicePair]) -> list[list[int] | None]:
         """The assistant's ids of each pair; None where it is idle."""
@@ -220,7 +217,7 @@ class Template(abc.ABC):
                 message.clear()
 
         for user, assistant in pairs:
-            # A message goes on through a user's "mm-hm"; text that answers new words without a space is a new one.
+            # A message continues across a user's "mm-hm"; text without a leading space after new words is another.
             if assistant is None or (user is not None and not assistant[:1].isspace()):
                 flush()
             if assistant is None:
@@ -231,10 +228,10 @@ class Template(abc.ABC):
         return parts
 
     def decode(self, ids: Sequence[int]) -> list[SlicePair]:
-        """The inverse of `encode`: the pairs of a whole timeline's ids.
+        """Inverse of `encode`: the pairs of a whole timeline's ids.
 
         Raises:
-            UserError: the ids were not made by this template.
+            UserError: the ids were not produced by this template.
         """
         rest = list(ids)[len(self.start()) :]
         pairs = []
@@ -247,23 +244,26 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def _pair_length(self, ids: Sequence[int]) -> int:
-        """How many ids the first pair takes."""
+        """Number of ids in the first pair."""
 
     def _bad_pair(self, ids: Sequence[int]) -> UserError:
         return UserError(f"{list(ids)[:12]}...: is no slice pair of template {self.name!r}")
 
 
 def _after(ids: Sequence[int], token: int) -> int:
-    """The index behind the first `token`, or the length."""
+    """The index after the first `token`, or the length."""
     ids = list(ids)
     return ids.index(token) + 1 if token in ids else len(ids)
+
+
+_INSIDE_MARKER = re.compile("(?<=<用)(?=户>)|(?<=<A)(?=I>)")
 
 
 class MiniCPMTemplate(Template):
     """MiniCPM-duplex as released: `<用户>{user}<AI>{assistant}</s>`, after one `<s>`.
 
-    Both markers are plain text to the released tokenizer, so a user who types one is kept apart from it by breaking
-    the marker's middle token in two. A vocabulary in which the middle is no token of its own cannot tell them apart.
+    The released tokenizer treats both markers as plain text. In text that a user types, the marker's middle token is
+    split in two to tell it apart; a vocabulary in which the middle is not a single token cannot do that.
     """
 
     name = "minicpm"
@@ -274,30 +274,19 @@ class MiniCPMTemplate(Template):
         self.bos_id, self.end_id, self.idle_id = (self._id(token) for token in ("start", "end", "idle"))
         self._user, self._assistant = "<用户>", "<AI>"
         if self._user in str(tokenizer.config.get("chat_template")):
-            self.chat = None  # this family's own: the same markers, with `<s>` in front as the released code has it
+            self.chat = None  # the family's own format: the same markers after `<s>`, as in the released code
         self._assistant_ids = tokenizer.encode(self._assistant)
-
         broken = self._encode_text("", self._user + self._assistant, "")
         self.tells_typed_markers = broken != tokenizer.encode(self._user) + self._assistant_ids
 
     def start(self, system: str | None = None) -> list[int]:
-        # The released model has no system role; its users put instructions in front of everything.
+        # The released model has no system role; its users put instructions before everything else.
         return [self.bos_id] + (self._encode_text("", system, "") if system else [])
 
     def _encode_text(self, before: str, text: str, after: str) -> list[int]:
-        """Ids of `before + text + after` as one string, markers inside `text` broken so that they are words."""
-        pieces = [before]
-        i = 0
-        while i < len(text):
-            for marker, cut in ((self._user, 2), (self._assistant, 2)):
-                if text.startswith(marker, i):
-                    pieces[-1] += text[i : i + cut]
-                    pieces.append("")
-                    i += cut
-                    break
-            else:
-                pieces[-1] += text[i]
-                i += 1
+        """Ids of `before + text + after` as one string, with markers inside `text` broken up into words."""
+        pieces = _INSIDE_MARKER.split(text)
+        pieces[0] = before + pieces[0]
         pieces[-1] += after
         return [t for piece in pieces for t in self.tokenizer.encode(piece)]
 
@@ -317,7 +306,7 @@ class MiniCPMTemplate(Template):
         middle, last = self._assistant_ids[1:-1], self._assistant_ids[-1:]
         pattern = middle + last
         for i in range(len(ids) - len(pattern) + 1):
-            # The opening bracket of the marker may have merged with the word before it, as in ")<".
+            # The marker's opening bracket may have merged with the word before it, as in ")<".
             if ids[i : i + len(pattern)] == pattern and decode_bytes(self.tokenizer, ids[i - 1 : i]).endswith(b"<"):
                 head, tail = ids[: i + len(pattern)], ids[i + len(pattern) :]
                 if tail and tail[-1] == self.end_id:
@@ -337,7 +326,7 @@ class MiniCPMTemplate(Template):
 class ChatMLTemplate(Template):
     """ChatML: `<|im_start|>user\\n{user}<|im_end|>\\n<|im_start|>assistant\\n{assistant}<|im_end|>\\n`.
 
-    Idle is a token of its own: `<idle>` where the vocabulary has it, else the reserved `<file_sep>` of SmolLM2.
+    Idle is a single token: `<idle>` if the vocabulary has it, otherwise SmolLM2's reserved `<file_sep>`.
     """
 
     name = "chatml"
@@ -390,7 +379,7 @@ class ChatMLTemplate(Template):
         return [self.end_id, *self._newline]
 
     def _family_turns(self, messages: Sequence[Message], open_answer: bool) -> Turns:
-        """Every message stands for itself, in whatever order."""
+        """Messages of any roles in any order."""
         ids: list[int] = []
         answers = []
         for role, text in messages:
@@ -405,10 +394,10 @@ class ChatMLTemplate(Template):
 
 
 class CompactTemplate(Template):
-    """One token a marker: `[user] text [assistant] text [end]`, and a silent slice is the idle token alone.
+    """One token per marker: `[user] text [assistant] text [end]`; a silent slice is just the idle token.
 
-    A pair in which nobody speaks costs 3 tokens, where MiniCPM-duplex's takes 9. Markers are tokens that text cannot
-    reach: `<s0>`, `<s1>` and `<idle>` of MiniCPM-duplex, three reserved ones of SmolLM2, or added rows.
+    A silent pair costs 3 tokens, compared with 9 in MiniCPM-duplex. Markers are tokens that text cannot produce:
+    `<s0>`, `<s1>` and `<idle>` of MiniCPM-duplex, three reserved ones of SmolLM2, or added ones.
     """
 
     name = "compact"
@@ -423,8 +412,7 @@ class CompactTemplate(Template):
         super().__init__(tokenizer)
         self._user, self._assistant = self._id("user"), self._id("assistant")
         self.idle_id, self.end_id = self._id("idle"), self._id("end")
-        starts = [tokenizer.special[name] for name in ("<s>", "<|begin_of_text|>") if name in tokenizer.special]
-        self._bos = starts[:1]
+        self._bos = [tokenizer.special[n] for n in ("<s>", "<|begin_of_text|>") if n in tokenizer.special][:1]
 
     def start(self, system: str | None = None) -> list[int]:
         return self._bos + ([*self.tokenizer.encode(system), self.end_id] if system else [])
@@ -438,10 +426,7 @@ class CompactTemplate(Template):
 
     def _pair_length(self, ids: Sequence[int]) -> int:
         n = _after(ids, self._assistant)
-        for i, token in enumerate(ids[n:], n + 1):
-            if token in self.stop_ids:
-                return i
-        return len(ids)
+        return next((i for i, token in enumerate(ids[n:], n + 1) if token in self.stop_ids), len(ids))
 
     def split_pair(self, ids: Sequence[int]) -> tuple[str | None, list[int]]:
         ids = list(ids)
@@ -463,14 +448,14 @@ TEMPLATES: dict[str, type[Template]] = {t.name: t for t in (MiniCPMTemplate, Cha
 def make_template(
     name: str, tokenizer: Tokenizer, idle_bias: float = 0.0, in_slices: bool = False, ends: Sequence[int] = ()
 ) -> Template:
-    """The template of that name over a tokenizer.
+    """The named template for a tokenizer.
 
     Args:
-        name: of `TEMPLATES`.
-        tokenizer: of the model, with every token that the template needs.
+        name: one of `TEMPLATES`.
+        tokenizer: the model's tokenizer, with every token that the template needs.
         idle_bias: the model's own bias on idle.
         in_slices: whether the model was trained on slices.
-        ends: the ids that end an answer, by the model's own settings; its tokenizer's end of text is one anyway.
+        ends: ids that end an answer by the model's own settings, besides the tokenizer's end of text.
 
     Raises:
         UserError: unknown name, or the vocabulary lacks a token that the template needs.
@@ -484,18 +469,14 @@ def make_template(
 
 
 def refuse_typed_markers(template: Template) -> None:
-    """Refuses a template for live users where it would take a marker that one of them types for a real one.
-
-    Raises:
-        UserError: it would.
-    """
+    """Raises UserError for a template that cannot tell a marker typed by a live user from a real one."""
     if not template.tells_typed_markers:
         raise UserError(f"template {template.name!r} would take its markers for real where a user types them: in this "
                         "vocabulary they are no tokens of their own; --template=compact is safe")  # fmt: skip
 
 
 def missing_tokens(name: str, tokenizer: Tokenizer) -> list[str]:
-    """The tokens that must be added to a vocabulary before the template of that name can use it.
+    """The tokens that a vocabulary needs in addition for the named template.
 
     Raises:
         UserError: unknown name.
@@ -511,7 +492,7 @@ def _template(name: str) -> type[Template]:
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """The name of the template that a vocabulary was made for; the compact one stands upon any."""
+    """The name of the template that suits a vocabulary; `compact` works with any."""
     if "<|im_start|>" in tokenizer.special:
         return "chatml"
     is_minicpm = "<s>" in tokenizer.special and len(tokenizer.encode("用户")) == 1

@@ -1,9 +1,9 @@
-"""Timelines: ordered slice pairs, their one JSONL form, and its reader and writer.
+"""Timelines, the ordered slice pairs of a conversation, and their JSONL format.
 
 A line is `{"output": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}` with optional
-`id`, `category`, `source_ids`, `events` and `meta`. Inside the program silence is `None`, never a string; only a file
-spells it `<idle>`. Words that happen to contain `<idle>` are escaped where a timeline is written (`<\\idle>`) and
-come back as they were.
+`id`, `category`, `source_ids`, `events` and `meta`. In the program silence is `None`, never a string; only a file
+spells it `<idle>`. Text that contains `<idle>` is escaped when a timeline is written (`<\\idle>`) and restored when it
+is read.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CATEGORIES = (
     "back_on_topic",
 )
 
-# Kinds of events that generating writes and scoring reads; `data_gen.events` says what each one means.
+# Kinds of events, written by data generation and read by scoring; `data_gen.events` defines each one.
 QUERY_END = "query_end"
 BARGE_IN = "barge_in"
 YIELD = "yield"
@@ -43,7 +43,7 @@ _FIELDS = ("output", "id", "category", "source_ids", "events", "meta")
 
 
 class SlicePair(NamedTuple):
-    """What both sides said in one interval; `None` is silence. Assistant text keeps its leading space."""
+    """What both sides say in one interval; `None` is silence. Assistant text keeps its leading space."""
 
     user: str | None
     assistant: str | None
@@ -51,7 +51,7 @@ class SlicePair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An interesting moment: `kind` (barge_in, yield, resume, ...) at `pair`, an index into the slice pairs."""
+    """A labelled moment: `kind` (barge_in, yield, resume, ...) at `pair`, an index into the slice pairs."""
 
     kind: str
     pair: int
@@ -59,7 +59,7 @@ class Event:
 
 @dataclasses.dataclass
 class Timeline:
-    """One conversation as slice pairs, with what is known about it."""
+    """One conversation as slice pairs, with its metadata."""
 
     pairs: list[SlicePair]
     id: str | None = None
@@ -70,11 +70,11 @@ class Timeline:
 
 
 class TimelineError(BadRow):
-    """A line that is no timeline; the message names file, line and field."""
+    """A line that is not a timeline; the message names file, line and field."""
 
 
 def whole_characters(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON and command lines may bring half of a surrogate pair."""
+    """Whether a text can be encoded as UTF-8: JSON and command lines can contain half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -83,17 +83,17 @@ def whole_characters(text: str) -> bool:
 
 
 def to_content(text: str | None) -> str:
-    """One slice as a file spells it: silence as `<idle>`, a literal `<idle>` in words escaped."""
+    """One slice as written to a file: silence as `<idle>`, with a literal `<idle>` in the text escaped."""
     return IDLE if text is None else _ESCAPE.sub(r"<\\\1idle>", text)
 
 
 def from_content(content: str) -> str | None:
-    """The inverse of `to_content`."""
+    """Inverse of `to_content`."""
     return None if content == IDLE else _UNESCAPE.sub(r"<\1idle>", content)
 
 
 def to_row(timeline: Timeline) -> dict[str, Any]:
-    """The JSON object of a timeline, fields that say nothing left out.
+    """The JSON object of a timeline, without empty fields.
 
     Raises:
         TimelineError: a slice is an empty string, or an event points outside the timeline.
@@ -120,7 +120,7 @@ def from_row(row: Any) -> Timeline:
     """Reads one JSON object; unknown fields are ignored.
 
     Raises:
-        TimelineError: names the field and what would be right.
+        TimelineError: the object is invalid; the message names the field and what would be right.
     """
     if isinstance(row, dict) and "output" not in row and row.keys() & {"messages", "conversations", "data"}:
         raise TimelineError("is a chat of whole turns, not a timeline; `duplex-jax generate` makes timelines of chats")
@@ -184,7 +184,7 @@ def _event(e: Any, i: int, n: int) -> Event:
 
 
 def parse_line(line: bytes, where: str) -> Timeline:
-    """Reads one JSONL line; `where` ("file:line") opens the message of the error it raises."""
+    """Parses one JSONL line; `where` ("file:line") begins the error message."""
     try:
         return from_row(load_json(line))
     except BadRow as e:
@@ -192,15 +192,15 @@ def parse_line(line: bytes, where: str) -> Timeline:
 
 
 def read_timelines(path: str | Path, on_error: Callable[[TimelineError], None] | None = None) -> Iterator[Timeline]:
-    """Streams the timelines of a file; `records.read_lines` says of which forms.
+    """Streams the timelines of a file, in any form that `records.read_lines` supports.
 
     Args:
         path: the file. Blank lines are skipped.
-        on_error: called with each bad line's error, and the line is left out; without it the first one is raised.
+        on_error: called with the error of each bad line, which is skipped; without it the first error is raised.
 
     Raises:
-        TimelineError: a bad line, named by file, line and field.
-        UserError: the file is missing or cannot be read to its end.
+        TimelineError: a line is invalid; the message names file, line and field.
+        UserError: the file is missing or cannot be read completely.
     """
     for where, line in read_lines(path):
         try:
@@ -219,7 +219,7 @@ def dump_line(timeline: Timeline) -> str:
 
 
 def write_timelines(path: str | Path, timelines: Iterable[Timeline]) -> None:
-    """Writes a JSONL file, whole or not at all.
+    """Writes a JSONL file, completely or not at all.
 
     Raises:
         UserError: the place cannot be written.

@@ -1,9 +1,10 @@
-"""Tokenizers under one interface: plain text to ids and ids to bytes, with control tokens kept apart.
+"""Tokenizers behind one interface: plain text to ids, ids to bytes, and control tokens by name only.
 
-`encode` never returns a control token, whatever the text says: `<idle>`, `</s>` or `<|im_end|>` typed by a user are
-ordinary characters. Control tokens are reached by name only, through `special`.
+`encode` never returns a control token: `<idle>`, `</s>` or `<|im_end|>` typed by a user are ordinary characters.
+Control tokens come only from `special`.
 """
 
+import codecs
 import functools
 import hashlib
 import json
@@ -18,7 +19,6 @@ import pydantic
 from duplex_jax.errors import UserError
 from duplex_jax.schema import Schema, checked, read_json, read_json_beside
 
-_log = logging.getLogger(__name__)
 _MARKER = re.compile(r"<<?\S+>>?|\[\S+\]")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _Id = Annotated[int, pydantic.Field(ge=0, lt=2**24)]
@@ -43,9 +43,7 @@ class _NamedTemplate(Schema):
     template: str
 
 
-class _Config(Schema):
-    """The fields of `tokenizer_config.json` that are read here."""
-
+class _TokenizerConfig(Schema):
     added_tokens_decoder: dict[str, _AddedToken] | None = None
     chat_template: str | list[_NamedTemplate] | None = None
     bos_token: str | _AddedToken | None = None
@@ -58,74 +56,60 @@ class _Config(Schema):
 
 
 class Tokenizer(Protocol):
-    """What templates, generators and sessions need of a tokenizer."""
+    """The interface that templates, generators and sessions use."""
 
     special: dict[str, int]
-    """Control tokens: their content and id."""
+    """Control tokens: content to id."""
 
     vocab_size: int
     """One more than the largest id."""
 
     config: dict[str, Any]
-    """`tokenizer_config.json`, the chat template included."""
+    """`tokenizer_config.json`, including the chat template."""
 
     strips: dict[str, tuple[bool, bool]]
-    """Control tokens that take the whitespace on their left and right with them, where a chat template writes them."""
+    """Control tokens that absorb the whitespace on their left and right in a rendered chat template."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no control token, nothing put in front or behind."""
-        ...
+        """Ids of plain text, without control tokens or a prefix space."""
 
     def encode_run(self, text: str, first: bool) -> list[int]:
-        """Ids of a run of plain text between control tokens, with the space that the vocabulary puts in front of it.
-
-        Args:
-            text: no control token is found in it.
-            first: whether nothing stands in front of it.
-        """
-        ...
+        """Ids of plain text between control tokens, prefix space included; `first`: whether it begins the context."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds to the text; a control token gives its content."""
-        ...
+        """The bytes that a token adds to the text; for a control token, its content."""
 
     def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
-        """A tokenizer that has these control tokens too, with ids from `vocab_size` on."""
-        ...
+        """A tokenizer with these control tokens added, with ids from `vocab_size` on."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files by which transformers (and `load_tokenizer`) find this tokenizer."""
-        ...
+        """Writes the files from which transformers (and `load_tokenizer`) load this tokenizer."""
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The bytes of a run of ids; joined runs give joined bytes."""
+    """The bytes of a sequence of ids; concatenated sequences give concatenated bytes."""
     return b"".join(tokenizer.token_bytes(i) for i in ids)
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a run of ids; bytes that are no UTF-8 become U+FFFD."""
+    """The text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
     return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")
 
 
 def complete_utf8(data: bytes) -> int:
-    """The length of the longest prefix of `data` that cuts no character in two."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        width = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return len(data) - back if width > back else len(data)
-    return len(data)
+    """The length of the longest prefix of `data` that ends between two characters."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(data)
+    return len(data) - len(decoder.getstate()[0])
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece `.model`, with the added tokens of the folder it came from.
+    """A SentencePiece `.model` with the added tokens of its folder.
 
     Args:
         model: the serialized model.
-        added: ids of tokens that the folder adds after the model's own.
-        where: the file, for messages.
+        added: ids of tokens that the folder adds to the model's own.
+        where: the file, for error messages.
         config: `tokenizer_config.json`, kept for `save`.
     """
 
@@ -158,12 +142,12 @@ class SentencePieceTokenizer:
         return self._encode(text, self._without_prefix if self.dummy_prefix else self._sp.encode)
 
     def encode_run(self, text: str, first: bool) -> list[int]:
-        # As transformers' LlamaTokenizer: `legacy` puts the space in front of every run, else the text's first gets it.
+        # Like transformers' LlamaTokenizer: with `legacy` every run gets a prefix space, otherwise only the first.
         wanted = self.config.get("add_prefix_space") is not False and (first or bool(self.config.get("legacy", False)))
         return self._encode(text, self._sp.encode) if self.dummy_prefix and wanted else self.encode(text)
 
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        # U+2581 stands for a space inside SentencePiece; a literal one goes in as its three bytes, and comes back.
+        # U+2581 represents a space in SentencePiece, so a literal one is encoded as its three bytes.
         ids: list[int] = []
         for i, part in enumerate(text.split("▁")):
             if i:
@@ -173,12 +157,12 @@ class SentencePieceTokenizer:
         return ids
 
     def _without_prefix(self, part: str) -> list[int]:
-        # The model puts a space in front of every text; it goes in front of a newline that is cut off again.
+        # The model adds a prefix space to every text: encode it after a newline, which is then removed.
         newline = self._sp.encode("\n")
         ids = self._sp.encode("\n" + part)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self._sp.encode(part)
 
-    @functools.cache  # noqa: B019 - one tokenizer a process
+    @functools.cache  # noqa: B019 - one tokenizer per process
     def token_bytes(self, token: int) -> bytes:
         if token in self._names:
             return self._names[token]
@@ -205,8 +189,8 @@ class SentencePieceTokenizer:
 def _without_typed_markers(model: bytes, chat_template: str) -> bytes:
     """A SentencePiece model whose chat markers are control pieces.
 
-    Converters give added tokens the type "user-defined", which SentencePiece finds in any text: a `<|im_start|>` that
-    somebody types would be the real one. Other user-defined pieces (HTML tags, digits) stay words.
+    Converters give added tokens the type "user-defined", which SentencePiece recognises in any text, so that a typed
+    `<|im_start|>` would become the real one. Other user-defined pieces (HTML tags, digits) are kept.
     """
     from sentencepiece import sentencepiece_model_pb2 as pb
 
@@ -222,15 +206,15 @@ def _without_typed_markers(model: bytes, chat_template: str) -> bytes:
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json`; its added tokens are control tokens and are never found in text.
+    """A Hugging Face `tokenizer.json`; its added tokens are control tokens and are not recognised in text.
 
     Args:
         spec: the parsed `tokenizer.json`.
-        where: the file, for messages.
+        where: the file, for error messages.
         config: `tokenizer_config.json`, kept for `save`.
 
     Raises:
-        UserError: the tokenizers package cannot read it.
+        UserError: the `tokenizers` package cannot read it.
     """
 
     def __init__(self, spec: Mapping[str, Any], where: str = "tokenizer.json", config: Mapping[str, Any] | None = None):
@@ -241,16 +225,16 @@ class HFTokenizer:
         self.strips = {t.content: (t.lstrip, t.rstrip) for t in added if t.lstrip or t.rstrip}
         # Without its added tokens and post-processor the tokenizer sees plain text and adds nothing to it.
         plain = self.spec | {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
-        bare, scheme = _without_prefix_space(plain)
+        bare, self._prefix_scheme = _without_prefix_space(plain)
         self._tokenizer = _backend(bare, where)
-        self._prefixing = self._tokenizer if scheme == "never" else _backend(plain, where)
-        self._prefix_scheme = scheme
-        self._by_id = {i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()}
+        self._prefixing = self._tokenizer if self._prefix_scheme == "never" else _backend(plain, where)
+        self.pieces = {i: token for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items()}
+        """The vocabulary's tokens by id, without added control tokens."""
         self.byte_level = "ByteLevel" in json.dumps(self.spec.get("decoder") or {})
         self._metaspace = not self.byte_level and "▁" in json.dumps(plain | {"model": None}, ensure_ascii=False)
         self._names = {i: name.encode() for name, i in self.special.items()}
-        self.vocab_size = max([-1, *self._by_id, *self._names]) + 1
-        self._unspelled = _unspelled(set(self._by_id.values())) if self.byte_level else None
+        self.vocab_size = max([-1, *self.pieces, *self._names]) + 1
+        self._unspelled = _unspelled(set(self.pieces.values())) if self.byte_level else None
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text, self._tokenizer)
@@ -260,7 +244,7 @@ class HFTokenizer:
         return self._encode(text, self._prefixing if prefixed else self._tokenizer)
 
     def _encode(self, text: str, backend: Any) -> list[int]:
-        if self._metaspace and "▁" in text:  # stands for a space there; a literal one goes in as its bytes
+        if self._metaspace and "▁" in text:  # represents a space; a literal one is encoded as its bytes
             spelled = [self._tokenizer.token_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
             if None not in spelled:
                 parts = [self._encode(p, self._tokenizer if i else backend) for i, p in enumerate(text.split("▁"))]
@@ -268,24 +252,20 @@ class HFTokenizer:
         if self._unspelled is not None:
             text = self._unspelled.sub("\ufffd", text)
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids if text else []
-        if any(i in self._names for i in ids):  # a vocabulary that lists a control token among its words
+        if any(i in self._names for i in ids):  # the vocabulary contains a control token as a word
             return [i for c in text for i in self._tokenizer.encode(c, add_special_tokens=False).ids]
         return ids
 
-    @functools.cache  # noqa: B019 - one tokenizer a process
+    @functools.cache  # noqa: B019 - one tokenizer per process
     def token_bytes(self, token: int) -> bytes:
         if token in self._names:
             return self._names[token]
-        piece = self._by_id.get(token, "")
+        piece = self.pieces.get(token, "")
         if self.byte_level:
             return b"".join(bytes([_UNICODE_TO_BYTE[c]]) if c in _UNICODE_TO_BYTE else c.encode() for c in piece)
         if _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
-
-    def pieces(self) -> Mapping[int, str]:
-        """The vocabulary's tokens by id, control tokens that were added apart."""
-        return self._by_id
 
     def with_tokens(self, tokens: Sequence[str]) -> "HFTokenizer":
         added = {t: self.vocab_size + i for i, t in enumerate(tokens)}
@@ -306,19 +286,19 @@ def _backend(spec: Mapping[str, Any], where: str) -> Any:
         return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # a panic of the package is no Exception
+    except BaseException as e:  # a panic in the package is not an Exception
         raise UserError(f"{where}: is no tokenizer that the tokenizers package reads ({str(e)[:200]})") from e
 
 
 def _without_prefix_space(spec: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """A `tokenizer.json` that puts no space in front of a text.
+    """A `tokenizer.json` that adds no prefix space.
 
     SentencePiece models get that space from `Metaspace` or a `Prepend` normalizer, GPT-2's relatives from `ByteLevel`.
-    A slice begins where its text begins, so plain text goes without it.
+    Slices are encoded without it.
 
     Returns:
-        The changed file, and where the given one puts a space: `never`, in front of the `first` run of text, or
-        `always`, in front of every run between control tokens.
+        The changed file, and where the original adds a space: `never`, before the `first` run of text, or `always`,
+        before every run between control tokens.
     """
     schemes: list[str] = []
 
@@ -345,13 +325,13 @@ def _without_prefix_space(spec: Mapping[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def encode_markup(tokenizer: Tokenizer, text: str, fence: str, first: bool = True) -> list[int]:
-    """Ids of text in which control tokens are spelled out, as transformers encodes a rendered chat template.
+    """Ids of text with control tokens spelled out, encoded as transformers does for a rendered chat template.
 
     Args:
-        tokenizer: whose names of control tokens count.
+        tokenizer: its control tokens are recognised.
         text: a rendered template, or a part of it.
-        fence: a character that is taken out again after control tokens were found; tokens do not reach over it.
-        first: whether the text is the first of the context, which some vocabularies put a space in front of.
+        fence: a character that is removed after control tokens were found, so that none is found across it.
+        first: whether the text begins the context; some vocabularies add a space there.
     """
     names = sorted((n for n in tokenizer.special if len(n) > 1), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
@@ -371,7 +351,7 @@ def encode_markup(tokenizer: Tokenizer, text: str, fence: str, first: bool = Tru
 
 
 def token_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokens that a model names by their use, as far as known: `bos_token`, `eos_token` and the like."""
+    """The tokens that have a named role, as far as known: `bos_token`, `eos_token` and so on."""
     named = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = tokenizer.config.get(name)
@@ -391,7 +371,7 @@ def added_token(token: int, content: str) -> dict[str, Any]:
 
 
 def _with_added(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[str, Any]:
-    """`tokenizer_config.json` with more control tokens, where it lists them."""
+    """`tokenizer_config.json` with added control tokens, if it lists them."""
     known = config.get("added_tokens_decoder")
     if known is None:
         return dict(config)
@@ -400,7 +380,7 @@ def _with_added(config: Mapping[str, Any], added: Mapping[str, int]) -> dict[str
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins of GPT-2's byte-level BPE: character to byte."""
+    """The printable characters that represent bytes in GPT-2's byte-level BPE."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -410,10 +390,10 @@ _UNICODE_TO_BYTE = _byte_alphabet()
 
 
 def _unspelled(vocabulary: set[str]) -> re.Pattern[str] | None:
-    """Matches characters that a byte-level vocabulary cannot spell, for want of their first byte; None: it spells all.
+    """Matches the characters whose first byte a byte-level vocabulary lacks; None if it lacks none.
 
-    SmolLM2's lacks six control characters and the lead bytes of unassigned planes. Dropped in silence, as BPE does it,
-    they would leave empty slices and halves of characters; as U+FFFD they stay one character.
+    SmolLM2's lacks six control characters and the lead bytes of unassigned planes. BPE would drop them silently, which
+    leaves empty slices and partial characters; as U+FFFD they remain one character.
     """
     ranges = []
     for stand_in, byte in _UNICODE_TO_BYTE.items():
@@ -431,7 +411,7 @@ def _unspelled(vocabulary: set[str]) -> re.Pattern[str] | None:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of the vocabulary: two tokenizers with the same one give every id the same meaning."""
+    """A hash of the vocabulary; tokenizers with equal hashes give every id the same meaning."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.special.items())).encode())
     for i in range(tokenizer.vocab_size):
         digest.update(tokenizer.token_bytes(i) + b"\xff")
@@ -441,19 +421,20 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder: `tokenizer.model` (with `added_tokens.json`) or `tokenizer.json`.
 
-    A `tokenizer.model` is preferred, because its pieces are exact bytes; one that is no SentencePiece model (Llama 3's,
-    a pointer of git-lfs) gives way to the `tokenizer.json` beside it.
+    `tokenizer.model` is preferred, because its pieces are exact bytes. If it is not a SentencePiece model (Llama 3's
+    format, a git-lfs pointer), the `tokenizer.json` next to it is used.
 
     Raises:
-        UserError: neither file is there, or one cannot be read.
+        UserError: neither file exists, or one cannot be read.
     """
     folder = Path(folder)
     config = _read_config(folder)
     model, spec = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file():
         decoder = config.get("added_tokens_decoder") or {}
-        where = str(folder / "tokenizer_config.json")
-        ids = {i: checked(_Id, _number(i), f"{where}: added_tokens_decoder.{i}") for i in decoder}
+        where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+        numbers = ((i, int(i) if re.fullmatch("[0-9]+", i) else i) for i in decoder)
+        ids = {i: checked(_Id, number, f"{where}.{i}") for i, number in numbers}
         added = {token["content"]: ids[i] for i, token in decoder.items()}
         file = folder / "added_tokens.json"
         added |= checked(dict[str, _Id], read_json_beside(file), str(file))
@@ -462,14 +443,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         except UserError as e:
             if not spec.is_file():
                 raise
-            _log.warning("%s; %s is read instead", str(e).partition(";")[0], spec.name)
+            logging.getLogger(__name__).warning("%s; %s is read instead", str(e).partition(";")[0], spec.name)
     if not spec.is_file():
         raise UserError(f"{folder}: no tokenizer there; a tokenizer.model or tokenizer.json belongs to a model")
     return HFTokenizer(read_json(spec), str(spec), config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` with what other files say beside it: names of tokens, and the chat template."""
+    """`tokenizer_config.json`, completed from other files: names of tokens, and the chat template."""
     path = folder / "tokenizer_config.json"
     config = read_json_beside(path)
     names = read_json_beside(folder / "special_tokens_map.json")
@@ -482,15 +463,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"{template}: cannot read ({e}); fetch it again") from e
     elif config.get("chat_template") is None and (folder / "chat_template.json").is_file():
         config["chat_template"] = read_json(folder / "chat_template.json").get("chat_template")
-    read = checked(_Config, config, str(path))
+    read = checked(_TokenizerConfig, config, str(path))
     if isinstance(read.chat_template, list):
         named = {t.name: t.template for t in read.chat_template}
         config["chat_template"] = named.get("default")
     return {k: v for k, v in config.items() if k != "chat_template" or v is not None}
-
-
-def _number(text: str) -> Any:
-    return int(text) if text.isdecimal() and text.isascii() else text
 
 
 def _strips(decoder: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
@@ -499,16 +476,16 @@ def _strips(decoder: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
 
 
 def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer that a flag means: a model folder, a `.gguf` file, `hf:owner/name`, or a registered name.
+    """The tokenizer that a flag names: a model folder, a `.gguf` file, `hf:owner/name`, or a registered name.
 
     Raises:
-        UserError: nothing of that name, or no tokenizer in it.
+        UserError: there is nothing of that name, or it has no tokenizer.
     """
     from duplex_jax.gguf_vocabulary import from_gguf_fields
     from duplex_jax.sources import base_of, locate, read_gguf_header
 
     path = locate(name_or_path, weights=False)
-    for _ in range(8):  # an adapter has its base's
+    for _ in range(8):  # an adapter uses its base's tokenizer
         base = base_of(path)
         if base is None:
             break

@@ -1,4 +1,4 @@
-"""LoRA updates kept apart from their model: a small folder that `load_model` merges into its base."""
+"""LoRA adapters: updates stored apart from their model in a small folder that `load_model` merges into the base."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ WEIGHTS_FILE = "adapter.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder says beside its weights.
+    """Metadata of an adapter folder.
 
     Attributes:
         base: the model that it was trained on, as `--model` takes it.
-        template: by name.
+        template: name of the template.
         rank, alpha: updates are scaled by `alpha / rank`.
         row_ids: tokens whose embedding (and head) rows it replaces.
         idle_bias: see `Template.idle_bias`.
-        training: what is needed to make it again, as far as it is known: the step, the resolved config, and facts about
-            the data; see `train.export.history`.
+        training: what is known of its training: the step, the resolved config, and facts about the data; see
+            `train.export.history`.
     """
 
     base: str
@@ -58,15 +58,15 @@ def save(
     """Writes an adapter; the folder appears complete or not at all.
 
     Args:
-        folder: where to.
-        adapter: what it is.
+        folder: the folder to write.
+        adapter: its metadata.
         trained: the tree of `model.lora`, on the host.
-        dtype: of the stored weights; the 16-bit ones halve them, and float16 rounds updates of this size least.
-        overwrite: replaces a folder that is there and not empty; a `README.md` in it, the model card, stays.
-        card: the model card, where there is none.
+        dtype: dtype of the stored weights. 16-bit types halve the size; float16 rounds updates of this magnitude least.
+        overwrite: replace a nonempty folder; an existing `README.md`, the model card, is kept.
+        card: the model card, if there is none yet.
 
     Raises:
-        UserError: a folder that is there, or one that cannot be written.
+        UserError: the folder exists, or it cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -76,7 +76,7 @@ def save(
     kept = Path(folder) / CARD_FILE
     with atomic_folder(folder, overwrite) as aside:
         save_file({k: np.ascontiguousarray(np.asarray(x), dtype=kind) for k, x in flat.items()}, aside / WEIGHTS_FILE)
-        set_default_mode(aside / WEIGHTS_FILE)  # the library makes private files
+        set_default_mode(aside / WEIGHTS_FILE)  # the library creates private files
         if kept.is_file():
             shutil.copyfile(kept, aside / CARD_FILE)
         elif card:
@@ -102,10 +102,10 @@ class _Row(Schema):
 
 
 def read_config(folder: Path) -> Adapter:
-    """What an adapter's folder says beside its weights.
+    """Metadata of an adapter folder.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing or invalid.
     """
     path = folder / CONFIG_FILE
     row = checked(_Row, read_json(path, "fetch or export it again"), str(path), "fetch or export it again")
@@ -113,10 +113,10 @@ def read_config(folder: Path) -> Adapter:
 
 
 def read(folder: Path) -> tuple[Adapter, Params]:
-    """What `save` wrote; weights in float32.
+    """Reads what `save` wrote, with weights in float32.
 
     Raises:
-        UserError: a file is missing or broken.
+        UserError: a file is missing or invalid.
     """
     adapter = read_config(folder)
     path = folder / WEIGHTS_FILE
@@ -138,10 +138,10 @@ def read(folder: Path) -> tuple[Adapter, Params]:
 
 
 def merge(folder: Path, adapter: Adapter, config: ModelConfig, params: Params, trained: Params) -> Params:
-    """The base's weights with the updates added.
+    """The base model's weights plus the updates.
 
     Raises:
-        UserError: the adapter belongs to a model of another shape.
+        UserError: the adapter does not match the model's shape.
     """
     for name, w in trained["layers"].items():
         have, want = (w["a"].shape[0], w["a"].shape[1], w["b"].shape[2]), tuple(params["layers"][name].shape)

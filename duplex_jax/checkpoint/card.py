@@ -1,4 +1,4 @@
-"""What an exported model says to other programs: its card, and how they decode slices as `Engine` does."""
+"""Metadata of exported models for other programs: model card and generation settings."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ from duplex_jax.tokenizer import decode
 CARD_FILE = "README.md"
 
 _ELSEWHERE = 1024.0
-"""Taken from the logit of idle behind everything but a slice's beginning; a power of two, so that sums are exact."""
+"""Subtracted from the logit of idle except at a slice's beginning; a power of two, so that sums are exact."""
 
 
 def stop_ids(template: Template) -> list[int]:
-    """Every token that ends a slice or a turn; other programs have one list of them."""
+    """All tokens that end a slice or a turn; other programs keep a single list."""
     return sorted({*template.stop_ids, *template.turn_ends})
 
 
 def generation_settings(template: Template) -> dict[str, Any]:
-    """Fields of transformers' `generation_config.json` for a model that was trained on slices; empty for another.
+    """Fields of transformers' `generation_config.json` for a model trained on slices; empty for other models.
 
-    `sequence_bias` adds the model's own bias to the logit of idle where a slice begins, and rules idle out elsewhere;
-    `suppress_tokens` are the control tokens that end nothing.
+    `sequence_bias` adds the model's own bias to the logit of idle where a slice begins and suppresses idle elsewhere;
+    `suppress_tokens` are the control tokens that end neither slice nor turn.
     """
     if not template.in_slices:
         return {}
@@ -37,7 +37,7 @@ def generation_settings(template: Template) -> dict[str, Any]:
 
 
 def _opening(template: Template) -> list[int]:
-    """The ids behind which a slice of the assistant begins, and nothing else does."""
+    """The ids that occur only right before an assistant slice."""
     spoken, silent = template.user_part("a"), template.user_part(None)
     same = next(n for n in range(1, len(silent) + 1) if spoken[-n:] != silent[-n:] or n == len(silent)) - 1
     return silent[len(silent) - same :]
@@ -49,7 +49,7 @@ def _as_text(template: Template, ids: list[int]) -> str:
 
 
 def describe(template: Template) -> str:
-    """How the model is prompted, in a line: for formats that have no room for more."""
+    """How to prompt the model, in one line, for formats without room for more."""
     if not template.in_slices:
         return f"Prompted in turns: {_quoted(_turn(template))}"
     heard, silent = (_quoted(_as_text(template, template.user_part(x))) for x in (SLICE_EXAMPLE[0], None))
@@ -62,7 +62,7 @@ def describe(template: Template) -> str:
 
 
 def adapter_card(name: str, base: str, template: Template) -> str:
-    """The card of LoRA's updates that are kept apart."""
+    """The model card of a LoRA adapter."""
     return (
         f"{_title(name)}LoRA's updates of `{base}`. `duplex-jax convert --model=FOLDER --out=DIR` merges them for "
         f"transformers.\n\n{describe(template)} With PEFT give these settings to `generate`:\n\n"
@@ -86,7 +86,7 @@ def _turn(template: Template) -> str:
 
 
 def card(name: str, template: Template) -> str:
-    """The card of an exported model: how it is prompted in slices and in turns, with a program that does it."""
+    """The card of an exported model: how to prompt it in slices and in turns, with an example program."""
     return _title(name) + (_SLICES if template.in_slices else _TURNS).format_map(_facts(template))
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: config from the metadata, dequantised weights, and the tokenizer inside; and the same out again."""
+"""GGUF files: reads config, weights (dequantised) and tokenizer; writes models as GGUF."""
 
 import logging
 import math
@@ -20,15 +20,9 @@ from duplex_jax.tokenizer import Tokenizer
 ARCHITECTURES = ("llama", "minicpm")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K")
 WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-"""Types of the matrices in a file that `save` writes; norms are float32 in each."""
+"""GGUF types of the matrices that `save` can write; norms are always float32."""
 
-TEMPLATE_FIELD = "duplex.template"
-"""Names the template of slices in the metadata, as `duplex.template` does in a `config.json`."""
-IDLE_BIAS_FIELD = "duplex.idle_bias"
-IN_SLICES_FIELD = "duplex.in_slices"
-"""The model's own bias on idle, likewise."""
-
-# Arithmetic that this model does not have, where set.
+# If one of these fields is set, the file needs arithmetic that this model does not have.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.key_length_mla", "attention.kv_lora_rank")
 
 
@@ -38,13 +32,13 @@ def load(
     """Config and stacked numpy weights of a GGUF file.
 
     Args:
-        path: the file, of architecture `llama` or `minicpm`, its tensors of `TYPES`.
-        dtype: of the result; None: quantised ones become float32, others stay.
-        vocab_multiple: the vocabulary is padded to a multiple of it.
+        path: a file of architecture `llama` or `minicpm` whose tensors have types in `TYPES`.
+        dtype: dtype of the result; None makes quantised tensors float32 and keeps the others' own.
+        vocab_multiple: the vocabulary is padded to a multiple of this.
         unread: see `names.assemble`.
 
     Raises:
-        UserError: another architecture or tensor type, a tensor missing, mis-shaped or cut off.
+        UserError: unsupported architecture or tensor type; a tensor is missing, truncated or has the wrong shape.
     """
     header = read_gguf_header(path)
     config = read_config(header, str(path), vocab_multiple)
@@ -55,7 +49,7 @@ def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> Mode
     """The model that a GGUF file's metadata describes.
 
     Raises:
-        UserError: what is missing or not supported, by name.
+        UserError: a field is missing or not supported; the message names it.
     """
     arch = header.fields.get("general.architecture")
     if arch not in ARCHITECTURES:
@@ -70,7 +64,7 @@ def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> Mode
         if int(fields.get("rope.dimension_count") or head_dim) != head_dim:
             raise UserError(f"{where}: {arch}.rope.dimension_count is not supported; every dimension is rotated")
         scales: dict[str, Any] = {}
-        if arch == "minicpm":  # files from before these keys are MiniCPM-2B
+        if arch == "minicpm":  # files older than these keys are of MiniCPM-2B
             scales = {
                 "scale_emb": float(fields.get("embedding_scale", 12.0)),
                 "scale_depth": float(fields.get("residual_scale", 1.4 / math.sqrt(layers))) * math.sqrt(layers),
@@ -104,12 +98,12 @@ def read_config(header: GGUFHeader, where: str, vocab_multiple: int = 1) -> Mode
 
 
 def _shortest(value: float) -> float:
-    """The decimal that was meant by a float32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> RopeScaling:
-    # As llama.cpp reads them: the older key stands for the newer one, and a factor without a type is linear.
+    # As llama.cpp reads them: the older key is a synonym of the newer one, and a factor without a type is linear.
     factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
     kind = fields.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
     longest = int(fields["context_length"])
@@ -119,7 +113,7 @@ def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> 
         scale = float(fields.get("rope.scaling.attn_factor", 1.0))
         return RopeScaling("longrope", longest / original, original, attention_factor=scale,
                            short_factor=short, long_factor=long)  # fmt: skip
-    if "rope_freqs.weight" in header.tensors:  # Llama 3.1's scaling, worked out: a divisor for each frequency
+    if "rope_freqs.weight" in header.tensors:  # Llama 3.1's scaling, precomputed: a divisor per frequency
         divisors = _factors(header, "rope_freqs.weight", where)
         return RopeScaling("longrope", 1.0, longest, attention_factor=1.0, short_factor=divisors, long_factor=divisors)
     if kind == "none":
@@ -137,7 +131,7 @@ def _rope_scaling(fields: Mapping[str, Any], header: GGUFHeader, where: str) -> 
             original,
             beta_fast=float(fields.get("rope.scaling.yarn_beta_fast", 32.0)),
             beta_slow=float(fields.get("rope.scaling.yarn_beta_slow", 1.0)),
-            # llama.cpp multiplies the formula's own by it.
+            # llama.cpp multiplies the formula's default by this factor.
             attention_factor=None if times is None else float(times) * (1 + 0.1 * math.log(factor)),
         )
     raise UserError(f"{where}: rope.scaling.type={kind!r} is not supported; none, linear, yarn and longrope are")
@@ -192,14 +186,14 @@ def _tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> dict[str, T
 
 def _dequantise(raw: np.ndarray, kind: str, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
     if heads and shape[0] % (2 * heads) == 0:
-        # llama.cpp rotates neighbours where Hugging Face rotates halves: its rows are interleaved, head by head.
+        # llama.cpp rotates adjacent dimensions, Hugging Face halves: GGUF interleaves the rows of each head.
         raw = raw.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape[0], -1)
     if kind in ("F32", "F16", "BF16"):
         dtype = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}[kind]
         return np.ascontiguousarray(raw).reshape(-1).view(dtype).reshape(shape)
     import gguf
 
-    # The package works 16 rows at a time; wide rows cost it fewer calls. Blocks lie in a run, so rows may be joined.
+    # The package dequantises 16 rows per call, so rows are joined; blocks are contiguous, which permits that.
     rows, join = raw.reshape(-1, raw.shape[-1]), 1
     while rows.shape[0] % (2 * join) == 0 and rows.shape[1] * join < 4096:
         join *= 2
@@ -216,22 +210,21 @@ def save(
     said: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a GGUF file, of architecture `llama`, or `minicpm` where there are scales, with its tokenizer inside.
+    """Writes a GGUF file with its tokenizer, of architecture `llama`, or `minicpm` if a scale is not 1.
 
     Tensors are copied one at a time. Format: ggml's docs/gguf.md.
 
     Args:
-        config: the model; rows that pad its vocabulary are left out.
+        config: the model; vocabulary padding is left out.
         params: its weights, numpy or jax.
         tokenizer: byte-level BPE or SentencePiece.
         path: the file; appears complete or not at all.
-        dtype: of `WRITTEN`.
-        said: more of the metadata, such as `general.name`, by which llama.cpp and its relatives list the model.
-        overwrite: replaces a file that is there.
+        dtype: one of `WRITTEN`.
+        said: additional metadata, such as `general.name`, under which llama.cpp and related programs list the model.
+        overwrite: replace an existing file.
 
     Raises:
-        UserError: an unknown dtype, a model or tokenizer that GGUF has no words for, a file that is there, or a place
-            that cannot be written.
+        UserError: unknown dtype; GGUF cannot represent the model or tokenizer; the file exists or cannot be written.
     """
     import gguf
 
@@ -240,11 +233,11 @@ def save(
     if config.rope_scaling.type != "default":
         raise UserError(f"rope scaling {config.rope_scaling.type!r} is not written as GGUF; --format=hf")
     path = check_new_file(path, overwrite)
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it would log its plan
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # by default it logs its plan
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[WRITTEN[dtype]]]
     types, sizes, wanted = {}, {}, list(parts(config, "gguf"))
     for part in wanted:
-        # What does not divide into blocks, and norms, as llama.cpp's own converter has it.
+        # Norms, and rows that do not divide into blocks, get the same types as in llama.cpp's own converter.
         name = "F32" if len(part.shape) == 1 else WRITTEN[dtype] if part.shape[-1] % block == 0 else "F16"
         types[part.name] = gguf.GGMLQuantizationType[name]
         items, size = gguf.GGML_QUANT_SIZES[types[part.name]]
@@ -309,14 +302,14 @@ def _add_field(writer: Any, name: str, value: Any) -> None:
 
     kinds = gguf.GGUFValueType
     if isinstance(value, list):
-        writer.add_array(name, value)  # leaves out an empty one, which the format does not have
+        writer.add_array(name, value)  # omits empty arrays, which GGUF does not allow
     else:
         kind = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}[type(value)]
         writer.add_key_value(name, value, kind)
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of what `_dequantise` does to the rows of q and k."""
+    """Inverse of the permutation of q and k rows in `_dequantise`."""
     rows = weight.shape[0]
     if rows % (2 * heads):
         return weight

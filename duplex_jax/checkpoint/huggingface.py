@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors or `pytorch_model.bin` in; safetensors, config and tokenizer out."""
+"""Hugging Face folders: reads safetensors or `pytorch_model.bin`; writes safetensors, config and tokenizer."""
 
 import dataclasses
 import functools
@@ -25,18 +25,19 @@ TYPES = ("auto", "minicpm")
 def load(
     path: str | Path, dtype: np.dtype | None = None, vocab_multiple: int = 1, unread: bool = False
 ) -> tuple[ModelConfig, Params]:
-    """Config and stacked numpy weights of a model folder, or of a `.safetensors` file with `config.json` beside it.
+    """Config and stacked numpy weights of a model folder, or of a `.safetensors` file next to its `config.json`.
 
-    Tensors are read one at a time into their place: memory peaks at the model's own size plus a few tensors.
+    Tensors are read one at a time into place: peak memory is the model's own size plus a few tensors.
 
     Args:
         path: the folder or file.
-        dtype: of the result; None keeps each tensor's own.
-        vocab_multiple: the vocabulary is padded to a multiple of it.
+        dtype: dtype of the result; None keeps each tensor's own.
+        vocab_multiple: the vocabulary is padded to a multiple of this.
         unread: see `names.assemble`.
 
     Raises:
-        UserError: a file is missing, cut off or no such file; a tensor is missing, mis-shaped or not of this model.
+        UserError: a file is missing, truncated or of the wrong kind; a tensor is missing, has the wrong shape or is not
+            part of the model.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -46,10 +47,10 @@ def load(
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, headers read, data not.
+    """The tensors of a checkpoint by name; reads headers only.
 
     Raises:
-        UserError: no weights there, or a file cannot be read.
+        UserError: there are no weights, or a file cannot be read.
     """
     if path.is_file():
         return safetensors.open_file(path) if path.suffix == ".safetensors" else _torch_file(path)
@@ -69,7 +70,7 @@ def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         file = index.parent / name
-        if not os.path.isfile(file):  # which takes any name
+        if not os.path.isfile(file):  # the index may contain any name
             raise UserError(f"{file}: missing; {index.name} lists it")
         tensors |= reader(file)
     lost = [n for n in where if n not in tensors]
@@ -83,7 +84,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
         import torch
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # unpickling garbage fails in every way there is
+    except Exception as e:  # unpickling invalid data raises many types
         raise UserError(f"{path}: is no whole PyTorch file of plain tensors ({str(e)[:200]}); fetch it again") from e
     if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: must hold a dictionary of tensors")
@@ -112,14 +113,14 @@ def save_config(
     """Writes `config.json` and `generation_config.json` into an existing folder.
 
     Args:
-        folder: see `files.atomic_folder` for all or nothing.
+        folder: the folder; use `files.atomic_folder` to write all or nothing.
         config: the model.
         generation: sampling defaults: `temperature`, `top_p`, `top_k`.
-        dtype: that of the weights.
-        hf_type: `auto` for what transformers has built in (Llama, or Granite where there are scales), `minicpm` for
-            the released keys, which llama.cpp's converter and servers with a MiniCPM of their own read.
-        extra: more fields of `config.json`.
-        decoding: more fields of `generation_config.json`.
+        dtype: dtype of the weights.
+        hf_type: `auto` for a model type built into transformers (Llama, or Granite if a scale is not 1); `minicpm` for
+            the released keys, which llama.cpp's converter and servers with their own MiniCPM read.
+        extra: additional fields of `config.json`.
+        decoding: additional fields of `generation_config.json`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -153,7 +154,7 @@ def _write_json(path: Path, row: Mapping[str, Any]) -> None:
 def _shards(
     config: ModelConfig, params: Params, dtype: np.dtype | None, shard_bytes: int
 ) -> Iterator[tuple[int, list[Part]]]:
-    """Runs of tensors that fit in one file, with their size in bytes."""
+    """Groups tensors into files; yields each file's size in bytes and its tensors."""
     shard: list[Part] = []
     size = 0
     for part in parts(config, "hf"):
@@ -173,7 +174,7 @@ def _dtype_of(params: Params, part: Part, dtype: np.dtype | None) -> np.dtype:
 def _reader(
     config: ModelConfig, params: Params, shard: Sequence[Part], dtype: np.dtype | None
 ) -> Callable[[str], np.ndarray]:
-    """Makes the tensors of one file, each when it is written."""
+    """A function that loads a tensor of one file by name, for writing it."""
     parts_of = {part.name: part for part in shard}
     return lambda name: disassemble(config, params, parts_of[name], dtype)
 
@@ -181,16 +182,16 @@ def _reader(
 def save_weights(
     folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes weights as safetensors into an existing folder; more than `shard_bytes` become several files.
+    """Writes weights as safetensors into an existing folder, in several files if they exceed `shard_bytes`.
 
-    One tensor at a time is copied, and read, where it is still in a file.
+    Tensors are copied, or read from their files, one at a time.
 
     Args:
-        folder: see `files.atomic_folder` for all or nothing.
-        config: the model; rows that pad its vocabulary are left out.
-        params: its weights, numpy, jax or unread.
-        dtype: of the tensors; None keeps their own.
-        shard_bytes: the most that one file holds, unless a single tensor is larger.
+        folder: the folder; use `files.atomic_folder` to write all or nothing.
+        config: the model; vocabulary padding is left out.
+        params: its weights: numpy, jax or `names.Unread`.
+        dtype: dtype of the tensors; None keeps their own.
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
         OSError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""One table between our weights and the names and layouts of other formats, used in both directions."""
+"""The table that maps our weights to the names and layouts of other formats, used in both directions."""
 
 import concurrent.futures
 import dataclasses
@@ -20,7 +20,7 @@ from duplex_jax.model.tree import Params, get, leaves, shapes
 
 
 class Name(NamedTuple):
-    """A weight's name elsewhere; `{}` stands for the layer. Other formats keep matrices as `[out, in]`."""
+    """A weight's name in other formats, which store matrices as `[out, in]`; `{}` stands for the layer."""
 
     hf: str
     gguf: str
@@ -42,7 +42,7 @@ TABLE: dict[tuple[str, ...], Name] = {
     ("head",): Name("lm_head.weight", "output.weight"),
 }
 
-# Tensors that carry no weight: files may have them, nothing reads them.
+# Tensors that may be in files but hold no weights.
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _VOCABULARY = (("embed",), ("head",))
 
@@ -54,10 +54,10 @@ DTYPES = {
 
 
 def as_dtype(dtype: Any) -> np.dtype | None:
-    """A dtype from its name, `auto` (float32 on CPU, bfloat16 elsewhere), a numpy or jax dtype, or None.
+    """Converts a dtype's name, `auto` (float32 on CPU, bfloat16 elsewhere), a numpy or jax dtype, or None.
 
     Raises:
-        UserError: no dtype that weights can have.
+        UserError: weights cannot have this dtype.
     """
     if dtype is None:
         return None
@@ -71,13 +71,13 @@ def as_dtype(dtype: Any) -> np.dtype | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in some file, not read yet.
+    """A tensor in a file, not yet read.
 
     Attributes:
-        shape: as the file gives it.
-        dtype: what `read` returns.
-        where: the file, for messages.
-        read: brings it into memory.
+        shape: shape in the file.
+        dtype: dtype of what `read` returns.
+        where: the file, for error messages.
+        read: loads the values.
     """
 
     shape: tuple[int, ...]
@@ -87,22 +87,22 @@ class Tensor:
 
 
 def read_array(path: Path, offset: int, size: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """`size` bytes of a file from `offset` on, as an array. Read, not mapped: mapped pages would count twice."""
+    """`size` bytes of a file at `offset` as an array. Not memory-mapped, because mapped pages would count twice."""
     return np.fromfile(path, np.uint8, size, offset=offset).view(dtype).reshape(shape)
 
 
 def finite(tensor: Tensor, name: str) -> np.ndarray:
-    """A tensor's values as float32 or as the file has them, every one of them a finite number.
+    """A tensor's values in float32 or the file's own dtype, after checking that all are finite.
 
     Raises:
-        UserError: names the tensor and says how many values are not.
+        UserError: some are not finite; the message names the tensor and their number.
     """
     return check_finite(tensor.read(), name, tensor.where)
 
 
 def check_finite(value: np.ndarray, name: str, where: str) -> np.ndarray:
-    """See `finite`, for weights that are there already."""
-    if value.dtype.itemsize == 2:  # numpy has no fast test for bfloat16: an exponent of all ones is no number
+    """`finite` for values already in memory."""
+    if value.dtype.itemsize == 2:  # no fast isfinite for bfloat16: test for an exponent of all ones
         exponent = 0x7F80 if value.dtype == DTYPES["bfloat16"] else 0x7C00
         bad = int(np.count_nonzero((value.view(np.uint16) & exponent) == exponent))
     else:
@@ -113,7 +113,7 @@ def check_finite(value: np.ndarray, name: str, where: str) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """One tensor elsewhere and its place here: the path in our tree, the layer (None: not stacked), its own shape."""
+    """A tensor of another format: its name there, path in our tree, layer (None if not stacked) and shape there."""
 
     name: str
     path: tuple[str, ...]
@@ -123,7 +123,7 @@ class Part(NamedTuple):
 
 
 def parts(config: ModelConfig, column: str) -> Iterator[Part]:
-    """Every tensor that a checkpoint of this model has, by its name in the table's `column` (`hf` or `gguf`)."""
+    """Every tensor in a checkpoint of this model, named as in the table's `column` (`hf` or `gguf`)."""
     declared = dict(leaves(shapes(config)))
     for path, entry in TABLE.items():
         if path not in declared:
@@ -146,23 +146,23 @@ def assemble(
     dtype: np.dtype | None = None,
     unread: bool = False,
 ) -> Params:
-    """Stacked numpy weights from a file's tensors, read one at a time into their place.
+    """Stacked numpy weights from a checkpoint's tensors, read one at a time into place.
 
     Args:
-        config: the model; rows that its `vocab_multiple` adds are zero.
-        tensors: what the files have, by name.
-        column: whose names they are, `hf` or `gguf`.
-        where: the checkpoint, for messages.
-        dtype: of the result; None keeps the tensors' own.
-        unread: leaves are `Unread` instead, for jobs that turn weights into another form at once.
+        config: the model; rows added by its `vocab_multiple` are zero.
+        tensors: the files' tensors by name.
+        column: the naming scheme, `hf` or `gguf`.
+        where: the checkpoint, for error messages.
+        dtype: dtype of the result; None keeps each tensor's own.
+        unread: return `Unread` leaves, for jobs that convert the weights at once.
 
     Returns:
         The tree of `model.tree`.
 
     Raises:
-        UserError: a tensor is missing, of another shape, cut off, or not part of the model.
+        UserError: a tensor is missing, truncated, has the wrong shape or is not part of the model.
     """
-    if config.num_layers > len(tensors):  # said before a damaged count makes a list of billions
+    if config.num_layers > len(tensors):  # a damaged layer count must not create a list of billions
         raise UserError(f"{where}: the config says {config.num_layers} layers and the file has {len(tensors)} tensors")
     wanted = list(parts(config, column))
     _check(config, wanted, tensors, column, where)
@@ -189,7 +189,7 @@ def assemble(
         target = leaf[: value.shape[0]] if part.layer is None else leaf[part.layer]
         value = value.T if part.transposed else value
         if value.dtype == target.dtype and value.dtype.itemsize == 2:
-            value, target = value.view(np.uint16), target.view(np.uint16)  # numpy copies its own types faster
+            value, target = value.view(np.uint16), target.view(np.uint16)  # numpy copies native types faster
         target[...] = value
 
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -199,15 +199,15 @@ def assemble(
 
 
 class Unread:
-    """A weight that is still in its file and is read each time it is used, a stacked one layer by layer.
+    """A weight still in its file, read at each use; stacked weights are read layer by layer.
 
-    Memory then holds a model once, in the form in which it is used, and beside it one tensor of the file.
+    Memory then holds the model once, in its final form, plus one tensor of the file.
 
     Args:
-        shape: of the weight.
-        dtype: of the values.
-        read: gives the values.
-        layers: those of a stacked weight, whose values are theirs.
+        shape: shape of the weight.
+        dtype: dtype of the values.
+        read: reads the values.
+        layers: for a stacked weight, its layers, which are read instead.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Unread:
 
     @property
     def T(self) -> np.ndarray:
-        """The values, transposed."""
+        """The transposed values."""
         return np.asarray(self).T
 
     def __len__(self) -> int:
@@ -245,11 +245,11 @@ class Unread:
     def changed(
         self, change: Callable[[int | None, np.ndarray], np.ndarray], shape: tuple[int, ...] | None = None
     ) -> "Unread":
-        """The weight with something done to its values when they are read.
+        """The weight with a function applied to its values when they are read.
 
         Args:
-            change: gets a layer's number and values (None: not stacked), and gives new ones.
-            shape: of what comes out; the same by default.
+            change: maps a layer's number (None if not stacked) and values to new values.
+            shape: shape of the result; unchanged by default.
         """
         if self._layers:
             changes = (functools.partial(_of_layer, change, i) for i in range(len(self._layers)))
@@ -263,7 +263,7 @@ def _of_layer(change: Callable[[int | None, np.ndarray], np.ndarray], i: int, _:
 
 
 def _unread(config: ModelConfig, own: Sequence[tuple[Part, Tensor]], shape: tuple[int, ...], dtype: np.dtype) -> Unread:
-    """A weight of one part, or of one for each layer."""
+    """An unread weight made of one tensor, or of one per layer."""
 
     def read(part: Part, tensor: Tensor, wanted: tuple[int, ...]) -> np.ndarray:
         value = finite(tensor, part.name)
@@ -299,7 +299,7 @@ def _check(config: ModelConfig, wanted: list[Part], tensors: Mapping[str, Tensor
     extra = [n for n in tensors if n not in names and not n.endswith(IGNORED)]
     head = getattr(TABLE["head",], column)
     if config.tie_word_embeddings and head in extra:
-        # Released files may hold the tied head a second time.
+        # Released files may contain a tied head a second time.
         embed = tensors[getattr(TABLE["embed",], column)]
         if tensors[head].shape != embed.shape or not np.array_equal(tensors[head].read(), embed.read()):
             raise UserError(
@@ -317,7 +317,7 @@ def _check(config: ModelConfig, wanted: list[Part], tensors: Mapping[str, Tensor
 
 
 def disassemble(config: ModelConfig, params: Params, part: Part, dtype: np.dtype | None = None) -> np.ndarray:
-    """The inverse of `assemble` for one part: a contiguous array of `part.shape`, without vocabulary padding."""
+    """Inverse of `assemble` for one tensor: a contiguous array of shape `part.shape`, without vocabulary padding."""
     leaf = get(params, part.path)
     value = np.asarray(leaf if part.layer is None else leaf[part.layer])[: part.shape[-1 if part.transposed else 0]]
     value = value.T if part.transposed else value
@@ -325,7 +325,7 @@ def disassemble(config: ModelConfig, params: Params, part: Part, dtype: np.dtype
 
 
 def pad_vocabulary(config: ModelConfig, params: Params, multiple: int) -> tuple[ModelConfig, Params]:
-    """The same numpy weights with the vocabulary padded to a multiple of `multiple`; rows that it adds are zero."""
+    """The same numpy weights with the vocabulary padded to a multiple of `multiple`; added rows are zero."""
     if multiple == config.vocab_multiple:
         return config, params
     config = dataclasses.replace(config, vocab_multiple=multiple)

@@ -1,4 +1,4 @@
-"""An Orbax store of weights, with the model's exact config beside it; shared by the trainer and `convert`."""
+"""Orbax checkpoints of weights with the model's exact config; used by the trainer and by `convert`."""
 
 import contextlib
 import dataclasses
@@ -26,10 +26,10 @@ PARAMS_FOLDER = "params"
 
 @functools.cache
 def _drop_late_reports() -> None:
-    """Keeps Python from printing a traceback for each read or write that ends after a failed one, whenever that is.
+    """Suppresses Python's traceback for each read or write that ends after another one failed.
 
-    Orbax raises the first failure and closes its event loop; TensorStore's other operations find that closed later,
-    when no caller is left to tell.
+    Orbax raises the first failure and closes its event loop; TensorStore's other operations later find it closed, when
+    no caller is waiting.
     """
     hook = sys.unraisablehook
 
@@ -43,7 +43,7 @@ def _drop_late_reports() -> None:
 
 @contextlib.contextmanager
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
-    """Keeps Orbax out of a job's own log: its forty lines a call up to `level`, and reports that nobody can use."""
+    """Keeps Orbax's messages up to `level`, forty lines per call, out of a job's log."""
     _drop_late_reports()
     before = logging.get_verbosity()
     logging.set_verbosity(min(before, level))
@@ -54,15 +54,15 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
 
 
 def config_to_json(config: ModelConfig) -> str:
-    """Every field of a config, exactly; `config_from_json` is the inverse."""
+    """All fields of a config as JSON; inverse of `config_from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def config_from_json(text: str, where: str) -> ModelConfig:
-    """Reads what `config_to_json` wrote.
+    """Inverse of `config_to_json`.
 
     Raises:
-        UserError: no JSON, or a field that is unknown or missing.
+        UserError: invalid JSON, or a field is unknown or missing.
     """
     try:
         row = json.loads(text)
@@ -82,13 +82,13 @@ def save(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | No
     """Writes weights (numpy, or jax with any sharding) and config into an existing folder.
 
     Args:
-        folder: exists.
-        config: the model; comes back exactly, vocabulary padding included.
+        folder: the existing folder.
+        config: the model; restored exactly, vocabulary padding included.
         params: its weights.
-        dtype: of the stored weights; None keeps their own.
+        dtype: dtype of the stored weights; None keeps their own.
 
     Raises:
-        OSError: the folder cannot be written; `params` is not left there.
+        OSError: the folder cannot be written; no partial `params` is left.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -96,15 +96,15 @@ def save(folder: Path, config: ModelConfig, params: Params, dtype: np.dtype | No
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     try:
-        with quiet(logging.FATAL):  # a failure is raised; Orbax would also log it once a thread
+        with quiet(logging.FATAL):  # Orbax would also log the failure once per thread
             ocp.save((folder / PARAMS_FOLDER).absolute(), params)
-    except Exception as e:  # a full disk surfaces as whatever TensorStore makes of it
+    except Exception as e:  # TensorStore raises many types, such as for a full disk
         _remove_partial(folder)
         raise OSError(str(e).rsplit(": ", 1)[-1]) from e
 
 
 def _remove_partial(folder: Path) -> None:
-    """Removes a failed save: its threads go on for some seconds, and make their folders again."""
+    """Removes a failed save, whose threads run for some more seconds and recreate their folders."""
     gone = 0
     for _ in range(300):
         parts = list(folder.glob(f"{PARAMS_FOLDER}*"))
@@ -144,7 +144,7 @@ def read_metadata(folder: Path) -> Any:
         if stored is None:
             raise ValueError("its metadata is damaged")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), stored, is_leaf=_has_shape)
-    except Exception as e:  # missing and cut-off files surface in every way there is
+    except Exception as e:  # missing and truncated files raise many types
         raise UserError(f"{path}: cannot be read ({str(e)[:200]}); write the store again") from e
 
 
@@ -152,9 +152,9 @@ def restore(folder: Path, abstract: Any) -> Any:
     """Reads a store's weights onto devices.
 
     Args:
-        folder: what `save` wrote.
-        abstract: `jax.ShapeDtypeStruct`s, each with the sharding and dtype that its leaf shall get; or numpy arrays,
-            for numpy on the host.
+        folder: a folder written by `save`.
+        abstract: `jax.ShapeDtypeStruct`s with the sharding and dtype wanted for each leaf; or numpy arrays, to restore
+            numpy arrays on the host.
 
     Raises:
         UserError: a part is missing or cannot be read, or shapes differ.
@@ -174,7 +174,7 @@ def restore(folder: Path, abstract: Any) -> Any:
     try:
         with quiet():
             return ocp.load(path, abstract)
-    except Exception as e:  # missing and cut-off files surface in every way there is
+    except Exception as e:  # missing and truncated files raise many types
         raise UserError(f"{path}: cannot be restored ({str(e)[:200]}); write the store again") from e
 
 
@@ -187,12 +187,12 @@ def _has_shape(x: Any) -> bool:
 
 
 def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -> tuple[ModelConfig, Params]:
-    """Config and numpy weights of a store, on the host.
+    """Config and numpy weights of a checkpoint, on the host.
 
     Args:
-        folder: what `save` wrote.
-        dtype: of the result; None keeps each weight's own.
-        vocab_multiple: the vocabulary is padded to a multiple of it, whatever the stored one was padded to.
+        folder: a folder written by `save`.
+        dtype: dtype of the result; None keeps each weight's own.
+        vocab_multiple: the vocabulary is padded to a multiple of this, whatever the stored padding.
 
     Raises:
         UserError: it cannot be read.
@@ -202,7 +202,7 @@ def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -
     template = shapes(config)
     if not _same_structure(stored, template):
         raise UserError(f"{folder}: its weights are not those that {CONFIG_FILE} describes; write the store again")
-    # A numpy leaf with strides of 0 says shape and dtype and takes no memory.
+    # A numpy array with strides of 0 has a shape and a dtype but takes no memory.
     abstract = jax.tree.map(
         lambda want, found: np.broadcast_to(np.zeros((), dtype or found.dtype), want.shape), template, stored
     )

@@ -1,4 +1,4 @@
-"""LoRA updates in the layout of Hugging Face's PEFT, in and out: `adapter_config.json`, `adapter_model.safetensors`."""
+"""LoRA updates in PEFT's format, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,11 @@ from duplex_jax.sources import base_of
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 DUPLEX_FILE = "duplex.json"
-"""What PEFT has no place for, in a file of its own: the template of slices and the bias on idle."""
+"""A file for what PEFT has no field for: the slice template and the bias on idle."""
 _PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _TABLES = {"embed": "embed_tokens", "head": "lm_head"}
-# Kinds of updates that are computed otherwise, where set.
+# If one of these fields is set, the update is computed differently.
 _UNSUPPORTED = (
     "use_rslora",
     "use_dora",
@@ -51,10 +51,10 @@ class _Row(Schema):
 
 
 def read_config(folder: Path) -> Adapter:
-    """What a PEFT folder says beside its weights; one that was not written here names no template.
+    """Metadata of a PEFT folder; one written by other programs names no template.
 
     Raises:
-        UserError: the file is missing or broken, or of a kind that is not supported, by name.
+        UserError: the file is missing, invalid, or of an unsupported kind, which the message names.
     """
     path = folder / CONFIG_FILE
     given = read_json(path)
@@ -78,7 +78,7 @@ def read(folder: Path) -> tuple[Adapter, Params]:
     """A PEFT folder's updates as the tree of `model.lora`, float32.
 
     Raises:
-        UserError: a file is missing or broken, or it updates what is not supported.
+        UserError: a file is missing or invalid, or it updates an unsupported weight.
     """
     adapter, path = read_config(folder), folder / WEIGHTS_FILE
     places: dict[str, tuple[str, str, int]] = {}
@@ -117,18 +117,18 @@ def read(folder: Path) -> tuple[Adapter, Params]:
 def save(
     folder: str | Path, adapter: Adapter, trained: Params, dtype: np.dtype, overwrite: bool = False, card: str = ""
 ) -> None:
-    """Writes updates for PEFT; the folder appears complete or not at all.
+    """Writes updates in PEFT's format; the folder appears complete or not at all.
 
     Args:
-        folder: where to.
-        adapter: what it is; PEFT takes its base from `base_model_name_or_path`.
+        folder: the folder to write.
+        adapter: its metadata; PEFT finds the base by `base_model_name_or_path`.
         trained: the tree of `model.lora`, on the host.
-        dtype: of the stored weights.
-        overwrite: replaces a folder that is there and not empty.
+        dtype: dtype of the stored weights.
+        overwrite: replace a nonempty folder.
         card: the model card.
 
     Raises:
-        UserError: a folder that is there, or one that cannot be written.
+        UserError: the folder exists, or it cannot be written.
     """
     from safetensors.numpy import save_file
 

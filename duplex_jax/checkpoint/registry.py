@@ -1,4 +1,4 @@
-"""`--model` to a model in memory: whatever the source, one frozen result."""
+"""Loads what `--model` names, from any format, as one frozen result; writes models in any format."""
 
 import dataclasses
 from pathlib import Path
@@ -26,11 +26,11 @@ class LoadedModel:
     """A model ready for use.
 
     Attributes:
-        name: what it was asked for by.
-        model: the module, its weights stacked numpy arrays on the host; put them where they are needed.
-        tokenizer: with every token that the template needs.
-        template: how timelines become its tokens.
-        generation: sampling defaults that came with it, such as `temperature` and `top_p`.
+        name: the name that it was loaded by.
+        model: the module; its stacked weights are numpy arrays on the host.
+        tokenizer: the tokenizer, with every token that the template needs.
+        template: converts timelines to tokens.
+        generation: the model's own sampling defaults, such as `temperature` and `top_p`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def params(self) -> Params:
-        """The model's weights as the plain tree of `model.tree`."""
+        """The weights as the plain tree of `model.tree`."""
         return to_tree(self.model)
 
 
@@ -62,17 +62,17 @@ def load_model(
 
     Args:
         name_or_path: a folder (Hugging Face's layout, Orbax, a LoRA adapter, or a trainer's working folder), a `.gguf`
-            file, a `.safetensors` file with config and tokenizer beside it, `hf:owner/name`, or a name of
-            `sources.REGISTRY`.
-        dtype: of the weights; None as stored (quantised ones float32), `auto` float32 on CPU and bfloat16 elsewhere.
-        template: by name; None for the one that the config names, else the one that the vocabulary was made for.
-            Tokens that it needs and the vocabulary lacks are added, each with the mean of all rows.
-        vocab_multiple: the stored vocabulary is padded to a multiple of it, so that it can be sharded.
-        unread: weights stay in their files until an engine takes them, tensor by tensor (`names.Unread`); an Orbax
-            store is read whole.
+            file, a `.safetensors` file next to config and tokenizer, `hf:owner/name`, or a name in `sources.REGISTRY`.
+        dtype: dtype of the weights. None: as stored (quantised weights: float32); `auto`: float32 on CPU and bfloat16
+            elsewhere.
+        template: name of the template; None for the one that the config names, or else the one that suits the
+            vocabulary. Tokens that the vocabulary lacks are added, each initialised with the mean of all rows.
+        vocab_multiple: the vocabulary is padded to a multiple of this, so that it can be sharded.
+        unread: leave weights in their files until an engine takes them, tensor by tensor (`names.Unread`); an Orbax
+            checkpoint is always read whole.
 
     Raises:
-        UserError: whatever is missing, cut off, or does not fit together.
+        UserError: a file is missing, truncated, or does not fit the others.
     """
     found = resolve(name_or_path, template)
     path, kind, made = found.path, as_dtype(dtype), found.template
@@ -95,7 +95,7 @@ def load_model(
 
 
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
-    """What `config.json` says under `duplex`: the template, the ids that end a slice, and, where they are not as usual,
+    """The `duplex` field of `config.json`: the template, the ids that end a slice and, if they differ from the default,
     the bias on idle and whether the model was trained on slices."""
     template = model.template
     row = {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
@@ -112,18 +112,18 @@ def save_model(
     hf_type: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Writes a model as what `load_model` reads: a folder with weights, config, tokenizer and sampling defaults.
+    """Writes a model in a form that `load_model` reads: weights, config, tokenizer and sampling defaults.
 
     Args:
-        model: what to write.
-        folder: appears complete or not at all; a file's name for `gguf`.
-        format: `hf` for transformers, `orbax` for a store that the trainer starts from, `gguf` for llama.cpp.
-        dtype: of the weights; None keeps their own. For `gguf` one of `gguf.WRITTEN`, float16 by default.
-        hf_type: see `huggingface.save`.
-        overwrite: replaces a folder that is there and not empty, or a file.
+        model: the model.
+        folder: target folder, which appears complete or not at all; for `gguf`, the target file.
+        format: `hf` for transformers, `orbax` for the trainer, `gguf` for llama.cpp.
+        dtype: dtype of the weights; None keeps their own. For `gguf` one of `gguf.WRITTEN`, float16 by default.
+        hf_type: see `huggingface.save_config`.
+        overwrite: replace a nonempty folder, or a file.
 
     Raises:
-        UserError: unknown format, dtype or type, something that is there, or a place that cannot be written.
+        UserError: unknown format, dtype or type; the target exists or cannot be written.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
@@ -133,7 +133,7 @@ def save_model(
         duplex = duplex_metadata(model)
         name = Path(model.name.removeprefix("hf:")).stem
         said: dict[str, Any] = {"general.name": name, "general.description": card.describe(model.template)}
-        if model.template.in_slices:  # llama.cpp ends an answer with any of the three
+        if model.template.in_slices:  # llama.cpp ends an answer at any of these three
             said |= {"tokenizer.ggml.eot_token_id": model.template.end_id}
             said |= {"tokenizer.ggml.eom_token_id": model.template.idle_id}
         said |= {f"duplex.{k}": v for k, v in duplex.items()}
@@ -160,13 +160,13 @@ def save_model(
 
 
 def add_rows(config: ModelConfig, params: Params, first: int, count: int) -> tuple[ModelConfig, Params]:
-    """Makes room for tokens `first` to `count` of a vocabulary: rows that no token had so far, else new ones.
+    """Provides rows for tokens `first` to `count - 1`, reusing rows of unused ids before adding new ones.
 
-    A new row of the embedding, and of the head where it is untied, is the mean of the old ones: it makes the new
-    token about as likely as an average one (Hewitt 2021, "Initializing new word embeddings").
+    A new row of the embedding, and of an untied head, is the mean of the existing rows, which makes the new token about
+    as likely as an average one (Hewitt 2021, "Initializing new word embeddings").
 
     Returns:
-        The changed config and tree; the given ones stay as they are.
+        The new config and tree; the arguments are not changed.
     """
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, count))
     params = dict(params)

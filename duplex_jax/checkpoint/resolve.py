@@ -1,4 +1,4 @@
-"""`--model` to everything but the weights: files, tokenizer, template, idle bias, ends of an answer. For every job."""
+"""Resolves `--model` for every job to everything but its weights: files, tokenizer, template, end tokens."""
 
 import dataclasses
 from pathlib import Path
@@ -16,11 +16,11 @@ from duplex_jax.tokenizer import Tokenizer, load_tokenizer
 
 _Id = Annotated[int, Field(ge=0, lt=2**24)]
 _ADAPTERS = 8
-"""Adapters that may stand upon each other; more than that is a circle."""
+"""Longest chain of adapters on adapters; a longer one is taken for a cycle."""
 
 
 class _Duplex(Schema):
-    """What a `config.json` says under `duplex`, and a GGUF file as `duplex.*`."""
+    """The `duplex` field of a `config.json`, or the `duplex.*` fields of a GGUF file."""
 
     template: str | None = None
     idle_bias: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
@@ -28,7 +28,7 @@ class _Duplex(Schema):
 
 
 class _Generation(Schema):
-    """Sampling defaults and ends of an answer, of `config.json` and `generation_config.json`."""
+    """Sampling defaults and end tokens from `config.json` and `generation_config.json`."""
 
     eos_token_id: _Id | Annotated[list[_Id], Field(max_length=64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
@@ -43,15 +43,16 @@ class _Generation(Schema):
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What a `--model` means.
+    """A resolved `--model`.
 
     Attributes:
-        path: where the weights are: those of the base, for an adapter.
+        path: location of the weights; for an adapter, those of its base.
         kind: `hf`, `orbax` or `gguf`.
-        template: how timelines become tokens, with the tokenizer, the model's own bias on idle, and its ends of turns.
-        added: tokens that the template needs and the vocabulary lacked, the last ones of `template.tokenizer`.
-        generation: sampling defaults that came with it, such as `temperature` and `top_p`.
-        adapters: folders of updates to be merged into the weights, in this order.
+        template: converts timelines to tokens; includes the tokenizer, the model's own idle bias and its end-of-turn
+            tokens.
+        added: tokens that the template needs and the vocabulary lacked; the last ones of `template.tokenizer`.
+        generation: the model's own sampling defaults, such as `temperature` and `top_p`.
+        adapters: folders of updates to merge into the weights, in this order.
     """
 
     path: Path
@@ -63,21 +64,22 @@ class Resolved:
 
 
 def resolve(name_or_path: str | Path, template: str | None = None, weights: bool = True) -> Resolved:
-    """Finds a model and reads everything of it but its weights.
+    """Finds a model and reads everything except its weights.
 
     Args:
         name_or_path: what `--model` takes, see `sources.locate`.
-        template: by name; None for the one that the model names, else the one that its vocabulary was made for.
-        weights: False fetches only config and tokenizer of a repository.
+        template: name of the template; None for the one that the model names, or else the one that suits its
+            vocabulary.
+        weights: False fetches only the config and tokenizer of a repository.
 
     Raises:
-        UserError: whatever is missing, cut off, or does not fit together.
+        UserError: a file is missing, truncated, or does not fit the others.
     """
     return _resolve(name_or_path, template, weights, _ADAPTERS)
 
 
 def load_template(name_or_path: str | Path, template: str = "") -> Template:
-    """A model's template with its tokenizer, without its weights; see `resolve`."""
+    """A model's template and tokenizer, without its weights; see `resolve`."""
     return resolve(name_or_path, template or None, weights=False).template
 
 
@@ -95,7 +97,7 @@ def _resolve(name_or_path: str | Path, template: str | None, weights: bool, dept
         raise UserError(f"model {str(name_or_path)!r} needs its base: {e}") from e
     tokenizer = found.template.tokenizer
     if not found.added and any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = load_tokenizer(path)  # PEFT leaves the tokenizer that it trained with beside the updates
+        tokenizer = load_tokenizer(path)  # PEFT saves the tokenizer used in training with the updates
     ends = sorted(found.template.turn_ends)
     in_slices = bool(what.template) or found.template.in_slices
     made = make_template(found.template.name, tokenizer, what.idle_bias, in_slices, ends)
@@ -106,7 +108,7 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
     if path.suffix == ".gguf" and path.is_file():
         kind, where = "gguf", f"{path}: its metadata"
         header = read_gguf_header(path)
-        if weights:  # a kind of model that is not supported is told before its vocabulary is
+        if weights:  # an unsupported model is reported before its vocabulary
             gguf.read_config(header, str(path))
         fields = header.fields
         tokenizer = from_gguf_fields(fields, str(path))
@@ -120,7 +122,7 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
         kind = "orbax" if orbax.is_store(path) else "hf"
         file = folder / "config.json"
         where = str(file)
-        # Without weights, as for packing, a folder of a tokenizer alone will do.
+        # Without weights, as for packing, a folder with only a tokenizer is enough.
         row = read_json(file, "a model folder has one") if weights or file.is_file() else {}
         more = folder / "generation_config.json"
         generation = checked(_Generation, read_json_beside(more), str(more))
@@ -142,8 +144,8 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
 
 
 def _in_slices(named: _Duplex, has_duplex: bool, template: str, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on slices. Files that do not say so are told by a template, or a token, that no
-    other model has."""
+    """Whether a model was trained on slices. If its files do not say so, a template or token that only such models have
+    decides."""
     if not has_duplex:
         return "<idle>" in tokenizer.special
     return named.in_slices if named.in_slices is not None else named.template == template == "compact"

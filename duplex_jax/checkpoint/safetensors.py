@@ -1,7 +1,7 @@
-"""Reads a `.safetensors` file's header and opens its tensors; writes a file tensor by tensor.
+"""Reads `.safetensors` headers and tensors; writes a file tensor by tensor.
 
-By hand, because the library says that a file is cut off and not in which tensor, and writes only what is in memory as a
-whole. Format: safetensors' README.
+The safetensors package does not say which tensor is truncated, and writes only what fits in memory as a whole. Format:
+safetensors' README.
 """
 
 import functools
@@ -42,10 +42,10 @@ class _Entry(Schema):
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; the header is read, the data is not.
+    """The tensors of a file by name; reads the header only.
 
     Raises:
-        UserError: no safetensors file, cut off, or entries that do not describe the data.
+        UserError: the file is not safetensors, is truncated, or its entries do not match the data.
     """
     try:
         length = path.stat().st_size
@@ -77,20 +77,20 @@ def open_file(path: Path) -> dict[str, Tensor]:
 def write_file(
     path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a file of which one tensor at a time is in memory.
+    """Writes a file with one tensor at a time in memory.
 
     Args:
         path: the file.
-        tensors: shape and dtype of each, by name.
-        read: gives a tensor's values.
+        tensors: shape and dtype of each tensor by name.
+        read: returns a tensor's values.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     kinds = {dtype: kind for kind, dtype in _KINDS.items()}
-    # Large items first, so that each tensor is aligned.
+    # Large items first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
-    # Older transformers refuse a file whose metadata does not say that it came from PyTorch.
+    # Older transformers reject a file whose metadata does not say that it came from PyTorch.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in ordered:

@@ -1,1 +1,1 @@
-"""Training data: timelines and chats encoded once, packed into rows, read back in a global order by every process."""
+"""Training data: timelines and chats, encoded once, packed into rows, and read in one global order by all processes."""

@@ -1,4 +1,4 @@
-"""A packed dataset: shards of rows in ArrayRecord and a manifest that says what they are; its writer and its reader."""
+"""Packed datasets, shards of rows in ArrayRecord files plus a manifest: their writer and their reader."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ _CHUNK = 256
 
 
 class Shard(Schema):
-    """One file of rows: its name, how many rows and bytes it has, and the SHA-256 of its bytes."""
+    """One file of rows: name, number of rows and bytes, and the SHA-256 of its contents."""
 
     file: str
     rows: int
@@ -40,27 +40,27 @@ class Shard(Schema):
 
 
 class Manifest(Schema):
-    """What a packed dataset is.
+    """Description of a packed dataset.
 
     Attributes:
-        format: of the records.
-        length: T, tokens a row.
-        rows: how many.
-        tokens: real tokens in them; `tokens / (rows * length)` is the packing efficiency.
-        documents: conversations, or parts of long ones.
-        conversations: lines of the input.
-        split: conversations longer than a row, cut between pairs.
+        format: version of the record format.
+        length: T, tokens per row.
+        rows: number of rows.
+        tokens: tokens without padding; `tokens / (rows * length)` is the packing efficiency.
+        documents: number of conversations, or parts of long ones.
+        conversations: number of input conversations.
+        split: conversations longer than a row, split between pairs.
         left_out: tokens of single pairs longer than a row.
         decisions: pairs in which the assistant speaks or stays idle.
-        template: how timelines were written.
-        tokenizer: the vocabulary's fingerprint.
-        vocab_size: of the tokenizer.
-        model: whose tokenizer it is, as it was asked for.
-        categories: names, in the order of their numbers.
-        category_tokens: real tokens of each.
-        hash: of the shards together.
+        template: template of the timelines.
+        tokenizer: fingerprint of the vocabulary.
+        vocab_size: vocabulary size of the tokenizer.
+        model: the model whose tokenizer was used, as given by the user.
+        categories: category names; a category's number is its index.
+        category_tokens: tokens of each category.
+        hash: combined hash of the shards.
         shards: the files.
-        late: the share of a timeline's answers that begin one pair late.
+        late: fraction of a timeline's answers that begin late.
     """
 
     format: int
@@ -84,12 +84,12 @@ class Manifest(Schema):
 
     @property
     def efficiency(self) -> float:
-        """Real tokens over the room for them."""
+        """Fraction of the rows' capacity that is used."""
         return self.tokens / max(1, self.rows * self.length)
 
 
 class RowSource(Protocol):
-    """Rows by index, with the facts that training checks."""
+    """Rows by index, with the properties that training checks."""
 
     name: str
     length: int
@@ -102,13 +102,13 @@ class RowSource(Protocol):
     def __getitem__(self, i: int) -> Row: ...
 
     def row_id(self, i: int) -> str:
-        """Where row i lies: file and record."""
+        """Location of row i: file and record."""
         ...
 
 
 @dataclasses.dataclass
 class Tally:
-    """Counts that grow while a dataset is encoded and packed."""
+    """Counts collected while a dataset is encoded and packed."""
 
     rows: int = 0
     tokens: int = 0
@@ -155,17 +155,17 @@ def encode_files(
     categories: dict[str, int],
     late: float = 0.0,
 ) -> Iterable[Document]:
-    """The documents of every conversation below `path`, in the order of the input whatever the number of workers.
+    """The documents of every conversation in `path`, in input order for any number of workers.
 
     Args:
-        path: a JSONL file or a folder of them, timelines or chats.
-        template: of this process.
-        model: by which workers load the same tokenizer.
+        path: a JSONL file or a folder of them, with timelines or chats.
+        template: template of this process.
+        model: model from which workers load the same tokenizer.
         length: most tokens of a document.
-        workers: processes that encode; 0 or 1 for this one alone.
-        tally: counts conversations, splits and what is left out.
-        categories: names to numbers; grows.
-        late: the share of a timeline's answers that begin one pair late (`encode.answer_late`).
+        workers: processes that encode; 0 or 1 for this process alone.
+        tally: counts conversations, splits and omitted tokens.
+        categories: maps names to numbers; extended in place.
+        late: fraction of a timeline's answers to delay (`encode.answer_late`).
     """
 
     def documents(encoded: list[tuple[list[encode.Part], int, str]]) -> Iterable[Document]:
@@ -203,7 +203,7 @@ def encode_files(
 
 
 def check_length(length: int) -> None:
-    """Refuses row lengths that records cannot say."""
+    """Raises UserError for row lengths that records cannot represent."""
     if not 16 <= length <= rows.MAX_LENGTH:
         raise UserError(f"--length={length}: must be 16 to {rows.MAX_LENGTH} tokens")
 
@@ -218,20 +218,20 @@ def write_packed(
     progress: Any = None,
     late: float = 0.0,
 ) -> Manifest:
-    """Encodes and packs a dataset into `out`, which appears when it is whole.
+    """Encodes and packs a dataset into `out`, which appears only once complete.
 
     Args:
-        path: a JSONL file or a folder of them, timelines or chats.
-        out: the folder to make.
-        model: whose tokenizer to use.
-        length: T, tokens a row.
-        template: its name; the tokenizer's own by default.
+        path: a JSONL file or a folder of them, with timelines or chats.
+        out: the folder to create.
+        model: model whose tokenizer is used.
+        length: T, tokens per row.
+        template: name of the template; by default the tokenizer's own.
         workers: processes that encode.
         progress: called with the `Tally` after each row.
-        late: the share of a timeline's answers that begin one pair late (`encode.answer_late`).
+        late: fraction of a timeline's answers to delay (`encode.answer_late`).
 
     Raises:
-        UserError: bad input, or `out` exists or cannot be written.
+        UserError: the input is invalid, or `out` exists or cannot be written.
     """
     check_length(length)
     out = Path(out)
@@ -275,7 +275,7 @@ def write_packed(
 def _write_shards(
     folder: Path, packed: Iterable[list[Document]], width: int, tally: Tally, progress: Any
 ) -> list[Shard]:
-    """Writes rows into shards of `ROWS_PER_SHARD`; counts each row in `tally` and reports it to `progress`.
+    """Writes rows into shards of `ROWS_PER_SHARD`; adds each row to `tally` and calls `progress`.
 
     Raises:
         OSError: the disk is full.
@@ -286,7 +286,7 @@ def _write_shards(
     packed = iter(packed)
     while (first := next(packed, None)) is not None:
         path = folder / f"rows-{len(shards):05d}.arrayrecord"
-        # One record a chunk: any row is read without its neighbours.
+        # One record per chunk, so that any row can be read without its neighbours.
         writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
         count = 0
         try:
@@ -303,7 +303,7 @@ def _write_shards(
 
 
 def _or_full(path: Path, call: Callable[..., Any], *args: Any) -> None:
-    """Calls the record writer, which tells of a full disk by a RuntimeError."""
+    """Calls the record writer, which reports a full disk by a RuntimeError, and raises OSError for that."""
     try:
         call(*args)
     except RuntimeError as e:
@@ -316,10 +316,10 @@ def _sha256(path: Path) -> str:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """What is in a packed dataset.
+    """The manifest of a packed dataset.
 
     Raises:
-        UserError: no packed dataset, or of another format.
+        UserError: the folder is not a packed dataset, or its format is another.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -335,14 +335,14 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 class PackedRows:
-    """Rows of a packed dataset, read by index; travels to worker processes.
+    """Rows of a packed dataset, read by index; can be pickled for worker processes.
 
     Args:
-        folder: what `write_packed` made.
-        verify: read every byte and compare it with the manifest, not only sizes and counts.
+        folder: a folder written by `write_packed`.
+        verify: compare the hash of every shard with the manifest, not only sizes and counts.
 
     Raises:
-        UserError: a shard is missing, cut or damaged; names it.
+        UserError: a shard is missing, truncated or damaged; the message names it.
     """
 
     def __init__(self, folder: str | Path, verify: bool = False):
@@ -392,12 +392,12 @@ class PackedRows:
 
 
 class MemoryRows:
-    """Rows packed when training starts, for sets too small to be worth a file.
+    """Rows packed when training starts, for datasets too small to need a file.
 
     Args:
         path: a JSONL file or a folder of them.
-        template: how to write timelines.
-        length: T, tokens a row.
+        template: template of the timelines.
+        length: T, tokens per row.
     """
 
     MOST_BYTES = 64 << 20
@@ -428,15 +428,15 @@ class MemoryRows:
         return rows.from_bytes(self._records[i], self.length, self._width)
 
     def row_id(self, i: int) -> str:
-        """The row, and the conversations of the input that lie in it."""
+        """The row's number, and the input conversations in it."""
         return f"{self.name}: row {i} (conversations {', '.join(map(str, self[i].sources))})"
 
 
 def open_rows(path: str | Path, template: Template, length: int) -> RowSource:
-    """A packed dataset, or conversations packed on the spot, checked against the model's template and tokenizer.
+    """Opens a packed dataset, or packs conversations, and checks it against the model's template and tokenizer.
 
     Raises:
-        UserError: it does not fit: another row length, template or vocabulary.
+        UserError: row length, template or vocabulary differ.
     """
     if not (Path(path) / MANIFEST).is_file():
         return MemoryRows(path, template, length)

@@ -1,4 +1,4 @@
-"""Conversations to documents: timelines through the template, turn-based chats as the mixed-in SFT data."""
+"""Encodes conversations as documents: timelines through the template, turn-based chats as ordinary SFT data."""
 
 import dataclasses
 import random
@@ -22,13 +22,13 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A whole conversation's ids and codes, and the places where it may be cut.
+    """Ids and codes of a whole conversation, and where it may be split.
 
     Attributes:
         ids: int32 `[n]`.
         codes: uint8 `[n]`.
         cuts: ascending indices at which a pair or a turn begins; the first is the length of the opening.
-        category: its name.
+        category: name of the category.
     """
 
     ids: np.ndarray
@@ -38,14 +38,13 @@ class Encoding:
 
 
 def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.SlicePair], list[int]]:
-    """Lets a share of the answers that begin with the query's last words begin one to four pairs later.
+    """Delays a fraction of the answers that begin with the query's last words by one to four pairs.
 
-    A model that never saw an answer come late treats a missed turn as the end of the exchange and stays silent. The
-    silence in front of a late answer is context and no target: it teaches that silence behind a request is a cue to
-    answer, not that the assistant waits.
+    A model that never saw a late answer treats a missed turn as the end of the exchange and stays silent. The inserted
+    silence has no loss: it teaches that silence after a request is a cue to answer, not that the assistant waits.
 
     Returns:
-        The pairs, and the indices of those that were put in. The draws depend on the timeline alone.
+        The pairs, and the indices of the inserted ones. The random choices depend on the timeline alone.
     """
     if not share:
         return row.pairs, []
@@ -66,7 +65,7 @@ def answer_late(row: timeline.Timeline, share: float) -> tuple[list[timeline.Sli
 
 
 def encode_timeline(template: Template, row: timeline.Timeline, late: float = 0.0) -> Encoding:
-    """A timeline's ids, what each counts for, and its pair boundaries; see `answer_late` for `late`."""
+    """Ids, codes and pair boundaries of a timeline; for `late` see `answer_late`."""
     pairs, silent = answer_late(row, late)
     encoded = template.encode(pairs)
     for i in silent:
@@ -75,17 +74,17 @@ def encode_timeline(template: Template, row: timeline.Timeline, late: float = 0.
 
 
 def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """A turn-based chat: every assistant message with the token that ends it counts, the rest does not.
+    """Encodes a turn-based chat; only assistant messages and the tokens that end them are trained on.
 
     Args:
-        template: gives the prompt up to each answer.
-        messages: (role, text); a last message that nobody answered is left out.
+        template: renders the prompt before each answer.
+        messages: (role, text); a last message without an answer is omitted.
 
     Returns:
-        ids and codes.
+        Ids and codes.
 
     Raises:
-        UserError: no assistant message in it, or an order of roles that the chat template cannot write.
+        UserError: there is no assistant message, or the chat template cannot render this order of roles.
     """
     asked = next((n for n in range(len(messages), 0, -1) if messages[n - 1][0] == "assistant"), 0)
     if not asked:
@@ -97,7 +96,7 @@ def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tupl
     for begin, end in answers:
         ended = end < len(ids) and ids[end] in template.turn_ends
         codes[begin : end + ended] = [Code.SPOKEN] * (end + ended - begin)
-    if answers and answers[-1][1] == len(ids):  # a family that ends only the last answer
+    if answers and answers[-1][1] == len(ids):  # some chat templates end only the last answer
         ids, codes = [*ids, template.end_id], [*codes, Code.SPOKEN]
     return ids, codes
 
@@ -106,10 +105,10 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: int) -> tuple[list[Part], int]:
-    """A chat as parts of at most `length` tokens, cut between turns; every part opens with the system's message.
+    """Splits a chat between turns into parts of at most `length` tokens, each beginning with the system message.
 
     Returns:
-        (ids, codes) of each part, and how many tokens of turns longer than a row were cut off at their end.
+        (ids, codes) of each part, and how many tokens were cut off the ends of turns longer than a row.
     """
     ids, codes = encode_chat(template, messages)
     if len(ids) <= length:
@@ -118,7 +117,7 @@ def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: 
     system = list(messages[:first])
     turns: list[list[tuple[str, str]]] = [[]]
     for m in messages[first:]:
-        # A part begins with words of the user, and with the instructions in front of them.
+        # A part begins with a user turn, and with any instructions before it.
         if turns[-1] and turns[-1][-1][0] == "assistant" and m[0] != "assistant":
             turns.append([])
         turns[-1].append(m)
@@ -136,7 +135,7 @@ def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: 
         if not any(role == "assistant" for role, _ in turn):
             continue
         alone, alone_codes = encode_chat(template, [*system, *turn])
-        if len(alone) > length:  # one answer longer than a row: its beginning is kept
+        if len(alone) > length:  # an answer longer than a row is truncated
             close()
             parts.append((np.asarray(alone[:length], np.int32), np.asarray(alone_codes[:length], np.uint8)))
             lost += len(alone) - length
@@ -149,10 +148,10 @@ def chat_parts(template: Template, messages: Sequence[tuple[str, str]], length: 
 
 
 def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
-    """A timeline as parts of at most `length` tokens, cut between pairs; each part opens as the conversation did.
+    """Splits a timeline between pairs into parts of at most `length` tokens, each with the conversation's opening.
 
     Returns:
-        (ids, codes) of each part, and how many tokens of pairs that are longer than a row were left out.
+        (ids, codes) of each part, and how many tokens of pairs longer than a row were omitted.
     """
     if len(encoding.ids) <= length:
         return [(encoding.ids, encoding.codes)], 0
@@ -163,7 +162,7 @@ def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
     lost = 0
     start = stop = opening
     for begin, end in zip(encoding.cuts.tolist(), ends, strict=True):
-        if end - begin > room:  # one pair longer than a row: nothing whole can be kept of it
+        if end - begin > room:  # a pair longer than a row is omitted
             lost += end - begin
             spans.append((start, stop))
             start = stop = end
@@ -183,13 +182,13 @@ def timeline_parts(encoding: Encoding, length: int) -> tuple[list[Part], int]:
 def encode_line(
     template: Template, line: bytes, where: str, length: int, late: float = 0.0
 ) -> tuple[list[Part], int, str]:
-    """One JSONL line, a timeline (with a share of `late` answers) or a chat, as parts that fit a row.
+    """Encodes one JSONL line, a timeline (with a fraction of `late` answers) or a chat, as parts that fit a row.
 
     Returns:
-        (ids, codes) of each part, tokens left out, and the category's name.
+        (ids, codes) of each part, the number of omitted tokens, and the category's name.
 
     Raises:
-        UserError: neither, or broken; names the file, the line and the field.
+        UserError: the line is neither, or invalid; the message names file, line and field.
     """
     try:
         row = parse_conversation(load_json(line))
@@ -203,10 +202,10 @@ def encode_line(
 
 
 def input_files(path: str | Path) -> list[Path]:
-    """The JSONL files of a dataset: the file itself, or every one below a folder, in order of name.
+    """The JSONL files of a dataset: the file itself, or all files in a folder, sorted by name.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     path = Path(path)
     if path.is_file():
@@ -221,6 +220,6 @@ def input_files(path: str | Path) -> list[Path]:
 
 
 def input_lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    """(where, line) of every line that is not blank; see `records.read_lines`."""
+    """(location, line) of every nonblank line; see `records.read_lines`."""
     for file in files:
         yield from read_lines(file)

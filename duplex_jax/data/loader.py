@@ -1,8 +1,8 @@
-"""Batches for training: a global order over all rows by seed, of which every process reads its own part.
+"""Training batches from a seeded global order over all rows, of which each process reads its own part.
 
-The order is a pure function of the seed: place g of the run holds one row, whatever the number of processes, and batch
-i is made of the places `start + i * size ... start + (i + 1) * size`. So the position of a run is one integer, the
-places behind it, and a run that goes on with other hosts, workers or batch sizes neither repeats nor skips a row.
+The order is a pure function of the seed: position g of the run always holds the same row, and batch i consists of the
+positions `start + i * size ... start + (i + 1) * size - 1`. A run's data position is therefore one integer, and a run
+resumed with other hosts, workers or batch sizes neither repeats nor skips a row.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from duplex_jax.template import WEIGHED, Code
 
 @dataclasses.dataclass
 class Batch:
-    """Rows of one step that belong to this process.
+    """This process's rows of one step.
 
     Attributes:
-        arrays: `tokens`, `segment_ids`, `positions` int32 and `loss_weights` float32, each `[n, T]`; the weight of
-            predicting that token. For evaluation also `decisions` (bool) and `categories` (int32, -1 in padding).
-        rows: (source, row) of each.
+        arrays: `tokens`, `segment_ids`, `positions` int32 and `loss_weights` float32, each `[n, T]`; a weight applies
+            to the prediction of its own token. For evaluation also `decisions` (bool) and `categories` (int32, -1 in
+            padding).
+        rows: (source, row number) of each row.
     """
 
     arrays: dict[str, np.ndarray]
@@ -34,7 +35,7 @@ class Batch:
 
 
 class _Numbered(grain.MapDataset):
-    """A source's rows with their numbers, over and over again in a new order each time."""
+    """A source's rows with their numbers, repeated endlessly in a new order each time."""
 
     def __init__(self, number: int, source: RowSource, seed: int):
         super().__init__()
@@ -50,7 +51,7 @@ class _Numbered(grain.MapDataset):
 
 
 class _Batches(grain.MapDataset):
-    """Element i is batch i of this process."""
+    """Batches of this process by index."""
 
     def __init__(self, ordered: grain.MapDataset, start: int, size: int, places: Sequence[int], idle_weight: float):
         super().__init__([ordered])
@@ -67,7 +68,7 @@ class _Batches(grain.MapDataset):
 
 
 def to_arrays(batch: Sequence[rows.Row], idle_weight: float, evaluation: bool = False) -> dict[str, np.ndarray]:
-    """Rows stacked to `[n, T]`, what each token counts for turned into its weight."""
+    """Stacks rows to `[n, T]` and converts codes to loss weights."""
     weights = np.zeros(WEIGHED + 1, np.float32)
     weights[[Code.SPOKEN, Code.IDLE]] = 1.0, idle_weight
     arrays = {
@@ -83,10 +84,10 @@ def to_arrays(batch: Sequence[rows.Row], idle_weight: float, evaluation: bool = 
 
 
 def global_order(sources: Sequence[RowSource], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """(source, row number, row) for every place of a run, mixed by weight; without weights by size.
+    """(source, row number, row) at every position of a run, mixed by `weights`, or by size if there are none.
 
     Raises:
-        UserError: the weights do not fit the sources, or a source has no rows.
+        UserError: the weights do not match the sources, or a source has no rows.
     """
     if weights and (len(weights) != len(sources) or min(weights) <= 0):
         raise UserError(f"data.weights: {list(weights)} for {len(sources)} source(s); one positive number each")
@@ -111,23 +112,23 @@ def training_batches(
     workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Batches without end.
+    """An endless iterator of batches.
 
     Args:
-        sources: where rows come from.
-        weights: the share of each source in the rows; by size where there are none.
-        seed: of the order.
+        sources: datasets.
+        weights: each source's share of the rows; proportional to size if empty.
+        seed: seed of the order.
         size: rows of a batch over all processes.
-        places: which of them this process reads; all by default.
-        start: the run's position: rows that came before.
-        idle_weight: the loss weight of idle decisions.
+        places: indices of the batch's rows that this process reads; all by default.
+        start: the run's position: number of rows already consumed.
+        idle_weight: loss weight of idle decisions.
         workers: processes that read; 0 for a thread of this one.
-        prefetch: batches read ahead.
+        prefetch: number of batches to read ahead.
     """
     ordered = global_order(sources, weights, seed)
     batches = _Batches(ordered, start, size, range(size) if places is None else places, idle_weight)
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain hands flags on to its workers, and insists that there are some
+        if not flags.FLAGS.is_parsed():  # Grain passes flags to its workers, so they must be parsed
             flags.FLAGS.mark_as_parsed()
         read = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
@@ -139,7 +140,7 @@ def training_batches(
 def evaluation_batches(
     sources: Sequence[RowSource], size: int, places: Sequence[int], idle_weight: float = 1.0, most: int = 0
 ) -> Iterator[Batch]:
-    """Every row once and in order, the last batch filled up with empty rows; `most` batches, 0 for all."""
+    """Every row once and in order, the last batch padded with empty rows; at most `most` batches, 0 for all."""
     everything = [(s, r) for s, source in enumerate(sources) for r in range(len(source))]
     names = categories(sources)
     total = -(-len(everything) // size)
@@ -150,7 +151,7 @@ def evaluation_batches(
             if k < len(everything):
                 s, r = everything[k]
                 row = sources[s][r]
-                # Sources number their categories apart; evaluation has one list.
+                # Each source numbers its own categories; evaluation uses one common list.
                 mapping = np.array([*(names.index(c) for c in sources[s].categories), -1], np.int32)
                 taken.append(dataclasses.replace(row, categories=mapping[row.categories]))
                 numbers.append((s, r))
@@ -161,7 +162,7 @@ def evaluation_batches(
 
 
 def categories(sources: Sequence[RowSource]) -> list[str]:
-    """The category names of all sources, each once."""
+    """The category names of all sources, without duplicates."""
     return list(dict.fromkeys(name for source in sources for name in source.categories))
 
 

@@ -1,4 +1,4 @@
-"""Best-fit packing: documents into rows of one length, whole, with next to nothing left empty."""
+"""Best-fit packing of whole documents into rows of one length."""
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,20 +10,20 @@ WINDOW = 100_000
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest first, each into the fullest bin that still has room for it.
+    """Best-fit decreasing: puts documents, longest first, each into the fullest bin that still has room for it.
 
     Args:
-        lengths: of the documents; none is over `capacity`.
-        capacity: of a bin.
+        lengths: lengths of the documents; none exceeds `capacity`.
+        capacity: capacity of a bin.
 
     Returns:
-        The indices in each bin.
+        The document indices in each bin.
 
     Raises:
         UserError: a document is longer than a bin.
     """
     bins: list[list[int]] = []
-    free: list[int] = []  # the distinct amounts of room that open bins have, ascending
+    free: list[int] = []  # distinct free capacities of open bins, ascending
     by_free: dict[int, list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         n = lengths[i]
@@ -48,9 +48,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(documents: Iterable[Document], length: int, window: int = WINDOW) -> Iterator[list[Document]]:
-    """Rows of whole documents, `window` documents looked at together.
+    """Packs whole documents into rows, `window` documents at a time.
 
-    A window's badly filled rows wait for the documents of the next one, so only the last window leaves room.
+    Poorly filled rows are packed again with the next window, so only the last window leaves gaps.
     """
     pending: list[Document] = []
     for document in documents:
@@ -63,7 +63,7 @@ def pack(documents: Iterable[Document], length: int, window: int = WINDOW) -> It
                     yield row
                 else:
                     pending += row
-            if len(pending) > window // 2:  # documents that never pack well must not pile up
+            if len(pending) > window // 2:  # avoids accumulating documents that never pack well
                 yield from _rows(pending, length)
                 pending = []
     yield from _rows(pending, length)

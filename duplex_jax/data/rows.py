@@ -1,4 +1,4 @@
-"""One packed row: whole dialogues side by side in a fixed length, and the bytes that keep it."""
+"""One packed row, whole conversations side by side in a fixed length, and its byte format."""
 
 import dataclasses
 import struct
@@ -19,8 +19,8 @@ class Document:
     Attributes:
         ids: int32 `[n]`.
         codes: uint8 `[n]`, the `template.Code` of each token.
-        category: an index into the category names of its dataset.
-        source: which conversation of the input it is, counted from 0.
+        category: index into the dataset's category names.
+        source: index of the conversation in the input.
     """
 
     ids: np.ndarray
@@ -35,11 +35,11 @@ class Row:
 
     Attributes:
         tokens: int32 `[T]`.
-        segment_ids: int32 `[T]`, 1, 2, ... for the documents, 0 for padding.
+        segment_ids: int32 `[T]`; 1, 2, ... for the documents, 0 for padding.
         positions: int32 `[T]`, from 0 in each document.
         codes: uint8 `[T]`, as in `Document`.
-        categories: int32 `[T]`, the document's category, -1 in padding.
-        sources: which conversations lie in the row.
+        categories: int32 `[T]`, each document's category, -1 in padding.
+        sources: conversations in the row.
     """
 
     tokens: np.ndarray
@@ -51,16 +51,16 @@ class Row:
 
 
 def token_bytes(vocab_size: int) -> int:
-    """Bytes that a stored token takes."""
+    """Bytes per stored token."""
     return 2 if vocab_size <= 1 << 16 else 4
 
 
 def to_bytes(documents: Sequence[Document], width: int) -> bytes:
-    """A row's record: count, then length, category and source of each document, tokens, codes (two a byte).
+    """A row's record: document count; each document's length, category and source; tokens; codes (two per byte).
 
     Args:
-        documents: what lies in the row, in order.
-        width: bytes a token, from `token_bytes`.
+        documents: the row's documents in order.
+        width: bytes per token, from `token_bytes`.
     """
     head = struct.pack("<H", len(documents))
     head += b"".join(_SEGMENT.pack(len(d.ids), d.category, d.source & 0xFFFFFFFF) for d in documents)
@@ -72,10 +72,10 @@ def to_bytes(documents: Sequence[Document], width: int) -> bytes:
 
 
 def from_bytes(record: bytes, length: int, width: int) -> Row:
-    """The inverse of `to_bytes`, padded to `length`.
+    """Inverse of `to_bytes`, padded to `length`.
 
     Raises:
-        UserError: the record is cut or longer than a row.
+        UserError: the record is truncated or longer than a row.
     """
     try:
         (count,) = struct.unpack_from("<H", record)

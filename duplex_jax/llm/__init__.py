@@ -1,1 +1,1 @@
-"""One client of OpenAI-compatible servers, with its cache of replies."""
+"""A client of OpenAI-compatible servers that caches their replies."""

@@ -1,4 +1,4 @@
-"""Every reply of a model, kept on disk by request, so that no question is paid for twice."""
+"""On-disk cache of a language model's replies by request, so that no request is paid for twice."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ ERROR = "error: "
 
 
 class Answer(NamedTuple):
-    """What became of a request: its text, or why there is none; `model` as the server named itself."""
+    """Outcome of a request: its text or the reason why there is none, and `model` as the server named it."""
 
     text: str | None
     reason: str = ""
@@ -20,10 +20,10 @@ class Answer(NamedTuple):
 
 
 class Question(Protocol):
-    """What a model can be asked: a rewriter's request, or anybody else's.
+    """A request to a language model.
 
     Attributes:
-        key: a hash of everything that is sent; equal questions share one answer.
+        key: a hash of everything that is sent; requests with equal keys share one answer.
         messages: (role, text) as the chat completions API takes them.
         max_tokens: most tokens of the answer.
     """
@@ -42,14 +42,14 @@ class Question(Protocol):
         ...
 
     def read(self, text: str, finish_reason: str) -> tuple[str, str | None]:
-        """A reply's words as they are used, and why they cannot be (None where they can)."""
+        """The usable text of a reply, and why it is unusable (None if it is usable)."""
         ...
 
 
 class Reply(NamedTuple):
-    """One answer of the server, as it came; a lasting refusal by the server has `ERROR` in its finish reason.
+    """A server's reply as received; a permanent refusal has `ERROR` as its finish reason.
 
-    `model` is the one that the server says it ran.
+    `model` is the one that the server reports.
     """
 
     text: str
@@ -60,10 +60,10 @@ class Reply(NamedTuple):
 
 
 class ReplyCache:
-    """An SQLite file of replies by request key and attempt. One process writes it; a kill loses no stored reply.
+    """An SQLite file of replies by request key and attempt, for one writing process; a kill loses no stored reply.
 
     Raises:
-        UserError: the file cannot be written, or is no such cache.
+        UserError: the file cannot be written, or is not a reply cache.
     """
 
     def __init__(self, path: str | Path):
@@ -78,7 +78,7 @@ class ReplyCache:
                 "PRIMARY KEY (key, attempt)) WITHOUT ROWID"
             )
             if "model" not in [column[1] for column in self._db.execute("PRAGMA table_info(replies)")]:
-                self._db.execute("ALTER TABLE replies ADD COLUMN model TEXT NOT NULL DEFAULT ''")  # an older cache
+                self._db.execute("ALTER TABLE replies ADD COLUMN model TEXT NOT NULL DEFAULT ''")  # older caches
         except sqlite3.Error as e:
             raise UserError(f"{path}: cannot be used as a cache of replies ({e}); give another --cache") from e
 
@@ -92,14 +92,14 @@ class ReplyCache:
         return [Reply(*row) for row in rows]
 
     def put(self, key: str, attempt: int, reply: Reply) -> None:
-        """Stores a reply at once; the first one to an attempt stays."""
+        """Stores a reply at once; an earlier reply to the same attempt is kept."""
         try:
             self._db.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", (key, attempt, *reply))
         except sqlite3.Error as e:
             raise UserError(f"{self.path}: cannot write ({e}); free some space and run again") from e
 
     def spent(self) -> tuple[int, int]:
-        """Prompt and completion tokens of all replies."""
+        """Total prompt and completion tokens of all replies."""
         row = self._db.execute("SELECT SUM(prompt_tokens), SUM(completion_tokens) FROM replies").fetchone()
         return row[0] or 0, row[1] or 0
 
@@ -108,10 +108,10 @@ class ReplyCache:
 
 
 def settle(request: Question, replies: list[Reply], attempts: int) -> Answer | None:
-    """What the replies so far come to.
+    """The outcome of a request given its replies so far.
 
     Returns:
-        The first usable one; the last one's fault after `attempts` of them; None where one more is to be asked for.
+        The first usable reply; after `attempts` unusable ones, the last one's fault; None if another attempt is due.
     """
     reason = ""
     for reply in replies[:attempts]:

@@ -1,4 +1,4 @@
-"""Asks a model over the OpenAI-compatible API: many requests in flight, back-off, budgets, every reply cached."""
+"""Client of OpenAI-compatible servers: concurrent requests, back-off, budgets, and a cache of all replies."""
 
 import asyncio
 import collections
@@ -15,18 +15,18 @@ from typing import Any
 from duplex_jax.errors import UserError, extra
 from duplex_jax.llm.cache import ERROR, Answer, Question, Reply, ReplyCache, settle
 
-# Requests in a row that got no answer after all their retries: then the server is taken to be gone.
+# After this many consecutive requests that failed all their retries, the server is considered gone.
 GIVE_UP_AFTER = 20
 _LONGEST_WAIT = 60.0
 
 
 class Stopped(Exception):
-    """The run ends early and cleanly: a budget is used up, or the server is gone; the message says so."""
+    """The run ends early but cleanly: a budget is used up or the server is gone; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a cache's replies may cost in all, over all runs; 0 sets no limit. Prices are for a million tokens."""
+    """Limits on the total cost of a cache's replies, over all runs; 0 sets no limit. Prices are per million tokens."""
 
     tokens: int = 0
     dollars: float = 0.0
@@ -34,25 +34,25 @@ class Budget:
     price_out: float = 0.0
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Dollars."""
+        """The cost in dollars."""
         return (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
 
 
 @dataclasses.dataclass
 class Report:
-    """What happened between us and the server.
+    """Counts of a client's requests and replies.
 
     Attributes:
         sent: HTTP requests.
         cached: questions answered from the cache alone.
-        answered: questions that got a usable answer.
-        retried: HTTP requests that had to be sent again, by cause.
-        rejected: replies that were asked for again, by fault.
+        answered: questions with a usable answer.
+        retried: HTTP requests that were repeated, by cause.
+        rejected: unusable replies that led to another attempt, by fault.
         left_out: questions without a usable answer, by the last fault.
-        unanswered: questions that the server never replied to, by the last cause.
-        prompt_tokens: of all replies in the cache.
-        completion_tokens: likewise.
-        dollars: likewise, by the prices given.
+        unanswered: questions to which the server never replied, by the last cause.
+        prompt_tokens: prompt tokens of all replies in the cache.
+        completion_tokens: completion tokens of all replies in the cache.
+        dollars: their cost at the given prices.
     """
 
     sent: int = 0
@@ -70,7 +70,7 @@ class Report:
         return {k: dict(v) if isinstance(v, collections.Counter) else v for k, v in vars(self).items()}
 
     def lines(self, who: str = "rewriter") -> list[str]:
-        """For a person."""
+        """The report as text for a terminal."""
         found = [
             f"{who}: {self.sent:,} requests sent, {self.answered:,} usable answers "
             f"({self.cached:,} questions were settled by the cache)"
@@ -92,18 +92,18 @@ class Report:
 
 
 class Client:
-    """Answers requests from the cache and the server; lives in a thread of its own.
+    """Answers requests from the cache or the server, on its own thread.
 
     Args:
-        base_url: of the API, such as http://localhost:8000/v1. The key comes from OPENAI_API_KEY.
-        cache: keeps every reply.
-        concurrency: requests in flight.
-        timeout: seconds for one request, from first byte sent to last received.
-        attempts: replies that may be unusable before a question is left out.
-        retries: times that a request without a reply is sent again.
-        backoff: seconds before the first of them; doubled each time.
-        budget: see there.
-        flag: the one that gave the address, for messages.
+        base_url: address of the API, such as http://localhost:8000/v1. The key comes from OPENAI_API_KEY.
+        cache: stores every reply.
+        concurrency: maximum number of requests in flight.
+        timeout: seconds allowed for one request.
+        attempts: unusable replies after which a question is left out.
+        retries: how often a request without a reply is repeated.
+        backoff: seconds before the first retry; doubled each time.
+        budget: limits on the cost.
+        flag: the flag that gave the address, for error messages.
 
     Raises:
         UserError: the package `openai` is not installed.
@@ -135,7 +135,7 @@ class Client:
         self._quiet_until = 0.0
         self._flying: dict[str, asyncio.Task[Answer | None]] = {}
         self._jitter = random.Random()
-        # Here and not on the loop's thread: what is missing is told to the caller.
+        # Created here, not on the loop's thread, so that the caller gets the error about a missing package.
         self._api = make_api(self.base_url, timeout, asynchronous=True)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -151,17 +151,17 @@ class Client:
         self._loop.run_forever()
 
     def answer(self, requests: Sequence[Question]) -> "Future[dict[str, Answer] | None]":
-        """Answers by key; None where the server never replied to one of them."""
+        """Answers by key, as a future; its result is None if the server never replied to one of the requests."""
         return asyncio.run_coroutine_threadsafe(self._answer_all(requests), self._loop)
 
     async def _answer_all(self, requests: Sequence[Question]) -> dict[str, Answer] | None:
         tasks = []
         for request in requests:
-            if request.key not in self._flying:  # the same question of another shard waits for the same answer
+            if request.key not in self._flying:  # identical questions share one request
                 task = self._loop.create_task(self._settle(request))
                 self._flying[request.key] = task
             tasks.append(self._flying[request.key])
-        # All of them, also when one fails: a reply that is on its way is kept.
+        # Waits for all, even if one fails, so that replies in flight are kept.
         results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -196,7 +196,7 @@ class Client:
         return answer
 
     async def _send(self, request: Question, attempt: int) -> Reply | None:
-        """One reply, after as many retries as it takes; None where there is none to be had."""
+        """Sends a request, with retries; None if there was no reply."""
         import openai
 
         body = request.body(attempt)
@@ -231,7 +231,7 @@ class Client:
                 if e.status_code not in (408, 409, 429) and e.status_code < 500:
                     return Reply("", ERROR + cause, 0, 0)
                 wait = max(wait, _retry_after(e.response.headers.get("retry-after")))
-                if e.status_code == 429:  # everybody slows down, or the next one is refused too
+                if e.status_code == 429:  # all requests must slow down
                     self._quiet_until = max(self._quiet_until, self._loop.time() + wait)
             except (ValueError, TypeError, AttributeError, openai.OpenAIError):
                 cause = "broken reply"
@@ -253,9 +253,9 @@ class Client:
             raise Stopped(self._stopped)
 
     async def _reserve(self, request: Question) -> None:
-        """Sets aside what a request may cost at most, so that requests in flight cannot exceed a budget together.
+        """Reserves the maximum cost of a request, so that requests in flight cannot exceed a budget together.
 
-        Where that is too much it waits for those in flight, which mostly cost less than was set aside.
+        If that does not fit the budget, waits for requests in flight, which usually cost less than was reserved.
         """
         most = sum(len(text.encode()) // 2 + 8 for _, text in request.messages), request.max_tokens
         while limits := self._exceeded(*most):
@@ -272,7 +272,7 @@ class Client:
         self._released = asyncio.Event()
 
     def _exceeded(self, prompt: int, completion: int) -> list[str]:
-        """The limits that so many more tokens could exceed."""
+        """The limits that this many more tokens could exceed."""
         prompt += self.report.prompt_tokens + sum(n for n, _ in self._reserved.values())
         completion += self.report.completion_tokens + sum(n for _, n in self._reserved.values())
         limits = []
@@ -288,7 +288,7 @@ class Client:
         self.report.dollars = self.budget.cost(self.report.prompt_tokens, self.report.completion_tokens)
 
     def close(self, keep_waiting: bool = True) -> None:
-        """Ends the thread; first waits for the replies that are on their way, unless told not to."""
+        """Ends the thread, by default after waiting for replies in flight."""
 
         async def finish() -> None:
             self._stopped = self._stopped or "closing"
@@ -306,24 +306,24 @@ class Client:
 
 
 def make_api(base_url: str, timeout: float, asynchronous: bool) -> Any:
-    """The `openai` package's client; its own retries are off, since ours are counted and slowed down together."""
+    """The `openai` package's client, without its own retries: ours are counted and slow down together."""
     with extra("llm", "a language model server"):
         import openai
 
-    # A log line for every request would drown the progress.
+    # One log line per request would hide the progress display.
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Local servers ask for no key, but the package wants one.
+    # Local servers need no key, but the package requires one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     kind = openai.AsyncOpenAI if asynchronous else openai.OpenAI
     return kind(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
 
 
 def read_reply(completion: Any, prompt: str) -> Reply:
-    """A chat completion's JSON as a reply; usage is estimated where the server does not tell.
+    """Converts a chat completion's JSON to a reply; estimates the usage if the server does not report it.
 
     Raises:
-        ValueError: it is no chat completion.
+        ValueError: the JSON is not a chat completion.
     """
     try:
         choice = completion["choices"][0]
@@ -339,14 +339,14 @@ def read_reply(completion: Any, prompt: str) -> Reply:
 
 
 def _refused(address: str, model: str, status: int) -> str:
-    # The server's own message may quote the key, so it stays out.
+    # The server's own message may quote the API key, so it is not shown.
     if status == 404:
         return f"{address}: HTTP 404; no such address (most end in /v1), or no model {model!r} there"
     return f"{address}: HTTP {status}; set OPENAI_API_KEY to a key that may use {model!r}"
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header; 0 where it says none (or a date)."""
+    """Seconds of a Retry-After header; 0 if it has none or a date."""
     try:
         return max(0.0, float(value or 0))
     except ValueError:

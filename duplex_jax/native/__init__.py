@@ -1,6 +1,6 @@
-"""The CPU's own kernels: compiled once for this machine by its own C++ compiler, called through JAX's FFI.
+"""Native CPU kernels, compiled once per machine by its own C++ compiler and called through JAX's FFI.
 
-Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, there are none: XLA's products do the work.
+Without a compiler, or with `DUPLEX_JAX_NATIVE=off`, XLA does the work instead.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _PARTS = ("products", "attention", "small", "head")
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs are kept: `DUPLEX_JAX_CACHE`, or the user's cache folder; None where that is `off`."""
+    """Folder of compiled programs: `DUPLEX_JAX_CACHE` or the user's cache folder; None if that is `off`."""
     folder = os.environ.get("DUPLEX_JAX_CACHE") or "~/.cache/duplex_jax"
     return None if folder == "off" else Path(local_path(folder))
 
@@ -48,10 +48,10 @@ def _processor() -> str:
 
 
 def private_folder(folder: Path) -> Path | None:
-    """The folder, made where it lacks, if what lies in it can be trusted to be this user's own and can be written.
+    """The folder, created if missing, if only this user can have written what is in it.
 
-    What is loaded from a cache runs with this user's rights: nobody else may be able to put it there. A folder of this
-    user's that others can write to is closed to them first.
+    Code loaded from the cache runs with this user's rights, so nobody else may be able to write there. Write access of
+    others to this user's own folder is removed first.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def private_folder(folder: Path) -> Path | None:
             return None
         if state.st_mode & 0o022:
             folder.chmod(0o700)
-            for entry in folder.iterdir():  # what others may have left while they could
+            for entry in folder.iterdir():  # others may have written these while they could
                 if entry.lstat().st_uid != os.getuid():
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         return folder if os.access(folder, os.W_OK | os.X_OK) else None
@@ -70,7 +70,7 @@ def private_folder(folder: Path) -> Path | None:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """Compiles the kernels; library and digest reach the disk, and the library appears complete or not at all."""
+    """Compiles the kernels; library and digest are flushed to disk, and the library appears complete or not at all."""
     with temporary(library, folder=True) as folder:
         made = folder / library.name
         units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
@@ -86,7 +86,7 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is this user's own file, written by nobody else, with the bytes that were compiled."""
+    """Whether a library belongs to this user, is not writable by others, and has the bytes that were compiled."""
     try:
         state = library.lstat()
         if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
@@ -98,8 +98,11 @@ def _is_whole(library: Path) -> bool:
 
 
 def spent() -> dict[str, float]:
-    """Seconds that this process spent in the kernels until now: on the layers' products, attention, all that is small
-    in a layer (norms, rotation, activation), and products outside of layers; empty where no kernel was called."""
+    """Seconds that this process has spent in the kernels; empty if none was called.
+
+    Counted apart: matrix products in layers, attention, a layer's small operations (norms, rotation, activation), and
+    products outside of layers.
+    """
     if not _registered:
         return {}
     nanoseconds = (ctypes.c_int64 * len(_PARTS))()
@@ -109,10 +112,10 @@ def spent() -> dict[str, float]:
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels can be called; compiles and registers them the first time.
+    """Whether the kernels can be used; compiles and registers them on the first call.
 
     Raises:
-        UserError: `DUPLEX_JAX_NATIVE` is neither `on` nor `off`, or is `on` where there can be none.
+        UserError: `DUPLEX_JAX_NATIVE` is neither `on` nor `off`, or it is `on` and the kernels cannot be built.
     """
     wanted = os.environ.get("DUPLEX_JAX_NATIVE", "")
     if wanted not in ("", "on", "off"):
@@ -154,7 +157,7 @@ def _register() -> None:
 
 
 def matmul(x: jax.Array, panels: jax.Array, scales: jax.Array, width: int) -> jax.Array:
-    """float32 `x` `[T, D]` times a matrix in panels, see `decode.backends.cpu`: `[T, width]`."""
+    """float32 `x` `[T, D]` times a matrix in panels (see `decode.backends.cpu`): `[T, width]`."""
     shape = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
     return jax.ffi.ffi_call("duplex_jax_matmul", shape)(x, panels, scales)
 
@@ -163,21 +166,21 @@ def block(
     x: jax.Array, tables: tuple[jax.Array, jax.Array], rows: Sequence[jax.Array],
     weights: Sequence[jax.Array], entries: Sequence[jax.Array], *, num_heads: int, eps: float, residual_scale: float,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """One layer of decoding: `model.layers.Block` on tokens whose keys and values go into the cache.
+    """One layer of decoding: `model.layers.Block` on tokens whose keys and values are appended to the cache.
 
     Args:
         x: float32 `[P, D]`.
         tables: rotary cosines and sines, float32 `[P, H / 2]`.
-        rows: of R rows, int32 `[R]` each: where their tokens stand in `x`, how many there are (the others are not
-            computed; they come out as zeros), which row of the cache is theirs, and how many slots that has before
-            them. A token sees what the row had, and its own tokens up to itself.
-        weights: the first norm, q, k and v, o, the second norm, gate and up, down: panels and scales of each.
-        entries: keys `[B, K, H, S]` and values `[B, K, S, H]`, and their scales float32 `[B, K, S]` if they are int8.
+        rows: four int32 `[R]`: start of each row's tokens in `x`, their number, the row's index in the cache, and its
+            length before the tokens. A token attends to the row's cached entries and to its own tokens up to itself;
+            outputs of tokens that belong to no row are zero.
+        weights: first norm; q, k and v; o; second norm; gate and up; down: panels and scales of each.
+        entries: keys `[B, K, H, S]` and values `[B, K, S, H]`, plus their scales float32 `[B, K, S]` if int8.
         num_heads: N.
-        eps, residual_scale: of the model.
+        eps, residual_scale: the model's constants.
 
     Returns:
-        `[P, D]`, and the entries with those of the tokens in place.
+        `[P, D]`, and the entries with the tokens' own written into place.
     """
     given = [*entries, *[jnp.zeros(0, jnp.float32)] * (4 - len(entries))]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *given)]

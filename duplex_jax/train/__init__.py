@@ -1,1 +1,1 @@
-"""Training: schedule, loss, step, loop, metrics, and compilation for hardware that is not here."""
+"""Training: configuration, schedule, loss, step, loop, metrics, and compilation for absent hardware."""

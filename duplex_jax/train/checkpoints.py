@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written while training goes on, kept by policy, and never chosen half-written.
+"""A run's checkpoints: written asynchronously, pruned by policy, and used only if complete.
 
-A checkpoint holds the train state (Orbax, every leaf with its sharding) and a record: the resolved config, the position
-in the data as one integer, and what the run was trained from. `sums.json`, written when everything else is on disk,
-lists the bytes of each file: a checkpoint without it, or with a file that is missing or cut, is passed over.
+A checkpoint holds the train state (Orbax, every leaf with its sharding) and a record: the resolved config, the data
+position as one integer, and the run's origin. `sums.json`, written last, lists the size of each file: a checkpoint
+without it, or with a missing or truncated file, is ignored.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ SUMS = "sums.json"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint says beside its arrays.
+    """A checkpoint's metadata.
 
     Attributes:
-        step: updates done.
-        position: rows of the data behind them: where the next batch begins.
-        config: resolved, as plain values.
-        facts: what the run was trained on and from, for those who read it later.
+        step: number of updates done.
+        position: number of rows consumed, i.e. where the next batch begins.
+        config: the resolved config as plain values.
+        facts: what the run was trained on and from, for information only.
     """
 
     step: int
@@ -49,15 +49,15 @@ class Record:
 
 
 def needed_bytes(abstract: Any) -> int:
-    """Bytes that one checkpoint of a state takes."""
+    """Size of one checkpoint of a state in bytes."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def check_shared(workdir: Path) -> None:
-    """Refuses a folder that the processes of a run do not share: each would wait for the others' part of a save.
+    """Checks that all processes share the folder; otherwise each would wait for the others' part of a save.
 
     Raises:
-        UserError: in every process, where one does not see what the first one writes.
+        UserError: a process does not see what the first one writes; raised in every process.
     """
     if jax.process_count() == 1:
         return
@@ -68,7 +68,7 @@ def check_shared(workdir: Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             mark.touch()
     multihost_utils.sync_global_devices("workdir")
-    deadline = time.monotonic() + 5  # of a network file system's cache
+    deadline = time.monotonic() + 5  # network file systems cache directory listings
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     seen = np.atleast_1d(multihost_utils.process_allgather(np.array(mark.exists())))
@@ -83,12 +83,12 @@ def check_shared(workdir: Path) -> None:
 
 
 class Store:
-    """The checkpoints of one run.
+    """Saves, prunes and restores the checkpoints of one run.
 
     Args:
-        workdir: of the run.
-        keep: the newest that stay.
-        keep_every: steps whose multiples stay for good; 0 for none.
+        workdir: the run's folder.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
     """
 
     def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
@@ -116,10 +116,10 @@ class Store:
         _hush_orbax()
 
     def save(self, state: Any, record: Record, wait: bool = False) -> None:
-        """Starts to write a checkpoint; training may go on at once.
+        """Starts to write a checkpoint; training can continue meanwhile.
 
         Raises:
-            UserError: this or the one before could not be written.
+            UserError: this checkpoint or the previous one could not be written.
         """
         self.finish()
         check_space(self.folder, needed_bytes(state) // jax.process_count())
@@ -134,10 +134,10 @@ class Store:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the write that is under way, and seals it.
+        """Waits for the write in progress and marks the checkpoint as complete.
 
         Raises:
-            UserError: it failed, a full disk for instance.
+            UserError: the write failed, for instance because the disk is full.
         """
         if self._pending is None:
             return
@@ -151,14 +151,14 @@ class Store:
             raise self._failed(e, self._pending_step) from e
 
     def poll(self) -> None:
-        """Seals a finished write without waiting for one that is not; called once a step."""
+        """Marks a finished write as complete without waiting for an unfinished one; called at every step."""
         if self._pending is not None and not self._checkpointer.is_saving_in_progress():
             self.finish()
 
     def _failed(self, e: Exception, step: int) -> UserError:
         free = shutil.disk_usage(self.folder).free / 2**20
         reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
-        if told := re.search(r"(\w[\w ]+) \[os_error", str(e)):  # "No space left on device", amid much else
+        if told := re.search(r"(\w[\w ]+) \[os_error", str(e)):  # such as "No space left on device"
             reason = told.group(1)
         self._broken = True
         return UserError(
@@ -167,7 +167,7 @@ class Store:
         )
 
     def steps(self) -> list[int]:
-        """Steps of whole checkpoints, newest first; the others are named in a warning."""
+        """Steps of complete checkpoints, newest first; a warning names incomplete ones."""
         found = []
         for path in sorted(self.folder.iterdir(), key=lambda p: p.name) if self.folder.is_dir() else []:
             if path.is_dir() and path.name.isdigit():
@@ -179,14 +179,14 @@ class Store:
         return sorted(found, reverse=True)
 
     def record(self, step: int) -> Record:
-        """What a checkpoint says beside its arrays."""
+        """Metadata of the checkpoint at `step`."""
         return read_record(self.folder / str(step))
 
     def restore(self, abstract: Any) -> tuple[Any, Record] | None:
-        """The newest checkpoint that can be read, onto the shardings of `abstract`; None where there is none.
+        """The newest readable checkpoint, restored onto the shardings of `abstract`; None if there is none.
 
         Raises:
-            UserError: a checkpoint is whole, but its state is of another model or optimiser.
+            UserError: a checkpoint is complete, but its state is of another model or optimiser.
         """
         for step in _of_first_process(self.steps() if jax.process_index() == 0 else []):
             path = self.folder / str(step)
@@ -197,7 +197,7 @@ class Store:
                     state = self._ocp.load(path, abstract)
             except Exception as e:
                 error = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            if jax.process_count() > 1:  # all processes take the same one
+            if jax.process_count() > 1:  # all processes must restore the same step
                 good = multihost_utils.process_allgather(np.array(state is not None))
                 state = state if bool(np.all(good)) else None
             if state is not None:
@@ -207,18 +207,18 @@ class Store:
         return None
 
     def close(self) -> None:
-        """Finishes what is under way."""
+        """Finishes the write in progress."""
         if not self._broken:
             self.finish()
         try:
             self._checkpointer.close()
-        except Exception:  # a write that failed is told of again, and was told of
+        except Exception:  # a failed write was already reported by `finish`
             if not self._broken:
                 raise
 
 
 def _of_first_process(steps: list[int]) -> list[int]:
-    """The list that the first process has, in all of them."""
+    """The first process's list, in all processes."""
     if jax.process_count() == 1:
         return steps
     number = int(multihost_utils.broadcast_one_to_all(np.array(len(steps), np.int32)))
@@ -230,7 +230,7 @@ def _of_first_process(steps: list[int]) -> list[int]:
 
 @functools.cache
 def _hush_orbax() -> None:
-    """Keeps Orbax's threads from printing what they raise: `finish` raises it again and tells it in a line."""
+    """Keeps Orbax's threads from printing exceptions: `finish` raises them again and reports them in one line."""
     before = threading.excepthook
 
     def hush(args: threading.ExceptHookArgs) -> None:
@@ -246,7 +246,7 @@ _ORBAX_THREADS = ("async_save", "save_finalize")
 
 
 class _Always:
-    """Saves when it is told to; the loop decides when."""
+    """A save policy that never vetoes a save: the loop decides."""
 
     def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
         return True
@@ -263,10 +263,10 @@ def _check_shapes(path: Path, state: Any, abstract: Any) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """What a checkpoint folder says beside its arrays.
+    """Metadata of a checkpoint folder.
 
     Raises:
-        UserError: it says nothing that can be read.
+        UserError: it is missing or unreadable.
     """
     try:
         metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
@@ -288,7 +288,7 @@ def _seal(path: Path) -> None:
 
 
 def damage(path: Path) -> str:
-    """Why a checkpoint folder cannot be whole; empty where nothing speaks against it."""
+    """Why a checkpoint folder is incomplete, or an empty string."""
     try:
         wanted = json.loads((path / SUMS).read_text())
     except (OSError, ValueError):
@@ -303,19 +303,19 @@ def damage(path: Path) -> str:
 
 
 def stable_checkpoint(where: str) -> tuple[Path, int]:
-    """What `config.optim.decay_from` means, as `find`."""
+    """The checkpoint that `config.optim.decay_from` names; see `find`."""
     return find(where, "config.optim.decay_from")
 
 
 def find(where: str, flag: str) -> tuple[Path, int]:
-    """The folder and step of `WORKDIR` or `WORKDIR@STEP`, by default its newest whole checkpoint.
+    """Folder and step of `WORKDIR@STEP`, or of the newest complete checkpoint in `WORKDIR`.
 
     Args:
-        where: the working folder of a run.
-        flag: who asks, for messages.
+        where: a run's folder, with an optional `@STEP`.
+        flag: name of the flag, for error messages.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     workdir, _, at = where.rpartition("@") if re.search(r"@\d+$", where) else (where, "", "")
     folder = Path(workdir).absolute() / FOLDER
@@ -329,7 +329,7 @@ def find(where: str, flag: str) -> tuple[Path, int]:
 
 
 def load_state(path: Path, abstract: Any) -> tuple[Any, Record]:
-    """One checkpoint by its folder.
+    """Loads one checkpoint from its folder.
 
     Raises:
         UserError: it cannot be read or is of another model.

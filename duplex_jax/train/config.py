@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, made by a Python file, any field overridden by a dotted flag."""
+"""Configuration of a run: frozen dataclasses, built by a Python file; dotted flags override single fields."""
 
 import dataclasses
 import difflib
@@ -25,14 +25,14 @@ ON_BAD = ("stop", "skip")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is trained.
+    """The model to train.
 
     Attributes:
-        source: the model to start from, as `--model` takes it; empty for fresh weights of `shape`.
-        shape: of fresh weights; its vocabulary grows to the tokenizer's where it is smaller. Also what `compile` and
-            benchmarks use in place of `source`.
-        tokenizer: where the tokenizer comes from; the source's own by default.
-        template: minicpm, chatml or compact; the model's own by default.
+        source: the model to start from, as `--model` takes it; empty for random weights of `shape`.
+        shape: shape of random weights; its vocabulary is enlarged to the tokenizer's if smaller. `compile` and the
+            benchmarks also use it, in place of `source`.
+        tokenizer: where the tokenizer comes from; by default the source's own.
+        template: minicpm, chatml or compact; by default the model's own.
         vocab_multiple: the vocabulary is padded to a multiple of this, so that tensor parallelism divides it.
     """
 
@@ -45,19 +45,18 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What it is trained on.
+    """The training data.
 
     Attributes:
-        train: packed datasets, or folders or files of conversations small enough to pack on the spot.
-        weights: the share of each in the rows; by size where empty.
-        eval: the same, held out; empty for none.
-        length: T, tokens a row.
-        batch: rows of a step over all devices.
-        micro_batches: parts in which a step's rows go through the model, gradients summed; 0 puts one row on a device
-            at a time.
-        idle_weight: the loss weight of idle decisions; speech has 1.
-        seed: of the order of rows.
-        workers: processes that read; 0 for a thread.
+        train: packed datasets, or files or folders of conversations that are small enough to pack at startup.
+        weights: each dataset's share of the rows; proportional to size if empty.
+        eval: held-out data, in the same forms; empty for none.
+        length: T, tokens per row.
+        batch: rows per step over all devices.
+        micro_batches: number of micro-batches per step, whose gradients are summed; 0 for one row per device at a time.
+        idle_weight: loss weight of idle decisions; speech has weight 1.
+        seed: seed of the row order.
+        workers: processes that read data; 0 for a thread.
     """
 
     train: tuple[str, ...] = ()
@@ -73,19 +72,19 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule.
+    """AdamW and its learning rate schedule.
 
     Attributes:
-        steps: of the run.
-        lr: the highest learning rate.
+        steps: number of steps in the run.
+        lr: peak learning rate.
         schedule: wsd, cosine, linear or constant, each after a linear warm-up.
-        warmup: steps of it.
-        decay: the form of WSD's last phase: exponential, linear, cosine or 1-sqrt.
-        decay_steps: of that phase; `steps - decay_steps` is where the stable phase ends.
-        final: the last learning rate over the highest.
+        warmup: number of warm-up steps.
+        decay: shape of WSD's decay: exponential, linear, cosine or 1-sqrt.
+        decay_steps: length of the decay; the stable phase ends at `steps - decay_steps`.
+        final: last learning rate divided by the peak.
         decay_from: a stable checkpoint (`WORKDIR` or `WORKDIR@STEP`) from which this run starts its decay at once.
-        beta1, beta2, eps, weight_decay: of AdamW; norms and vectors do not decay.
-        clip: the largest global norm of a gradient; 0 for none.
+        beta1, beta2, eps, weight_decay: AdamW's parameters; norms and vectors are not decayed.
+        clip: maximum global gradient norm; 0 for no clipping.
     """
 
     steps: int = 1000
@@ -108,11 +107,11 @@ class Lora:
     """Low-rank adaptation (Hu et al. 2021, "LoRA").
 
     Attributes:
-        rank: of the updates; 0 trains every weight.
+        rank: rank of the updates; 0 trains all weights.
         alpha: updates are scaled by `alpha / rank`.
-        targets: which weights of a layer get one.
-        new_tokens: train the embedding (and head) rows of the template's control tokens fully.
-        merge: export the merged model; else the adapter alone.
+        targets: names of the weights in a layer that get an update.
+        new_tokens: also train the embedding (and head) rows of the template's control tokens.
+        merge: export the merged model instead of the adapter alone.
     """
 
     rank: int = 0
@@ -127,12 +126,12 @@ class Compute:
     """How a step is computed.
 
     Attributes:
-        dtype: of the computation; master weights and moments stay float32.
-        frozen_dtype: of weights that LoRA leaves alone.
+        dtype: dtype of the computation; master weights and moments stay float32.
+        frozen_dtype: dtype of the weights that LoRA leaves frozen.
         remat: what the backward pass recomputes: none; dots (all but products with weights and attention); attention
             (all but attention); or full.
-        attention: xla, splash (TPU), cudnn (GPU, bfloat16), or auto for the mesh's own, in float32 on GPUs xla.
-        loss_chunk: tokens of a row whose logits exist at once.
+        attention: xla, splash (TPU), cudnn (GPU, bfloat16), or auto: the mesh's own, but xla for float32 on GPUs.
+        loss_chunk: tokens of a row whose logits are materialised at once.
     """
 
     dtype: str = "float32"
@@ -144,13 +143,13 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When the state is kept.
+    """When to save checkpoints and which to keep.
 
     Attributes:
-        every: steps between checkpoints; 0 for the last one alone.
-        keep: the newest that stay.
-        keep_every: steps whose multiples stay for good; 0 for none.
-        export: write the model for `chat` when the run ends.
+        every: steps between checkpoints; 0 for only the last step.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
+        export: write the model for `chat` at the end of the run.
     """
 
     every: int = 500
@@ -161,14 +160,14 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """What is reported.
+    """Logging and evaluation.
 
     Attributes:
-        every: steps between lines.
-        eval_every: steps between evaluations; 0 for the last step alone.
-        eval_batches: most batches of one; 0 for all rows.
-        tensorboard: write events where tensorboardX is installed.
-        wandb: a Weights & Biases project; empty for none.
+        every: steps between log lines.
+        eval_every: steps between evaluations; 0 for only the last step.
+        eval_batches: most batches per evaluation; 0 for all rows.
+        tensorboard: write TensorBoard events if tensorboardX is installed.
+        wandb: name of a Weights & Biases project; empty for none.
     """
 
     every: int = 10
@@ -180,12 +179,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Trouble:
-    """What happens at a bad step: a loss or gradient that is not finite, or a loss spike.
+    """What to do at a bad step: a loss or gradient that is not finite, or a loss spike.
 
     Attributes:
-        action: stop, or skip the update and go on; either way the weights stay as they were.
-        spike: a loss above this many times its running mean is a spike; 0 for none.
-        most: skipped updates in a row after which the run stops.
+        action: `stop`, or `skip` the update and continue; the weights stay unchanged either way.
+        spike: a loss above this multiple of its running mean is a spike; 0 disables the check.
+        most: number of consecutive skipped updates after which the run stops.
     """
 
     action: str = "stop"
@@ -195,12 +194,12 @@ class Trouble:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run.
+    """All settings of a run.
 
     Attributes:
-        name: of the experiment.
-        seed: of fresh weights.
-        model, data, optim, lora, compute, checkpoint, log, trouble: see each.
+        name: name of the experiment.
+        seed: seed of the initial weights.
+        model, data, optim, lora, compute, checkpoint, log, trouble: see each class.
     """
 
     name: str
@@ -216,10 +215,10 @@ class Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """The config that a Python file's `get_config()` makes.
+    """The config returned by a Python file's `get_config()`.
 
     Raises:
-        UserError: no such file, or it makes none.
+        UserError: there is no such file, or it returns no config.
     """
     path = Path(path)
     if not path.is_file():
@@ -238,10 +237,10 @@ def load_config(path: str | Path) -> Config:
 
 
 def override(config: Any, settings: Sequence[tuple[str, str]]) -> Any:
-    """A config with fields changed by dotted name, as in `("optim.lr", "3e-4")`; sequences are comma-separated.
+    """A config with fields replaced by dotted name, as in `("optim.lr", "3e-4")`; sequences are comma-separated.
 
     Raises:
-        UserError: no such field (names the nearest one), or the value is of another type.
+        UserError: there is no such field (the message names the nearest one), or the value has the wrong type.
     """
     for name, text in settings:
         config = _set(config, name.split("."), text, name)
@@ -295,10 +294,10 @@ def _parse(kind: Any, text: str, name: str) -> Any:
 
 
 def _local(config: Config) -> Config:
-    """A config whose paths are as `files.local_path` makes them.
+    """The config with its paths converted by `files.local_path`.
 
     Raises:
-        UserError: names the field with a URL.
+        UserError: a field holds a URL; the message names it.
     """
     for name in ("model.source", "model.tokenizer", "data.train", "data.eval", "optim.decay_from"):
         group, field = name.split(".")
@@ -313,10 +312,10 @@ def _local(config: Config) -> Config:
 
 
 def check(config: Config) -> Config:
-    """The config with its paths made local, once its values make sense together.
+    """Checks that the settings are consistent; returns the config with local paths.
 
     Raises:
-        UserError: names the field and what would be right.
+        UserError: they are not; the message names the field and what would be right.
     """
     for field, value, allowed in (
         ("optim.schedule", config.optim.schedule, SCHEDULES),
@@ -359,10 +358,10 @@ def check(config: Config) -> Config:
 
 
 def fit_batch(config: Config, spec: MeshSpec) -> Config:
-    """The config with its micro-batches settled for a mesh.
+    """The config with the number of micro-batches resolved for a mesh.
 
     Raises:
-        UserError: the batch does not divide.
+        UserError: the batch does not divide evenly.
     """
     data = config.data
     whole = data.batch % spec.batch_shards == 0
@@ -372,12 +371,12 @@ def fit_batch(config: Config, spec: MeshSpec) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, for JSON."""
+    """A config as plain values for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(row: Mapping[str, Any], kind: type = Config) -> Any:
-    """The inverse of `to_dict`; fields that are unknown today are ignored, missing ones get their default."""
+    """Inverse of `to_dict`; unknown fields are ignored, and missing ones get their default."""
     hints = _hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -394,7 +393,7 @@ def from_dict(row: Mapping[str, Any], kind: type = Config) -> Any:
 
 
 def to_lines(config: Any, prefix: str = "config") -> list[str]:
-    """Every field as the flag that would set it."""
+    """Every field as the flag that sets it."""
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""What a run leaves to be used: the whole model, or LoRA's updates alone, with the record of how they were trained."""
+"""What a run exports: the whole model, or LoRA's updates alone, with a record of the training."""
 
 import copy
 from pathlib import Path
@@ -28,7 +28,7 @@ EXPORT = "export"
 
 
 def control_ids(template: Template, config: Config) -> tuple[int, ...]:
-    """The control tokens that a template writes: their embedding rows are trained with LoRA."""
+    """The template's control tokens, whose embedding rows LoRA trains."""
     if not config.lora.rank or not config.lora.new_tokens:
         return ()
     example = template.encode([SlicePair("a", " a"), SlicePair(None, None)]).ids.tolist()
@@ -37,7 +37,7 @@ def control_ids(template: Template, config: Config) -> tuple[int, ...]:
 
 
 def gather(tree: Any) -> Any:
-    """A tree of global arrays as numpy arrays, whole, on every process."""
+    """Gathers a tree of global arrays as numpy arrays on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -46,15 +46,15 @@ def gather(tree: Any) -> Any:
 def export(
     plan: steps.Plan, state: steps.State, frozen: Any, template: Template, out: Path, record: Record | None = None
 ) -> None:
-    """Writes what `duplex-jax chat` runs: the whole model for transformers, or LoRA's updates apart.
+    """Writes what `duplex-jax chat` runs: the whole model for transformers, or LoRA's updates alone.
 
     Args:
-        plan: of the run.
-        state: its state at the end.
-        frozen: the weights that LoRA left alone.
-        template: of the run.
-        out: replaced where it is there.
-        record: of this step; an adapter's file keeps it.
+        plan: the run's plan.
+        state: its final state.
+        frozen: the weights that LoRA left frozen.
+        template: the run's template.
+        out: target folder; replaced if it exists.
+        record: the checkpoint's metadata, stored with an adapter.
     """
     trained = gather(state["params"])
     c = plan.config
@@ -76,7 +76,7 @@ def export(
 
 
 def describe(config: Config, template: Template, row_ids: tuple[int, ...], record: Record | None) -> adapter.Adapter:
-    """What an adapter of this run says beside its weights."""
+    """Metadata of an adapter from this run."""
     training = history(record) if record is not None else {}
     return adapter.Adapter(
         config.model.source, template.name, config.lora.rank, config.lora.alpha, row_ids, training=training
@@ -84,16 +84,17 @@ def describe(config: Config, template: Template, row_ids: tuple[int, ...], recor
 
 
 def history(record: Record) -> dict[str, Any]:
-    """A checkpoint's record for readers elsewhere, and that of the stable run which it was branched from, if any.
+    """A checkpoint's record for readers elsewhere, with that of the stable run from which it was branched, if any.
 
-    Data and runs go by their last name: paths say nothing on another machine, the data's hash says which it was.
+    Data and runs are named by the last part of their path, because a path means nothing on another machine; the hash
+    identifies the data.
     """
     config, facts = copy.deepcopy(record.config), copy.deepcopy(record.facts)
     row: dict[str, Any] = {"step": record.step, "position": record.position, "config": config, "facts": facts}
     if where := config["optim"].get("decay_from"):
         try:
             row["branched_from"] = history(checkpoints.read_record(checkpoints.stable_checkpoint(where)[0]))
-        except UserError:  # it need not be there any more
+        except UserError:  # the stable run may have been deleted
             row["branched_from"] = None
         config["optim"]["decay_from"] = Path(where).name
     for kind in ("train", "eval"):
@@ -104,16 +105,16 @@ def history(record: Record) -> dict[str, Any]:
 
 
 def read_adapter(where: str) -> tuple[adapter.Adapter, Params]:
-    """The updates of a LoRA run by one of its checkpoints, or those of an adapter that is there already.
+    """The updates from a checkpoint of a LoRA run, or from an existing adapter.
 
     Args:
-        where: `WORKDIR` (its newest whole checkpoint), `WORKDIR@STEP`, an adapter's folder, or a registered name.
+        where: `WORKDIR` (newest complete checkpoint), `WORKDIR@STEP`, an adapter's folder, or a registered name.
 
     Returns:
-        What the adapter says, and its weights in float32.
+        The adapter's metadata, and its weights in float32.
 
     Raises:
-        UserError: it is neither, the run trained every weight, or the checkpoint cannot be read.
+        UserError: it is neither, the run trained all weights, or the checkpoint cannot be read.
     """
     workdir = Path(where.rpartition("@")[0] or where) if not Path(where).exists() else Path(where)
     if (workdir / checkpoints.FOLDER).is_dir():
@@ -135,10 +136,10 @@ def _from_checkpoint(where: str) -> tuple[adapter.Adapter, Params]:
     try:
         with quiet():
             stored = ocp.metadata(folder).metadata
-            # A numpy leaf with strides of 0 says shape and dtype and takes no memory.
+            # A numpy array with strides of 0 has a shape and a dtype but takes no memory.
             abstract = jax.tree.map(lambda m: np.broadcast_to(np.zeros((), m.dtype), m.shape), stored)
             trained = ocp.load(folder, abstract)["params"]
-    except Exception as e:  # missing and cut-off files surface in every way there is
+    except Exception as e:  # missing and truncated files raise many types
         raise UserError(f"{folder}: cannot be read ({str(e)[:200]}); give another checkpoint") from e
     template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     rows = control_ids(template, config)

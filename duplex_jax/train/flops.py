@@ -1,4 +1,4 @@
-"""FLOPs of a step by formula: what MFU and predicted step times are made from."""
+"""FLOPs of a step by formula, the basis of MFU and of predicted step times."""
 
 import jax
 
@@ -9,11 +9,11 @@ from duplex_jax.train.config import Config
 
 
 def forward_flops(model: ModelConfig, length: int) -> float:
-    """FLOPs of one token's forward pass in a row of `length`.
+    """FLOPs of one token's forward pass in a row of `length` tokens.
 
-    `2 * (weights in matrices, head included, embedding not) + 4 * L * N * H * length / 2`: a multiply and an add for
-    each weight, and two products of T x T scores, half of them masked (Chowdhery et al. 2022, "PaLM", appendix B, with
-    the causal half taken off). Segments make real rows cheaper; nothing is taken off for them.
+    `2 * (matrix weights, including the head but not the embedding) + 4 * L * N * H * length / 2`: one multiply and one
+    add per weight, and two products with T x T scores, of which causality masks half (Chowdhery et al. 2022, "PaLM",
+    appendix B, halved for causality). Segments make real rows cheaper; this is not accounted for.
     """
     embedding = model.hidden_size * model.vocab_size
     head = embedding if model.tie_word_embeddings else 2 * embedding
@@ -22,9 +22,9 @@ def forward_flops(model: ModelConfig, length: int) -> float:
 
 
 def train_flops(model: ModelConfig, length: int, lora: bool) -> float:
-    """FLOPs that training on one token takes: 3 forward passes' worth, 2 where most weights are frozen.
+    """FLOPs of training on one token: three times a forward pass, or twice if most weights are frozen.
 
-    Work that is done again (remat) does not count, so that MFU is not flattered by it.
+    Recomputation (remat) is not counted, so it does not inflate MFU.
     """
     return (2.0 if lora else 3.0) * forward_flops(model, length)
 
@@ -36,12 +36,12 @@ def step_flops(config: Config, model: ModelConfig) -> float:
 
 
 def mfu(tokens_per_second: float, model: ModelConfig, length: int, lora: bool, peak: float) -> float:
-    """Model FLOPs utilisation: tokens/s x FLOPs a token / peak FLOP/s of all devices (PaLM, section 4.1)."""
+    """Model FLOPs utilisation: tokens/s x FLOPs per token / peak FLOP/s of all devices (PaLM, section 4.1)."""
     return tokens_per_second * train_flops(model, length, lora) / peak
 
 
 def peak(spec: parallel.MeshSpec) -> float:
-    """FLOP/s of all devices of a mesh: their makers' figures, or what each process's CPU reaches in float32 now."""
+    """Peak FLOP/s of all devices of a mesh: data-sheet figures, or each process's CPU rate in float32, measured now."""
     if spec.chip is parallel.CPU:
         return measured_peak() * jax.process_count()
     return spec.chip.flops * spec.size

@@ -1,4 +1,4 @@
-"""A run from its first step to its last: read from top to bottom, this is what `duplex-jax train` does."""
+"""The training loop: what `duplex-jax train` does, from the first step to the last."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +34,36 @@ from duplex_jax.train.metrics import Metrics, memory_gib
 from duplex_jax.train.schedule import phase
 
 EXIT_AGAIN = 75
-"""The run was told to stop (SIGTERM), has saved, and goes on when started again: EX_TEMPFAIL of sysexits.h."""
+"""Exit code after SIGTERM: the run has saved and continues when started again (EX_TEMPFAIL of sysexits.h)."""
 
 EXIT_TROUBLE = 3
-"""The loss or a gradient was not finite, or a spike, and the config says to stop."""
+"""Exit code after a loss spike, or a loss or gradient that was not finite, when the config says to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A window of steps to trace: `first` to `last`, into `WORKDIR/profile`."""
+    """Steps to trace, `first` to `last`; the trace goes to `WORKDIR/profile`."""
 
     first: int
     last: int
 
 
 class Tracing(contextlib.AbstractContextManager):
-    """Traces what a run does of a window of steps, also where it goes on or ends amid them."""
+    """Traces a window of steps, even if the run resumes or ends within it."""
 
     def __init__(self, profile: Profile | None, folder: Path):
         self._profile, self._folder = profile, folder
         self._since: int | None = None
 
     def before(self, done: int) -> None:
-        """Starts the trace once `done` steps have brought the run into the window."""
+        """Starts the trace if the step after `done` steps lies in the window."""
         window = self._profile
         if window is not None and self._since is None and window.first <= done < window.last:
             jax.profiler.start_trace(str(self._folder))
             self._since = done
 
     def after(self, done: int) -> None:
-        """Ends the trace behind the window's last step."""
+        """Ends the trace after the window's last step."""
         if self._since is not None and self._profile is not None and done >= self._profile.last:
             jax.profiler.stop_trace()
             say(f"trace of steps {self._since} to {done} in {self._folder}")
@@ -73,32 +74,92 @@ class Tracing(contextlib.AbstractContextManager):
             jax.profiler.stop_trace()
 
 
+@dataclasses.dataclass
+class _Run:
+    """A run: its plan and data, its state on the mesh, and its progress.
+
+    Attributes:
+        sources: training data.
+        batches: this process's part of every batch.
+        places: rows of a micro-batch that this process holds.
+        run_step: see `steps.jitted_step`.
+        evaluate: see `make_evaluation`; None without evaluation data.
+        peak: FLOP/s of all devices.
+        step: number of updates done.
+        position: number of rows consumed.
+        facts: see `Record`.
+    """
+
+    plan: steps.Plan
+    template: Template
+    sources: list[dataset.RowSource]
+    batches: Iterator[loader.Batch]
+    places: list[int]
+    store: Store
+    state: steps.State
+    frozen: Any
+    run_step: Any
+    evaluate: Any
+    peak: float
+    step: int
+    position: int
+    facts: dict[str, Any]
+
+    def record(self) -> Record:
+        """Metadata of a checkpoint at the current step."""
+        return Record(self.step, self.position, to_dict(self.plan.config), self.facts)
+
+    def next_batch(self) -> loader.Batch:
+        """This process's rows of the next step."""
+        try:
+            return next(self.batches)
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"{', '.join(s.name for s in self.sources)}: a row cannot be read ({e}); pack again") from e
+
+
 def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profile | None = None) -> int:
-    """Trains, from the newest whole checkpoint in `workdir` where there is one.
+    """Trains a model, resuming from the newest complete checkpoint in `workdir` if there is one.
 
     Args:
-        config: the run.
-        spec: the mesh; its devices must be there.
-        workdir: checkpoints, metrics and the exported model go there.
+        config: the run's settings.
+        spec: the mesh; its devices must be present.
+        workdir: folder for checkpoints, metrics and the exported model.
         profile: steps to trace.
 
     Returns:
-        0 when the last step is done, `EXIT_AGAIN` after SIGTERM, `EXIT_TROUBLE` at a bad step.
+        0 after the last step, `EXIT_AGAIN` after SIGTERM, `EXIT_TROUBLE` if a bad step stopped the run.
 
     Raises:
-        UserError: whatever does not fit together, before time is spent.
+        UserError: settings, data, model and mesh do not fit together.
     """
+    run = _prepare(config, spec, workdir)
+    metrics, tracing = Metrics(workdir, run.plan.config, run.step), Tracing(profile, workdir / "profile")
+    closing = contextlib.closing
+    with jax.set_mesh(run.plan.mesh), Stopper() as stopper, closing(run.store), closing(metrics), tracing:
+        code = _run_steps(run, metrics, tracing, stopper)
+        if code == 0:
+            run.store.finish()
+            if run.plan.config.checkpoint.export:
+                export(run.plan, run.state, run.frozen, run.template, workdir / EXPORT, run.record())
+                say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
+    return code
+
+
+def _prepare(config: Config, spec: parallel.MeshSpec, workdir: Path) -> _Run:
+    """Checks that everything fits together, and builds or restores the state."""
     config, branch = resolve_branch(fit_batch(check(config), spec))
     if not config.data.train:
         raise UserError("config.data.train: names no data; --config.data.train=DIR (packed, or a folder of timelines)")
     mesh = parallel.make_mesh(spec)
 
-    # What is cheap to look at comes first: tokenizer and data, then shapes, and the weights last.
+    # Cheap checks come first: tokenizer and data, then shapes, then weights.
     template = load_template(config.model.tokenizer or config.model.source, config.model.template)
     sources = [dataset.open_rows(path, template, config.data.length) for path in config.data.train]
     held_out = [dataset.open_rows(path, template, config.data.length) for path in config.data.eval]
     start, model = load_start(config, template)
-    say("\n".join(to_lines(config)))  # behind what may be refused, which is then the only line
+    say("\n".join(to_lines(config)))  # after the checks, so that an error is the only output
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)
@@ -118,14 +179,13 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
         position = record.position
         warn_of_changes(record, config, spec)
         say(f"goes on from step {record.step}, row {position:,} of the data")
-    first = int(state["step"])
 
-    shape = plan.batch_shape
-    places = parallel.local_places(parallel.sharding(mesh, ("batch", "length")), (shape[1], shape[2]))
-    every_place = [a * shape[1] + p for a in range(shape[0]) for p in places]
+    A, B, T = plan.batch_shape
+    places = parallel.local_places(parallel.sharding(mesh, ("batch", "length")), (B, T))
     batches = loader.training_batches(
-        sources, config.data.weights, seed=config.data.seed, size=config.data.batch, places=every_place,
-        start=position, idle_weight=config.data.idle_weight, workers=config.data.workers,
+        sources, config.data.weights, seed=config.data.seed, size=config.data.batch,
+        places=[a * B + p for a in range(A) for p in places], start=position, idle_weight=config.data.idle_weight,
+        workers=config.data.workers,
     )  # fmt: skip
     facts = {
         "mesh": spec.name, "template": template.name, "tokenizer": fingerprint(template.tokenizer),
@@ -136,84 +196,82 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
     if jax.process_index() == 0:
         with atomic_write(workdir / "config.json") as f:
             json.dump(to_dict(config), f, indent=1)
+    return _Run(
+        plan=plan,
+        template=template,
+        sources=sources,
+        batches=batches,
+        places=places,
+        store=store,
+        state=state,
+        frozen=frozen,
+        run_step=steps.jitted_step(plan),
+        evaluate=make_evaluation(plan, held_out),
+        peak=flops.peak(spec),
+        step=int(state["step"]),
+        position=position,
+        facts=facts,
+    )
 
-    def record_at(done: int) -> Record:
-        return Record(done, position, to_dict(config), facts)
 
-    metrics = Metrics(workdir, config, first)
-    run_step, evaluate = steps.jitted_step(plan), make_evaluation(plan, held_out)
-    peak = flops.peak(spec)
-    bad_in_a_row, code = 0, 0
-    window = Window()
-    tracing = Tracing(profile, workdir / "profile")
-    with jax.set_mesh(mesh), Stopper() as stopper, contextlib.closing(store), contextlib.closing(metrics), tracing:
-        for done in range(first, config.optim.steps):
-            tracing.before(done)
-            began = time.monotonic()
-            try:
-                local = next(batches)
-            except UserError:
-                raise
-            except Exception as e:
-                raise UserError(f"{', '.join(s.name for s in sources)}: a row cannot be read ({e}); pack again") from e
-            window.waited += time.monotonic() - began
-            batch = to_device(plan, local, places)
-            state, out = run_step(state, frozen, batch)
-            position += config.data.batch
-            out = {k: v.item() for k, v in jax.device_get(out).items()}  # waits for the step
-            now = done + 1
-            window.add(out["tokens"], config.data.batch * config.data.length)
-            tracing.after(now)
+def _run_steps(run: _Run, metrics: Metrics, tracing: Tracing, stopper: "Stopper") -> int:
+    """Runs the remaining steps; returns the exit code."""
+    plan, config = run.plan, run.plan.config
+    window, first, bad_in_a_row = Window(), run.step, 0
+    while run.step < config.optim.steps:
+        tracing.before(run.step)
+        began = time.monotonic()
+        local = run.next_batch()
+        window.waited += time.monotonic() - began
+        run.state, out = run.run_step(run.state, run.frozen, to_device(plan, local, run.places))
+        run.position += config.data.batch
+        out = {k: v.item() for k, v in jax.device_get(out).items()}  # waits for the step
+        run.step += 1
+        window.add(out["tokens"], config.data.batch * config.data.length)
+        tracing.after(run.step)
 
-            trouble = "" if out["finite"] and not out["spike"] else "spike" if out["finite"] else "not finite"
-            bad_in_a_row = bad_in_a_row + 1 if trouble else 0
-            if trouble:
-                ids = [sources[s].row_id(r) for s, r in local.rows]
-                what = (
-                    f"step {now}: loss {out['loss']:.4g}, |g| {out['grad_norm']:.4g}: {trouble}; rows {'; '.join(ids)}"
-                )
-                metrics.write(now, {"trouble": trouble, "rows": ids, **_line(out, window, plan, peak)})
-                if config.trouble.action == "stop" or bad_in_a_row >= config.trouble.most:
-                    logging.error("%s", what)
-                    say(f"stopped: {what} (--config.trouble.action=skip passes such steps over)")
-                    code = EXIT_TROUBLE
-                    break
-                logging.warning("%s; skipped", what)
-            elif now % config.log.every == 0 or now == config.optim.steps or done == first:
-                metrics.write(now, _line(out, window, plan, peak))
-                window = Window()
-            last = now == config.optim.steps
-            if held_out and (last or (config.log.eval_every and now % config.log.eval_every == 0)):
-                metrics.write(now, {"eval": evaluate(state, frozen)})
-                window = Window()
-            stop = stopper.asked(now)
-            if last or stop or (config.checkpoint.every and now % config.checkpoint.every == 0):
-                store.save(state, record_at(now))
-            store.poll()
-            if stop and not last:
-                store.finish()
-                say(f"told to stop: saved step {now}; start the same command again to go on (exit code {EXIT_AGAIN})")
-                code = EXIT_AGAIN
-                break
-        else:
-            store.finish()
-            if config.checkpoint.export:
-                export(plan, state, frozen, template, workdir / EXPORT, record_at(config.optim.steps))
-                say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
-    return code
+        last = run.step == config.optim.steps
+        trouble = "" if out["finite"] and not out["spike"] else "spike" if out["finite"] else "not finite"
+        bad_in_a_row = bad_in_a_row + 1 if trouble else 0
+        if trouble:
+            rows = [run.sources[s].row_id(r) for s, r in local.rows]
+            metrics.write(run.step, {"trouble": trouble, "rows": rows, **_line(out, window, plan, run.peak)})
+            what = f"step {run.step}: loss {out['loss']:.4g}, |g| {out['grad_norm']:.4g}: {trouble}"
+            what = f"{what}; rows {'; '.join(rows)}"
+            if config.trouble.action == "stop" or bad_in_a_row >= config.trouble.most:
+                logging.error("%s", what)
+                say(f"stopped: {what} (--config.trouble.action=skip passes such steps over)")
+                return EXIT_TROUBLE
+            logging.warning("%s; skipped", what)
+        elif last or run.step % config.log.every == 0 or run.step == first + 1:
+            metrics.write(run.step, _line(out, window, plan, run.peak))
+            window = Window()
+        if run.evaluate and (last or (config.log.eval_every and run.step % config.log.eval_every == 0)):
+            metrics.write(run.step, {"eval": run.evaluate(run.state, run.frozen)})
+            window = Window()
+        stop = stopper.asked(run.step)
+        if last or stop or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+            run.store.save(run.state, run.record())
+        run.store.poll()
+        if stop and not last:
+            run.store.finish()
+            again = f"start the same command again to go on (exit code {EXIT_AGAIN})"
+            say(f"told to stop: saved step {run.step}; {again}")
+            return EXIT_AGAIN
+    return 0
 
 
 def say(text: str) -> None:
-    """Prints on the first process."""
+    """Prints on the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def resolve_branch(config: Config) -> tuple[Config, Path | None]:
-    """A config whose decay starts at the step of its `decay_from`, and that checkpoint's folder.
+    """The config with `optim.steps` set to end the decay after its `decay_from`, and that checkpoint's folder.
 
     Raises:
-        UserError: there is no such checkpoint, or it lies in its run's warm-up or decay.
+        UserError: there is no such checkpoint, or it is from the warm-up or decay of its run.
     """
     where = config.optim.decay_from
     if not where:
@@ -232,10 +290,10 @@ def resolve_branch(config: Config) -> tuple[Config, Path | None]:
 
 
 def load_start(config: Config, template: Template) -> tuple[MiniCPM | None, ModelConfig]:
-    """The model to start from, on the host, and its shape; None for weights to be drawn.
+    """The initial model on the host and its shape; None for the model if its weights are to be drawn.
 
     Raises:
-        UserError: the tokenizer does not fit the model.
+        UserError: the tokenizer does not match the model.
     """
     chosen = config.model
     if chosen.source:
@@ -252,7 +310,7 @@ def load_start(config: Config, template: Template) -> tuple[MiniCPM | None, Mode
 
 
 def warn_of_changes(record: Record, config: Config, spec: parallel.MeshSpec) -> None:
-    """Names what a run that goes on does otherwise than before."""
+    """Logs what a resumed run does differently from before."""
     before, now = record.config, to_dict(config)
     for group in ("model", "data", "optim", "lora"):
         for name, value in now[group].items():
@@ -263,7 +321,7 @@ def warn_of_changes(record: Record, config: Config, spec: parallel.MeshSpec) -> 
 
 
 def to_device(plan: steps.Plan, local: loader.Batch, places: list[int]) -> dict[str, Any]:
-    """A process's rows as global arrays `[A, B, T]`."""
+    """Combines the processes' rows into global arrays `[A, B, T]`."""
     A, B, T = plan.batch_shape
     out = {}
     at = {place: i for i, place in enumerate(places)}
@@ -280,7 +338,7 @@ def to_device(plan: steps.Plan, local: loader.Batch, places: list[int]) -> dict[
 
 @dataclasses.dataclass
 class Window:
-    """What happened since the last line: time, tokens, room for tokens, and seconds waiting for data."""
+    """Counts since the last log line: seconds, tokens, token slots, and seconds spent waiting for data."""
 
     began: float = dataclasses.field(default_factory=time.monotonic)
     steps: int = 0
@@ -289,7 +347,7 @@ class Window:
     waited: float = 0.0
 
     def add(self, tokens: int, room: int) -> None:
-        """Counts a step."""
+        """Adds one step."""
         self.steps += 1
         self.tokens += int(tokens)
         self.room += room
@@ -308,7 +366,7 @@ def _line(out: dict[str, Any], window: Window, plan: steps.Plan, peak: float) ->
 
 
 def make_evaluation(plan: steps.Plan, sources: list[dataset.RowSource]) -> Any:
-    """A function of state and frozen weights that gives loss, perplexity and idle decisions, by category."""
+    """A function of state and frozen weights that returns loss, perplexity and idle decisions by category."""
     if not sources:
         return None
     names = loader.categories(sources)
@@ -334,7 +392,7 @@ def make_evaluation(plan: steps.Plan, sources: list[dataset.RowSource]) -> Any:
 
 
 def summary(sums: dict[str, float]) -> dict[str, Any]:
-    """Loss, perplexity and idle precision, recall and F1 from `eval_step`'s sums; None where nothing was counted."""
+    """Loss, perplexity and idle precision, recall and F1 from `eval_step`'s sums; None where a denominator is 0."""
 
     def share(a: float, b: float) -> float | None:
         return a / b if b else None
@@ -351,7 +409,7 @@ def summary(sums: dict[str, float]) -> dict[str, Any]:
 
 
 class Stopper(contextlib.AbstractContextManager):
-    """Notes SIGTERM; `asked` says whether every process shall save and stop at this step."""
+    """Catches SIGTERM; `asked` tells whether all processes should save and stop at this step."""
 
     def __init__(self):
         self._told = False
@@ -366,10 +424,10 @@ class Stopper(contextlib.AbstractContextManager):
         self._told = True
 
     def asked(self, step: int) -> bool:
-        """True once the process was told to stop; with several processes, at the same step in all of them."""
+        """Whether the run was told to stop; with several processes, at the same step in all of them."""
         if jax.process_count() == 1:
             return self._told
-        # JAX's own preemption service listens for SIGTERM and agrees on a step.
+        # JAX's preemption service listens for SIGTERM and agrees on a step.
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def __exit__(self, *_: Any) -> None:

@@ -1,8 +1,8 @@
-"""Cross-entropy over packed rows, a chunk of tokens at a time: `[B, T, V]` never exists.
+"""Cross-entropy over packed rows, one chunk of tokens at a time, without materialising `[B, T, V]`.
 
-The loss of a step is sum(weight * nll) / sum(weight) over all its rows, so functions here give sums. The gradient is
-made in the same pass as the loss, so each chunk's logits are made once; tokens that count for nothing are sorted to
-the end and their chunks never run.
+The loss of a step is sum(weight * nll) / sum(weight) over all its rows, so the functions here return sums. Loss and
+gradient are computed in the same pass, so each chunk's logits are computed once; tokens of weight 0 are sorted to the
+end, and their chunks are skipped.
 """
 
 import functools
@@ -19,13 +19,13 @@ from duplex_jax.model.minicpm import MiniCPM
 
 
 def targets_and_weights(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts, and the weight of it.
+    """The target of each position, and its weight.
 
     Args:
-        batch: `tokens`, `segment_ids` and `loss_weights` `[B, T]`; the weight of predicting that very token.
+        batch: `tokens`, `segment_ids` and `loss_weights` `[B, T]`; a weight applies to the prediction of its own token.
 
     Returns:
-        int32 and float32 `[B, T]`: the next token, with weight 0 where it belongs to another document.
+        int32 and float32 `[B, T]`: the next token, with weight 0 if it belongs to another document.
     """
     tokens, segments, weights = batch["tokens"], batch["segment_ids"], batch["loss_weights"]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -34,12 +34,13 @@ def targets_and_weights(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Arr
 
 
 class Sums(NamedTuple):
-    """What micro-batches add to, on every device for itself: a leading axis counts the devices, and nothing travels.
+    """Sums over micro-batches, kept per device (the leading axis) so that nothing is communicated.
 
     Attributes:
         loss: float32 `[fsdp]`, sum(weights * nll).
-        head: float32 `[fsdp, V, D]`, the gradient of the head; None where it is frozen.
-        rows: float32 `[fsdp * tensor, n, D]`, the gradient of the n rows trained in place of the head's; None for none.
+        head: float32 `[fsdp, V, D]`, gradient of the head; None if it is frozen.
+        rows: float32 `[fsdp * tensor, n, D]`, gradient of the n rows trained in place of the head's; None if there are
+            none.
     """
 
     loss: Any
@@ -48,14 +49,14 @@ class Sums(NamedTuple):
 
 
 def zero_sums(fsdp: int, tensor: int, vocab: int, width: int, rows: int | None, frozen: bool) -> Sums:
-    """The sums before the first micro-batch.
+    """Sums of zero, for the first micro-batch.
 
     Args:
-        fsdp, tensor: devices along these axes.
+        fsdp, tensor: number of devices along these axes.
         vocab: V, rows of the head.
         width: D.
-        rows: n, trained in place of the head's; None for none.
-        frozen: whether the head itself gets no gradient.
+        rows: n, number of rows trained in place of the head's; None for none.
+        frozen: whether the head gets no gradient.
     """
     zeros = Sums(
         jnp.zeros(fsdp),
@@ -68,7 +69,7 @@ def zero_sums(fsdp: int, tensor: int, vocab: int, width: int, rows: int | None, 
 
 
 def _sharded(sums: Sums) -> Sums:
-    """How sums lie on a mesh."""
+    """Partition specs of the sums."""
     specs = Sums(P("fsdp"), P("fsdp", "tensor"), P(("fsdp", "tensor")))
     return Sums(*(None if x is None else spec for x, spec in zip(sums, specs, strict=True)))
 
@@ -87,22 +88,22 @@ def cross_entropy(
 
     Args:
         config: shape of the model.
-        head: `[V, D]` in the dtype of the computation, cut along `tensor` alone.
-        row_ids: rows of it that are trained in place, `sums.rows`.
+        head: `[V, D]` in the dtype of the computation, sharded along `tensor` alone.
+        row_ids: rows of the head that are trained separately; their gradients go to `sums.rows`.
         hidden: `[B, T, D]` from `MiniCPM.hidden`.
         targets: int32 `[B, T]`.
         weights: float32 `[B, T]`.
-        sums: so far.
-        chunk: tokens whose logits exist at once, on each device.
+        sums: the sums so far.
+        chunk: tokens whose logits are materialised at once on each device.
 
     Returns:
-        The gradient of `hidden`, and the sums.
+        The gradient with respect to `hidden`, and the updated sums.
     """
     local = functools.partial(_local, config.vocab_size, chunk, np.asarray(row_ids, np.int32))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(1, None, head, hidden, targets, weights, sums)
-    # Every device takes its own rows of the batch and its own part of the vocabulary.
+    # Each device handles its own rows of the batch and its own part of the vocabulary.
     batch, added = P("fsdp"), _sharded(sums)
     return jax.shard_map(
         functools.partial(local, mesh.shape["tensor"], "tensor"),
@@ -114,7 +115,7 @@ def cross_entropy(
 
 
 def totals(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Loss, gradient of the head `[V, D]` and of its trained rows `[n, D]`, summed over `fsdp` and `tensor`."""
+    """Loss, gradient of the head `[V, D]` and of its replaced rows `[n, D]`, summed over `fsdp` and `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = None if sums.rows is None else jnp.sum(sums.rows, axis=0)
     head = sums.head
@@ -129,9 +130,9 @@ def totals(sums: Sums) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
 
 
 def _scattered(x: jax.Array, parts: int) -> jax.Array:
-    """Summed over `fsdp` and cut along the width, `[V, D / parts]`, of every device's `[1, V, D]`.
+    """Sums each device's `[1, V, D]` over `fsdp` and shards the result along the width: `[V, D / parts]`.
 
-    Scattered along the vocabulary, the major axis: TPUs scatter along the minor one by an all-reduce of everything.
+    The scatter runs along the vocabulary, the major axis: TPUs implement one along the minor axis by a full all-reduce.
     """
     vocab = x.shape[1]
     x = jnp.pad(x[0], ((0, -vocab % parts), (0, 0)))
@@ -151,17 +152,17 @@ def _local(
     weights: jax.Array,
     sums: Sums,
 ) -> tuple[jax.Array, Sums]:
-    """The loss of one device's tokens over its part of the vocabulary, in a loop over chunks."""
+    """The loss of one device's tokens over its part of the vocabulary, one chunk at a time."""
     B, T, D = hidden.shape
     width = head.shape[0]
     first = lax.axis_index(axis) * width if axis else 0
     dtype = hidden.dtype
     own = jnp.asarray(row_ids) - first
-    ids = jnp.where((own >= 0) & (own < width), own, width)  # of another part: nothing is read
+    ids = jnp.where((own >= 0) & (own < width), own, width)  # not in this part: out of range
     n = B * T
     size = min(chunk, n)
     padded = -(-n // size) * size
-    # Tokens that count, first; the loop ends where they do.
+    # Tokens with a weight come first; the loop stops after them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
     order = jnp.pad(order, (0, padded - n), constant_values=n)
     flat_hidden = hidden.reshape(n, D)
@@ -183,7 +184,7 @@ def _local(
         total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
         own = target - first
         rows_said = head[jnp.clip(own, 0, width - 1)].astype(jnp.float32)
-        said = jnp.sum(h.astype(jnp.float32) * rows_said, axis=-1)  # reads far less than picking it out of the logits
+        said = jnp.sum(h.astype(jnp.float32) * rows_said, axis=-1)  # reads far less memory than indexing the logits
         said = jnp.where((own >= 0) & (own < width), said, 0.0)
         if parts > 1:
             total, said = lax.psum((total, said), axis)
@@ -213,7 +214,7 @@ def _over_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
 def token_statistics(
     model: MiniCPM, hidden: jax.Array, targets: jax.Array, chunk: int = 512
 ) -> tuple[jax.Array, jax.Array]:
-    """For evaluation: float32 negative log-likelihoods and int32 likeliest tokens, both `[B, T]`."""
+    """For evaluation: float32 negative log-likelihoods and int32 argmax tokens, both `[B, T]`."""
     losses, best = [], []
     for i in range(0, hidden.shape[1], chunk):
         logits = model.logits(hidden[:, i : i + chunk])

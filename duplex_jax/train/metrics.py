@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: terminal, JSONL, TensorBoard, Weights & Biases."""
+"""Writes a run's metrics to the terminal, JSONL, TensorBoard and Weights & Biases."""
 
 import importlib.util
 import json
@@ -17,12 +17,12 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes each step's numbers to every place that there is; only on the first process.
+    """Writes each step's metrics to every configured destination, on the first process only.
 
     Args:
-        workdir: of the run; `metrics.jsonl` and `tensorboard/` are made there.
-        config: of the run.
-        start: the step that it goes on from; lines of later ones, of a run that was cut off, are taken out.
+        workdir: the run's folder; `metrics.jsonl` and `tensorboard/` are created there.
+        config: the run's settings.
+        start: the step from which the run continues; lines of later steps, from an interrupted run, are removed.
     """
 
     def __init__(self, workdir: Path, config: Config, start: int):
@@ -38,7 +38,7 @@ class Metrics:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
             path.write_text("".join(line + "\n" for line in lines))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open until `close`
         if config.log.tensorboard:
             if importlib.util.find_spec("tensorboardX"):
                 from tensorboardX import SummaryWriter
@@ -89,7 +89,7 @@ class Metrics:
         print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Everything to disk."""
+        """Flushes and closes all destinations."""
         if self._on:
             self._file.close()
         for writer in (self._board, self._wandb):
@@ -101,7 +101,7 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 60  # a line that was cut off
+        return 1 << 60  # a truncated line
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -121,7 +121,7 @@ def _clock(seconds: float) -> str:
 
 
 def memory_gib() -> float:
-    """The most that a device has held, in GiB; on CPU the most that the process has."""
+    """Peak memory of a device in GiB; on CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

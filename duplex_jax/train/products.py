@@ -1,7 +1,7 @@
-"""Matrix products whose derivatives suit XLA on CPUs, in place of `model.layers.product`.
+"""Matrix products with derivatives that suit XLA on CPUs, as a replacement for `model.layers.product`.
 
-JAX's own rule makes the weight's gradient transposed; on a CPU, XLA then computes whatever made dy a second time in
-that order, which takes a third of a training step. Elsewhere JAX's rule is as good.
+JAX's own rule computes the weight's gradient transposed; XLA on CPUs then recomputes the producer of dy in that order,
+which takes a third of a training step. On other platforms JAX's rule is as good.
 """
 
 import jax
@@ -13,11 +13,11 @@ from duplex_jax.model.layers import Linear, Update
 from duplex_jax.model.minicpm import MiniCPM
 
 _ROWS = (((0,), (0,)), ((), ()))
-"""Sums over the tokens of two matrices `[rows, ...]`."""
+"""`dot_general` dimensions: contracts the tokens of two matrices `[rows, ...]`."""
 
 
 def use(model: MiniCPM) -> MiniCPM:
-    """Lets every linear layer of a model compute by these products; in place."""
+    """Makes every linear layer of a model use these products, in place."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.product = product
@@ -25,7 +25,7 @@ def use(model: MiniCPM) -> MiniCPM:
 
 
 def product(x: jax.Array, weight: jax.Array, update: Update | None = None) -> jax.Array:
-    """`x W + (x A) B`, `[..., out]` from `[..., in]`."""
+    """`x W + (x A) B`, from `[..., in]` to `[..., out]`."""
     if update is None:
         return _product(x, weight)
     if x.dtype == jnp.float32:
@@ -49,7 +49,7 @@ _product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _product_backward)
 
 @jax.custom_vjp
 def _updated(x: jax.Array, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`x (W + A B)`, W frozen: one wide product in place of a wide one and two thin ones."""
+    """`x (W + A B)` with W frozen: one wide product instead of a wide one and two thin ones."""
     return x @ (weight + a @ b)
 
 

@@ -1,4 +1,4 @@
-"""Learning rates: warm-up, stable, decay (WSD), and its simpler relatives."""
+"""Learning rate schedules: warm-up, stable, decay (WSD), cosine, linear and constant."""
 
 import jax.numpy as jnp
 import optax
@@ -7,10 +7,10 @@ from duplex_jax.train.config import Optim
 
 
 def learning_rate(optim: Optim) -> optax.Schedule:
-    """The learning rate of each step, counted from 0.
+    """The learning rate of each step, counting from 0.
 
-    With W warm-up steps, N steps, D decay steps, s = N - D the end of the stable phase, f the final share, and
-    u = (t - s) / D in 0..1:
+    With W warm-up steps, N steps, D decay steps, s = N - D the end of the stable phase, f the final fraction, and
+    u = (t - s) / D in [0, 1]:
 
         t < W        lr * (t + 1) / W
         t < s        lr
@@ -19,8 +19,8 @@ def learning_rate(optim: Optim) -> optax.Schedule:
                      lr * (f + (1 - f) * (1 + cos(pi u)) / 2)   cosine
                      lr * (1 - (1 - f) * sqrt(u))               1-sqrt: Haegele et al. 2024, arXiv 2405.18392
 
-    MiniCPM writes the decay as 0.5 ** ((t - s) / T); here f = 0.5 ** (D / T), so that the end is what a config says.
-    `cosine` and `linear` decay in that form from the end of the warm-up to N (D = N - W), `constant` never.
+    MiniCPM writes the decay as 0.5 ** ((t - s) / T); here f = 0.5 ** (D / T), so that the config gives the final rate.
+    `cosine` and `linear` decay in that form from the end of the warm-up to N (D = N - W); `constant` does not decay.
     """
     if optim.schedule == "wsd":
         start, form = optim.steps - optim.decay_steps, optim.decay
@@ -48,7 +48,7 @@ def learning_rate(optim: Optim) -> optax.Schedule:
 
 
 def phase(optim: Optim, step: int) -> str:
-    """`warmup`, `stable` or `decay`: where a step lies."""
+    """The phase of a step: `warmup`, `stable` or `decay`."""
     if step < optim.warmup:
         return "warmup"
     stable = optim.schedule == "constant" or (optim.schedule == "wsd" and step <= optim.steps - optim.decay_steps)

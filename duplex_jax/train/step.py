@@ -23,7 +23,7 @@ from duplex_jax.train.loss import Sums, cross_entropy, targets_and_weights, toke
 from duplex_jax.train.schedule import learning_rate
 
 State = dict[str, Any]
-"""`step` int32, `params` (what is trained), `opt` (moments), `mean_loss` float32 (running, 0 before the first step)."""
+"""`step` int32, `params` (trained weights), `opt` (moments), `mean_loss` float32 (running; 0 before the first step)."""
 
 BATCH_LOGICAL = (None, "batch", "length")
 """Micro-batches, rows, tokens."""
@@ -31,15 +31,15 @@ BATCH_LOGICAL = (None, "batch", "length")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything about a run that its compiled programs are made from.
+    """Everything that determines a run's compiled programs.
 
     Attributes:
-        config: the run.
-        model: shape of the model, vocabulary as trained.
-        mesh: of devices.
-        spec: what the mesh is called and made of.
+        config: the run's settings.
+        model: shape of the model, with the vocabulary as trained.
+        mesh: the device mesh.
+        spec: the mesh's specification.
         row_ids: tokens whose embedding rows LoRA trains.
-        idle_id: the token that an idle assistant says.
+        idle_id: the idle token.
     """
 
     config: Config
@@ -51,17 +51,17 @@ class Plan:
 
     @property
     def is_lora(self) -> bool:
-        """Whether most weights stay as they are."""
+        """Whether most weights are frozen."""
         return self.config.lora.rank > 0
 
     @property
     def scale(self) -> float:
-        """Of low-rank updates."""
+        """Scale of the low-rank updates."""
         return self.config.lora.alpha / max(1, self.config.lora.rank)
 
     @property
     def backend(self) -> str:
-        """Of attention; `auto` is the mesh's own where that takes the computation's dtype."""
+        """Attention backend; `auto` is the mesh's own if it supports the computation's dtype."""
         compute = self.config.compute
         if compute.attention != "auto":
             return compute.attention
@@ -69,18 +69,18 @@ class Plan:
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """Micro-batches, rows of one, tokens."""
+        """A, B, T: micro-batches, rows per micro-batch, tokens per row."""
         data = self.config.data
         return (data.micro_batches, data.batch // data.micro_batches, data.length)
 
     @functools.cached_property
     def batch_sharding(self) -> Any:
-        """Where a step's rows lie."""
+        """Sharding of a step's rows."""
         return parallel.sharding(self.mesh, BATCH_LOGICAL)
 
     @functools.cached_property
     def module(self) -> MiniCPM:
-        """The model without its memory, updates included."""
+        """The abstract model, updates included; its arrays take no memory."""
         c = self.config.lora
 
         def make() -> MiniCPM:
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def trained(self) -> Any:
-        """Which of the module's parameters are trained."""
+        """A filter that selects the trained parameters."""
         return nnx.LoRAParam if self.is_lora else nnx.Param
 
 
@@ -101,7 +101,7 @@ _FROZEN = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 
 
 def abstract_tree(plan: Plan, kind: Any, dtype: Any) -> Any:
-    """Shapes, dtype and shardings of the module's parameters of a kind."""
+    """Shapes, dtypes and shardings of the module's parameters of a kind."""
 
     def placed(weight: nnx.Variable) -> jax.ShapeDtypeStruct:
         sharding = parallel.sharding(plan.mesh, weight.out_sharding)
@@ -128,12 +128,12 @@ def optimiser(plan: Plan) -> optax.GradientTransformation:
 
 
 def abstract_state(plan: Plan) -> State:
-    """The train state without its memory: every leaf with shape, dtype and sharding."""
+    """The abstract train state: every leaf with shape, dtype and sharding."""
     trained = abstract_tree(plan, plan.trained, jnp.float32)
     everywhere = parallel.replicated(plan.mesh)
 
     def placed(x: Any) -> Any:
-        if isinstance(x, optax.ScaleByAdamState):  # moments lie where their weights do
+        if isinstance(x, optax.ScaleByAdamState):  # moments are sharded like their weights
             return x._replace(count=placed(x.count), mu=trained, nu=trained)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
@@ -153,14 +153,14 @@ def shardings(abstract: Any) -> Any:
 
 
 def abstract_frozen(plan: Plan) -> Any:
-    """The weights that LoRA leaves alone; an empty tree in full fine-tuning."""
+    """The abstract weights that LoRA leaves frozen; an empty tree in full fine-tuning."""
     if not plan.is_lora:
         return {}
     return abstract_tree(plan, _FROZEN, jnp.dtype(plan.config.compute.frozen_dtype))
 
 
 def abstract_batch(plan: Plan) -> dict[str, Any]:
-    """A step's rows."""
+    """The abstract rows of a step."""
     kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "loss_weights": jnp.float32}
     return {
         name: jax.ShapeDtypeStruct(plan.batch_shape, kind, sharding=plan.batch_sharding) for name, kind in kinds.items()
@@ -168,14 +168,14 @@ def abstract_batch(plan: Plan) -> dict[str, Any]:
 
 
 def init_state(plan: Plan, start: MiniCPM | None) -> tuple[State, Params]:
-    """The state at step 0, and the weights that LoRA leaves alone, on the mesh.
+    """The state at step 0 and the weights that LoRA leaves frozen, on the mesh.
 
     Args:
-        plan: the run.
-        start: the model to start from, on the host; None draws a fresh one from the config's seed.
+        plan: the run's plan.
+        start: the initial model on the host; None draws random weights from the config's seed.
 
     Returns:
-        State and frozen weights; every device gets its part alone.
+        State and frozen weights; each device receives only its own shards.
     """
     abstract = abstract_state(plan)
     key = jax.random.key(plan.config.seed)
@@ -208,7 +208,7 @@ def init_state(plan: Plan, start: MiniCPM | None) -> tuple[State, Params]:
 
 
 def put(params: Any, abstract: Any) -> Any:
-    """Host arrays onto the mesh, each process giving the parts that its devices hold."""
+    """Moves host arrays to the mesh; each process provides the shards of its own devices."""
 
     def one(x: Any, like: Any) -> jax.Array:
         host = np.asarray(x)
@@ -220,13 +220,13 @@ def put(params: Any, abstract: Any) -> Any:
 
 
 def model_of(plan: Plan, trained: Params, frozen: Params) -> MiniCPM:
-    """The module with these weights."""
+    """The module with these weights, updates included."""
     model = with_weights(plan.module, trained, plan.trained)
     return with_weights(model, frozen, _FROZEN) if plan.is_lora else model
 
 
 def _computed(params: Any, dtype: Any) -> Any:
-    """Matrices in the dtype of the computation, cast before they travel; norms and token numbers stay."""
+    """Casts matrices to the computation's dtype before they are communicated; norms and row ids stay unchanged."""
 
     def one(path: Any, x: jax.Array) -> jax.Array:
         keep = "norm" in jax.tree_util.keystr(path) or not jnp.issubdtype(x.dtype, jnp.floating)
@@ -250,11 +250,11 @@ def _hidden(plan: Plan, model: MiniCPM, batch: dict[str, jax.Array]) -> jax.Arra
 
 
 def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
-    """Loss, total weight, and the gradient of the loss, over all micro-batches `[A, B, T]` of a step.
+    """Loss, total weight and gradient over all micro-batches `[A, B, T]` of a step.
 
-    The loss is sum(weight * nll) / sum(weight) over everything, so it does not matter how a step is cut up. Copies of
-    the weights add up the gradients of their own rows, and meet once behind the micro-batches: in the dtype of the
-    computation, as hosts and slices lie between them.
+    The loss is sum(weight * nll) / sum(weight) over the whole step, however it is split. Data-parallel replicas
+    accumulate the gradients of their own rows; these are reduced once after the micro-batches, in the dtype of the
+    computation, because the reduction crosses hosts or slices.
     """
     total = jnp.sum(jax.vmap(lambda b: targets_and_weights(b)[1])(batch))
     divisor = jnp.maximum(total, 1e-9)
@@ -277,13 +277,13 @@ def gradients(plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array]
 def _accumulated(
     plan: Plan, trained: Any, frozen: Any, batch: dict[str, jax.Array], divisor: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Loss and float32 gradients of one copy's rows `[A, B, T]`, both over `divisor`."""
+    """Loss and float32 gradients of one replica's rows `[A, B, T]`, both divided by `divisor`."""
     dtype = jnp.dtype(plan.config.compute.dtype)
     frozen = _computed(frozen, dtype)
-    # The embedding is read from its masters, so that its gradient is summed in float32.
+    # The embedding is read from its master weights, so that its gradient is summed in float32.
     computed = _computed(trained, dtype) | {name: trained[name] for name in trained if name == "embed"}
     output = model_of(plan, trained, frozen).output
-    head = parallel.constrain(output.table().astype(dtype), ("vocab", None))  # whole on every device, for all the step
+    head = parallel.constrain(output.table().astype(dtype), ("vocab", None))  # gathered once for the whole step
     row_ids = output.row_ids
     zero = zero_sums(
         plan.spec.fsdp,
@@ -297,7 +297,7 @@ def _accumulated(
     def add(sums: Sums, micro: dict[str, jax.Array]) -> tuple[Sums, Any]:
         targets, weights = targets_and_weights(micro)
         hidden, back = jax.vjp(lambda trained: _hidden(plan, model_of(plan, trained, frozen), micro), computed)
-        # Divided here and not behind: that would read and write every gradient once more.
+        # Divided here rather than at the end, which would read and write every gradient once more.
         d_hidden, sums = cross_entropy(
             plan.model, head, row_ids, hidden, targets, weights / divisor, sums, plan.config.compute.loss_chunk
         )
@@ -324,7 +324,7 @@ def _accumulated(
 
 
 def train_step(plan: Plan, state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, dict[str, Any]]:
-    """One update; at a loss or gradient that is not finite, or a spike, the weights stay as they were."""
+    """One update; the weights stay unchanged at a loss spike, or a loss or gradient that is not finite."""
     optim, trouble = plan.config.optim, plan.config.trouble
     loss, weight, grads = gradients(plan, state["params"], frozen, batch)
     norm = optax.global_norm(grads)
@@ -363,11 +363,11 @@ def jitted_step(plan: Plan) -> Any:
 
 
 def eval_step(plan: Plan, num_categories: int, trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
-    """Sums over one batch `[B, T]`, by category: losses, weights, and speak/idle decisions by teacher forcing.
+    """Sums over one batch `[B, T]` by category: losses, weights, and idle decisions under teacher forcing.
 
     Returns:
-        float32 `[C]` each: `loss` (sum of weight * nll), `weight`, `idle_right` (idle, and the model would be),
-        `idle_said` (the model would be), `idle_wanted` (idle in the data), `decisions`.
+        float32 `[C]` each: `loss` (sum of weight * nll), `weight`, `decisions`, and the number of decisions that are
+        idle in the data (`idle_wanted`), in the model's prediction (`idle_said`), and in both (`idle_right`).
     """
     dtype = jnp.dtype(plan.config.compute.dtype)
     model = model_of(plan, _computed(trained, dtype), _computed(frozen, dtype))
@@ -388,7 +388,7 @@ def eval_step(plan: Plan, num_categories: int, trained: Any, frozen: Any, batch:
 
 
 def jitted_eval(plan: Plan, num_categories: int) -> Any:
-    """`eval_step` compiled for the plan's mesh; its results are on every device."""
+    """`eval_step` compiled for the plan's mesh; its results are replicated."""
     rows = parallel.sharding(plan.mesh, BATCH_LOGICAL[1:])
     names = ("tokens", "segment_ids", "positions", "loss_weights", "decisions", "categories")
     return jax.jit(
