@@ -1,11 +1,11 @@
-"""OpenAI's Batch files as another way to ask: write what is to be asked, submit it, collect the answers.
+"""Asks a model through OpenAI's Batch API: writes request files, submits them, collects the replies.
 
-    OUT/batch/<hash>.requests    one request a line
-    OUT/batch/<hash>.batch.json  the batch that it became
+    OUT/batch/<hash>.requests    one request per line
+    OUT/batch/<hash>.batch.json  the batch created from them
     OUT/batch/<hash>.replies     its replies
 
-What ends in .jsonl in a data set's folder is timelines, so these end otherwise. Some questions follow from answers, so
-it goes round: write, submit, collect, write, ... until nothing is left to ask.
+Files that end in .jsonl in a data set's folder are timelines, so these have other endings. Some questions depend on
+earlier answers, so the cycle of write, submit and collect repeats until nothing is left to ask.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from duplex_jax.files import atomic_write
 from duplex_jax.llm.cache import ERROR, Answer, Reply, ReplyCache, settle
 from duplex_jax.llm.client import make_api, read_reply
 
-# OpenAI's limits for one file.
+# OpenAI's limits per file.
 MAX_REQUESTS = 50_000
 MAX_BYTES = 190_000_000
 
 
 class BatchWriter:
-    """Answers from the cache; what is not there is noted down to be asked later."""
+    """Answers from the cache; requests without an answer there are recorded, to be asked later."""
 
     def __init__(self, cache: ReplyCache, attempts: int = 3):
         self.cache, self.attempts = cache, attempts
@@ -50,7 +50,7 @@ class BatchWriter:
         return future
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes what is to be asked, in place of files that nobody submitted; returns the new ones."""
+        """Writes the recorded requests, replacing files that were not submitted; returns the new files."""
         for old in folder.glob("*.requests"):
             if not _note(old).exists():
                 old.unlink()
@@ -86,10 +86,10 @@ def _output(requests: Path) -> Path:
 
 
 def submit(folder: Path, base_url: str, timeout: float = 600.0) -> list[str]:
-    """Uploads every request file that is not submitted yet and starts its batch; returns the batches' ids.
+    """Uploads every request file not yet submitted and starts its batch; returns the batches' ids.
 
     Raises:
-        UserError: nothing to submit, or the server refuses.
+        UserError: there is nothing to submit, or the server refuses.
     """
     api = make_api(base_url, timeout, asynchronous=False)
     import openai
@@ -112,15 +112,15 @@ def submit(folder: Path, base_url: str, timeout: float = 600.0) -> list[str]:
 
 
 def collect(folder: Path, base_url: str, cache: ReplyCache, timeout: float = 600.0) -> dict[str, int]:
-    """Fetches what is ready and puts its replies into the cache.
+    """Fetches finished batches and adds their replies to the cache.
 
-    Replies that came by another way count too: any `<hash>.replies` in the folder.
+    Replies obtained in other ways count too: any `<hash>.replies` in the folder.
 
     Returns:
-        How many replies were read, and how many batches are in each state.
+        The number of replies read, and the number of batches in each state.
 
     Raises:
-        UserError: the server refuses, or a reply file is broken.
+        UserError: the server refuses, or a reply file is invalid.
     """
     import openai
 
@@ -138,7 +138,7 @@ def collect(folder: Path, base_url: str, cache: ReplyCache, timeout: float = 600
             if parts:
                 with atomic_write(_output(path), "wb") as f:
                     f.write(b"".join(parts))
-            elif batch.status in _OVER:  # it ended without a reply: let it be submitted again
+            elif batch.status in _OVER:  # it ended without replies and can be submitted again
                 _note(path).unlink()
         if _output(path).exists():
             counts["replies"] += _read_output(path, cache)
@@ -164,7 +164,7 @@ def _read_output(path: Path, cache: ReplyCache) -> int:
             if status == 200:
                 reply = read_reply(response["body"], prompt)
             elif status >= 500 or status in (408, 409, 429):
-                continue  # nothing is known about it: it is written again
+                continue  # nothing is known about it, so it is written again
             else:
                 reply = Reply("", f"{ERROR}HTTP {status}", 0, 0)
         except (ValueError, KeyError, TypeError) as e:

@@ -1,4 +1,4 @@
-"""The data set card: Markdown with Hugging Face's front matter, written beside the shards."""
+"""The data set card: Markdown with Hugging Face's front matter, written next to the shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from duplex_jax.files import atomic_write
 
 
 def write_card(out: Path, dataset: Mapping[str, Any]) -> None:
-    """Writes OUT/README.md from the contents of dataset.json; equal contents give an equal card."""
+    """Writes OUT/README.md from the contents of dataset.json; deterministic."""
     recipe = dataset["recipe"]
     made = {name: c for name, c in dataset["categories"].items() if c["timelines"]}
     total = sum(c["timelines"] for c in made.values())

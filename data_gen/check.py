@@ -1,7 +1,7 @@
-"""Checks a data set against every rule of the timeline format and of its categories.
+"""Checks a data set against the rules of the timeline format and of its categories.
 
-A row says in `meta.messages` which pairs hold which message, with a digest of the source text; a row without that
-(published files) is checked as far as its slices go.
+`meta.messages` of a row says which pairs hold which message, with a digest of the source text; a row without it (as in
+the published files) is checked as far as its slices allow.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ MOST_SHOWN = 50
 
 @dataclasses.dataclass
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        problems: the first of them, each with file and line or id.
-        number: how many there are.
-        timelines: rows that were read.
-        shards: files.
+        problems: the first problems, each with file and line or id.
+        number: total number of problems.
+        timelines: number of rows read.
+        shards: number of files.
         notes: what could not be checked, and why.
     """
 
@@ -61,11 +61,11 @@ def check_dataset(folder: str | Path, tokenizer_name: str | None = None, workers
 
     Args:
         folder: the data set.
-        tokenizer_name: of the tokenizer that cut the slices; by default the recipe's.
+        tokenizer_name: the tokenizer that cut the slices; by default the recipe's.
         workers: local processes.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is no data set.
     """
     folder = Path(folder)
     files = shard_files(folder)
@@ -97,7 +97,7 @@ def _take(flying: set[Future], report: Report, progress: Progress) -> set[Future
 
 
 def _tokenizer(folder: Path, name: str | None, report: Report) -> Tokenizer | None:
-    """The tokenizer that made the slices, where it can be had."""
+    """The tokenizer that cut the slices, if it is available."""
     recipe = _read_json(folder / "recipe.json")
     if name is None and recipe is None:
         report.notes.append("not checked: ten tokens a slice (no recipe.json says which tokenizer; give --tokenizer)")
@@ -123,7 +123,7 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _check_sums(folder: Path, report: Report) -> None:
-    """A finished data set has as many rows as it says, and every shard that a manifest names."""
+    """Checks that a finished data set has the recorded number of rows, and every shard named in a manifest."""
     dataset = _read_json(folder / "dataset.json")
     if dataset is None:
         if (folder / "recipe.json").exists():
@@ -143,7 +143,7 @@ def _check_sums(folder: Path, report: Report) -> None:
 
 
 def check_shard(tokenizer: Tokenizer | None, path: Path) -> Report:
-    """One file: its manifest, where there is one, and every row."""
+    """Checks one file: its manifest, if there is one, and every row."""
     report = Report(shards=1)
     manifest = _read_json(manifest_path(path))
     if manifest is not None:
@@ -172,11 +172,11 @@ def check_shard(tokenizer: Tokenizer | None, path: Path) -> Report:
 
 
 def check_timeline(timeline: Timeline, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """What is wrong with one timeline, a line each.
+    """The problems of one timeline, one line each.
 
     Args:
-        timeline: read from a file, so its form is right already.
-        tokenizer: the one that cut the assistant's messages, to check the cuts.
+        timeline: a timeline that was read from a file, so its form is valid.
+        tokenizer: the tokenizer that cut the assistant's messages; None skips the check of the cuts.
     """
     unknown = sorted({e.kind for e in timeline.events} - set(events.KINDS))
     if unknown:
@@ -209,7 +209,7 @@ class _Said:
 
 
 def _messages(said: _Said, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Joined slices give the messages back, and there is nothing beside them."""
+    """Checks that joined slices equal the messages, with nothing in between."""
     covered: set[int] = set()
     for m in said.assistants:
         slices = [said.pairs[i].assistant for i in range(m.first, m.last + 1)]
@@ -247,7 +247,7 @@ def _messages(said: _Said, tokenizer: Tokenizer | None) -> Iterator[str]:
 
 
 def _turns(said: _Said) -> Iterator[str]:
-    """Nobody speaks over the other but where an event says so, and the assistant never interrupts."""
+    """Checks that nobody speaks over the other except at an event that says so, and the assistant never interrupts."""
     starts = {m.first for m in said.assistants}
     for i, pair in enumerate(said.pairs):
         both = pair.user is not None and pair.assistant is not None
@@ -259,7 +259,7 @@ def _turns(said: _Said) -> Iterator[str]:
             if said.pairs[i].assistant is not None:
                 yield f"pair {i}: the assistant interrupts the user"
     for i in said.events[events.QUERY_END]:
-        # A barge-in of one slice is answered a pair later: the assistant falls silent first.
+        # After a barge-in of one slice the assistant falls silent for a pair before it answers.
         answered = i + 1 if i in said.events[events.BARGE_IN] else i
         if answered not in starts:
             yield f"pair {i}: the query that ends here is not answered at once"
@@ -271,7 +271,7 @@ def _turns(said: _Said) -> Iterator[str]:
 
 
 def _barge_ins(said: _Said) -> Iterator[str]:
-    """A message is cut where a barge-in follows, and only there; the assistant is idle from that pair on."""
+    """Checks that exactly the messages before a barge-in are cut, and that the assistant is idle from that pair on."""
     cut = {m.last + 1 for m in said.assistants if m.cut}
     barge_ins = set(said.events[events.BARGE_IN])
     for i in sorted(cut - barge_ins):
@@ -295,7 +295,7 @@ def _barge_ins(said: _Said) -> Iterator[str]:
 
 
 def _count(said: _Said, **numbers: int) -> Iterator[str]:
-    """Events other than ends of queries, of each kind as many as said, of every other kind none."""
+    """Checks the number of events of each kind, except ends of queries; kinds not given must be absent."""
     for kind, pairs in said.events.items():
         if kind != events.QUERY_END and len(pairs) != numbers.get(kind, 0):
             yield f"{len(pairs)} events {kind}, not {numbers.get(kind, 0)}"

@@ -1,4 +1,4 @@
-"""Writing a conversation slice pair by slice pair: who speaks when, and the record by which it can be checked."""
+"""Composes a conversation slice pair by slice pair, and records its messages so that it can be checked."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,11 @@ from duplex_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one side said from pair `first` to pair `last`, kept in `meta.messages` of a row.
+    """What one side said from pair `first` to pair `last`, stored in `meta.messages` of a row.
 
     Attributes:
-        digest: of the source text: an assistant's as it is, a user's without its white space, which slicing drops.
-        cut: the rest of the message was never said.
+        digest: digest of the source text: an assistant's unchanged, a user's without white space, which slicing drops.
+        cut: whether the rest of the message was never said.
     """
 
     role: str
@@ -32,7 +32,7 @@ class Message:
 
 
 def digest(role: str, text: str) -> str:
-    """Twelve hexadecimal digits by which a message is known again from its joined slices."""
+    """Twelve hexadecimal digits that identify a message by its joined slices."""
     text = text if role == "assistant" else "".join(text.split())
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -40,15 +40,15 @@ def digest(role: str, text: str) -> str:
 class Conversation:
     """A timeline being written.
 
-    After a query its last pair is open: the assistant's next words start in it, since the pair that carries the last
+    After a query its last pair is still open: the assistant's next words start in it, because the pair with the last
     words of a query carries the first slice of the answer.
 
     Args:
-        rng: draws slice lengths, cuts and silences.
+        rng: random generator for slice lengths, cuts and silences.
         tokenizer: cuts assistant messages.
-        max_idle_pairs: most silent pairs between an answer and the next query; small numbers come more often.
-            0 is the paper's data; silence teaches a model to be quiet when it has finished.
-        style: how the user's words arrive, one of `hearing.STYLES`; "" is as they are written.
+        max_idle_pairs: most silent pairs between an answer and the next query; small numbers are more frequent. The
+            paper's data has 0; silence teaches a model to be quiet when it has finished.
+        style: how the user's words are transcribed, one of `hearing.STYLES`; "" leaves them as written.
     """
 
     def __init__(self, rng: random.Random, tokenizer: Tokenizer, max_idle_pairs: int = 0, style: str = ""):
@@ -65,11 +65,11 @@ class Conversation:
         self.events.append(Event(kind, pair))
 
     def listen(self, text: str, hesitate: float = 0.0) -> int:
-        """The user speaks and the assistant is idle; returns the first pair.
+        """The user speaks while the assistant is idle; returns the first pair.
 
         Args:
             text: what the user says.
-            hesitate: pauses of 1-3 pairs for every five words, about; none behind the end of a sentence.
+            hesitate: approximate number of pauses (1-3 pairs) per five words; there are none at the end of a sentence.
         """
         first = len(self.pairs)
         said = ""
@@ -83,7 +83,7 @@ class Conversation:
         return first
 
     def _arrive(self, text: str, hesitate: float) -> Iterator[tuple[str, int]]:
-        """The message's slices as they arrive, each with the number of silent pairs behind it."""
+        """The message's slices as transcribed, each with the number of silent pairs after it."""
         if self.style:
             heard = hear(text, self.style, self.rng)
             text, marks = heard.text, heard.marks
@@ -104,25 +104,25 @@ class Conversation:
             yield last, silent
 
     def _patience(self, text: str) -> int:
-        """Silent slices that a listener lets pass before it answers.
+        """How many silent slices the listener waits before it answers.
 
-        A statement without a full stop may go on: whether it is over, only silence tells.
+        A statement without a full stop may continue; only silence shows that it is over.
         """
         if not self.style or not is_statement(text) or (self.pairs[-1].user or "")[-1:] in ".?!":
             return 0
         return self.rng.choices((0, 1, 2), (0.35, 0.55, 0.1))[0]
 
     def query(self, text: str, hesitate: float = 0.0) -> None:
-        """The user asks while the assistant is not speaking; the answer may start in the last pair."""
+        """The user asks while the assistant is silent; the answer may start in the last pair."""
         self.listen(text, hesitate)
         self.rest(self._patience(text))
         self.mark(events.QUERY_END, len(self.pairs) - 1)
         self._open = True
 
     def barge_in(self, text: str) -> int:
-        """The user speaks over an unfinished message, and the assistant is idle from that very pair; returns it.
+        """The user interrupts an unfinished message, and the assistant is idle from the returned pair on.
 
-        A barge-in of one slice leaves the answer to the next pair: the assistant first falls silent, then answers.
+        After a barge-in of one slice the answer starts in the next pair: the assistant first falls silent.
         """
         first = self.listen(text)
         self.mark(events.BARGE_IN, first)
@@ -130,7 +130,7 @@ class Conversation:
         return first
 
     def interrupt(self, text: str) -> None:
-        """A barge-in that wants an answer."""
+        """A barge-in that expects an answer."""
         first = self.barge_in(text)
         self.mark(events.QUERY_END, len(self.pairs) - 1)
         self._open = len(self.pairs) - 1 > first
@@ -139,9 +139,9 @@ class Conversation:
         """The assistant speaks; returns the pair of its first slice.
 
         Args:
-            text: what is said.
-            whole: False marks a message whose rest is never said.
-            slices: `text` in slices, where they are known.
+            text: what it says.
+            whole: False if the rest of the message is never said.
+            slices: the slices of `text`, if already known.
         """
         if slices is None:
             slices = slice_tokens(text, self.tokenizer)
@@ -156,34 +156,34 @@ class Conversation:
         return first
 
     def say_part(self, slices: Sequence[str], kept: int) -> str:
-        """The assistant says the first `kept` slices of a message; returns what was said."""
+        """The assistant says the first `kept` slices of a message; returns their text."""
         said = "".join(slices[:kept])
         self.say(said, whole=False, slices=slices[:kept])
         return said
 
     def backchannel(self, words: str, pair: int) -> None:
-        """The user says a word or two while the assistant goes on."""
+        """The user says a word or two without interrupting the assistant."""
         heard = hear(words, self.style, self.rng).text if self.style else words
         self.pairs[pair] = SlicePair(heard, self.pairs[pair].assistant)
         self.mark(events.BACKCHANNEL, pair)
 
     def rest(self, pairs: int) -> None:
-        """Nobody speaks."""
+        """Adds pairs in which nobody speaks."""
         self._open = False
         self.pairs += [SlicePair(None, None)] * pairs
 
     def pause(self) -> None:
-        """The silence after an answer: none to `max_idle_pairs` pairs, the smaller of two draws."""
+        """Silence after an answer: up to `max_idle_pairs` pairs, the smaller of two random draws."""
         self.rest(min(self.rng.randint(0, self.max_idle_pairs), self.rng.randint(0, self.max_idle_pairs)))
 
     def round(self, query: str, answer: str, hesitate: float = 0.0) -> None:
-        """A query, its answer, and the silence after it."""
+        """A query, its answer, and silence after it."""
         self.query(query, hesitate)
         self.say(answer)
         self.pause()
 
     def timeline(self, category: str, source_ids: Sequence[str], **meta: Any) -> Timeline:
-        """The finished conversation; its events in order of pairs."""
+        """The finished conversation, with its events sorted by pair."""
         return Timeline(
             self.pairs,
             category=category,
@@ -194,23 +194,23 @@ class Conversation:
 
 
 def pick_cut(slices: Sequence[str], rng: random.Random, tokenizer: Tokenizer, least: int = 1) -> int:
-    """A random location at which a message breaks off, as the number of slices that are said.
+    """Chooses a random point at which a message breaks off; returns the number of slices said.
 
-    A cut lies between slices: the assistant has spoken a whole slice before it hears the interruption. The ids of
-    what was said are the first ids of the message, so that training sees what a model would have sampled.
+    Cuts lie between slices, because the assistant says a whole slice before it hears the interruption. The ids of the
+    spoken part must be a prefix of the message's ids, so that training sees what a model would have sampled.
 
     Args:
         slices: the message.
-        rng: draws the location.
-        tokenizer: the one that cut the slices.
-        least: fewest slices that are said.
+        rng: random generator.
+        tokenizer: the tokenizer that cut the slices.
+        least: minimum number of slices said.
 
     Raises:
-        LeftOut: the message is a single slice, or cannot be cut so.
+        LeftOut: the message is a single slice, or no cut is possible.
     """
     places = list(range(least, len(slices)))
     rng.shuffle(places)
-    # Where a word ends its ids do not depend on what follows; elsewhere they may.
+    # At the end of a word the ids do not depend on what follows; elsewhere they may.
     places.sort(key=lambda i: not slices[i][:1].isspace())
     for kept in places:
         said = list(slices[:kept])

@@ -1,8 +1,8 @@
-"""Dialogues by a model: our users' everyday turns, answered by a chat model in short spoken sentences.
+"""Generates dialogues: our users' everyday turns, answered by a chat model in short spoken sentences.
 
-OUT.jsonl            the dialogues, in UltraChat's layout, written last and whole
+OUT.jsonl            the dialogues in UltraChat's layout, written last and atomically
 OUT.manifest.json    the recipe, counts and hash
-OUT.replies.sqlite   every reply, so that a run that was stopped goes on and ends with the same bytes
+OUT.replies.sqlite   every reply, so that an interrupted run can continue and produces the same bytes
 """
 
 import collections
@@ -26,23 +26,23 @@ from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, locked
 from duplex_jax.llm.client import Stopped
 
-# How often a dialogue has one round, two, three, four.
+# Relative frequencies of dialogues with one, two, three and four rounds.
 ROUNDS = (0.25, 0.35, 0.25, 0.15)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What determines the dialogues, the model's own ways aside; it says nothing of where the model runs.
+    """Everything that determines the dialogues except the model's behaviour and where it runs.
 
     Attributes:
-        number: dialogues that are kept.
-        seed: of the openings, the number of rounds and the turns that follow.
+        number: number of dialogues to keep.
+        seed: seed of the openings, the number of rounds and the turns that follow.
         questions: fingerprint of all openings.
         sampling: model, temperature and seed of its answers.
-        attempts: answers that may be refused before the dialogue ends.
+        attempts: refused answers after which the dialogue ends.
         prompt: hash of the prompts and their examples.
-        max_tokens: of an answer.
-        versions: of the programs that have a say.
+        max_tokens: most tokens of an answer.
+        versions: versions of the programs that influence the result.
     """
 
     number: int
@@ -59,10 +59,10 @@ class Recipe:
 
 
 def make_recipe(number: int, seed: int, sampling: Sampling, attempts: int = 3) -> Recipe:
-    """The recipe of so many dialogues.
+    """The recipe for `number` dialogues.
 
     Raises:
-        UserError: there are fewer openings.
+        UserError: there are fewer openings than that.
     """
     if number > (most := len(openings(seed))):
         raise UserError(f"--converse={number}: there are {most:,} different openings; ask for fewer dialogues")
@@ -83,13 +83,13 @@ def make_recipe(number: int, seed: int, sampling: Sampling, attempts: int = 3) -
 
 @dataclasses.dataclass
 class Talk:
-    """A dialogue on its way.
+    """A dialogue in progress.
 
     Attributes:
-        index: of its opening.
-        queries: what the user is going to say.
-        said: what was said: user, assistant, user, ...
-        refused: why it ended before its last query; "" where it did not.
+        index: index of its opening.
+        queries: the user's turns.
+        said: the turns so far: user, assistant, user, ...
+        refused: why it ended before its last query; "" if it did not.
     """
 
     index: int
@@ -102,13 +102,13 @@ class Talk:
         return bool(self.refused) or len(self.said) == 2 * len(self.queries)
 
     def request(self, sampling: Sampling) -> Request:
-        """Asks for the next answer."""
+        """The request for the next answer."""
         said = [*self.said, self.queries[len(self.said) // 2]]
         return Request("spoken", spoken.messages(said), spoken.MAX_TOKENS, sampling)
 
 
 def plan(index: int, opening: Opening, seed: int) -> Talk:
-    """The user's side of a dialogue."""
+    """Plans the user's side of a dialogue."""
     rng = random.Random(f"{seed}/converse/{index}")
     [rounds] = rng.choices(range(1, len(ROUNDS) + 1), ROUNDS)
     return Talk(index, turns(opening, rounds, rng))
@@ -116,16 +116,16 @@ def plan(index: int, opening: Opening, seed: int) -> Talk:
 
 @dataclasses.dataclass
 class Summary:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
-        dialogues: that were kept.
-        rounds: in them.
-        openings: that were tried.
-        empty: dialogues whose first answer was refused; they are not kept.
-        refused: dialogues that ended before a round whose answers were all refused, by the last reason.
-        unfinished: dialogues that wait for answers; then nothing is written.
-        stopped: why the run ended early; "" where it did not.
+        dialogues: number of dialogues kept.
+        rounds: number of rounds in them.
+        openings: number of openings tried.
+        empty: dialogues that were dropped because their first answer was refused.
+        refused: dialogues that ended early because all answers of a round were refused, by the last reason.
+        unfinished: dialogues that still wait for answers; if there are any, nothing is written.
+        stopped: why the run ended early; "" if it did not.
     """
 
     dialogues: int = 0
@@ -138,19 +138,19 @@ class Summary:
 
 
 def converse(out: str | Path, recipe: Recipe, answers: Answers, concurrency: int = 16) -> Summary:
-    """Makes the dialogues of a recipe, unless they are there already.
+    """Generates the dialogues of a recipe, unless they exist already.
 
-    Openings are taken in order until enough dialogues have a round. The same answers give the same bytes, whatever
-    their order of arrival.
+    Openings are taken in order until enough dialogues have a round. Equal answers give equal bytes, whatever the order
+    in which they arrive.
 
     Args:
         out: the .jsonl file.
-        recipe: see there.
-        answers: the model's.
-        concurrency: dialogues that are asked about at a time.
+        recipe: the recipe.
+        answers: provides the model's answers.
+        concurrency: dialogues in progress at once.
 
     Raises:
-        UserError: something else is at `out`, or another run is writing there.
+        UserError: `out` is something else, or another run is writing there.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -166,7 +166,7 @@ def converse(out: str | Path, recipe: Recipe, answers: Answers, concurrency: int
 
 
 def _made(out: Path, recipe: Recipe) -> Summary | None:
-    """The counts of the dialogues that an earlier run finished; None where there is still something to do."""
+    """The counts of an earlier, finished run; None if there is none."""
     if not out.exists():
         return None
     try:
@@ -191,7 +191,7 @@ def _talk(recipe: Recipe, answers: Answers, concurrency: int) -> tuple[list[Talk
     kept: list[Talk] = []
     with Progress("dialogues", recipe.number) as progress:
         while True:
-            # Never more than can be needed: so which openings are tried does not hang on who answers first.
+            # Never more than may be needed, so that the set of openings tried does not depend on the order of answers.
             while len(flying) < concurrency and len(kept) + len(flying) + summary.unfinished < recipe.number:
                 index, opening = next(waiting, (0, None))
                 if opening is None:
@@ -243,7 +243,7 @@ def _write(out: Path, recipe: Recipe, talks: list[Talk], summary: Summary) -> No
         "sha256": hashlib.sha256(data).hexdigest(),
         "recipe": recipe.as_json(),
     }
-    # The dialogues come last: where they are, they are finished.
+    # The dialogues are written last: their presence means that they are complete.
     with atomic_write(manifest_path(out)) as f:
         json.dump(manifest, f, indent=1)
     with atomic_write(out, "wb") as f:

@@ -1,4 +1,4 @@
-"""Turn-based dialogues from UltraChat, ultrachat_200k and ShareGPT files, streamed; bad rows are named, not fatal."""
+"""Streams turn-based dialogues from UltraChat, ultrachat_200k and ShareGPT files, and reports invalid rows."""
 
 import dataclasses
 import hashlib
@@ -16,18 +16,18 @@ from duplex_jax.records import BadRow, load_json, read_lines
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 _COLUMNS = ("id", "prompt_id", "data", "messages", "conversations", "again")
-# What nobody says: code, tables, links, markup.
+# What cannot be spoken: code, tables, links, markup.
 _UNSPOKEN = re.compile(r"[`{}<>|=\\^~]|https?:|\*\*|__|\(\)|^#", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """Whole rounds of one conversation.
+    """Complete rounds of one conversation.
 
     Attributes:
         id: the row's own id, or its file and line.
-        rounds: (query, answer) in order; both non-blank, outer white space dropped.
-        again: for each round a second answer to its query, where the row brings one (field `again`).
+        rounds: (query, answer) in order; both nonblank and without outer white space.
+        again: for each round a second answer to its query, if the row has one (field `again`).
     """
 
     id: str
@@ -35,22 +35,22 @@ class Dialogue:
     again: tuple[str | None, ...] = ()
 
     def second_answer(self, round_number: int) -> str | None:
-        """Another answer to the query of a round; None where there is none."""
+        """A second answer to the query of a round, or None."""
         return self.again[round_number] if round_number < len(self.again) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which dialogues are taken, and how much of each.
+    """Which dialogues are used, and how much of each.
 
     Attributes:
-        spoken_words: a dialogue ends before the first message that nobody would speak: of more words than this, of
-            several lines, with code or markup, or with characters beyond ASCII; 0 keeps everything.
-        fold: `K/N` takes the dialogues whose id falls in part K of N, `-K/N` all others; empty takes all. So timelines
-            of one dialogue never land on both sides of a split.
+        spoken_words: truncates a dialogue before the first message that is not speakable: longer than this many words,
+            with several lines, code, markup, or non-ASCII characters; 0 keeps everything.
+        fold: `K/N` selects the dialogues whose id hashes to part K of N, `-K/N` all others; empty selects all.
+            Timelines of one dialogue are therefore never on both sides of a split.
 
     Raises:
-        UserError: a fold that makes no sense.
+        UserError: the fold is invalid.
     """
 
     spoken_words: int = 0
@@ -62,7 +62,7 @@ class Selection:
             raise UserError(f"--fold={self.fold}: must be K/N or -K/N with K below N, as in 0/10")
 
     def __call__(self, dialogue: Dialogue) -> Dialogue | None:
-        """The dialogue or its beginning; None where nothing of it is taken."""
+        """The dialogue or its beginning; None if none of it is used."""
         if self.fold:
             part, parts = map(int, self.fold.removeprefix("-").split("/"))
             inside = zlib.crc32(dialogue.id.encode()) % parts == part
@@ -87,19 +87,19 @@ EVERYTHING = Selection()
 
 
 def parse_dialogue(row: Any, where: str) -> Dialogue:
-    """One row of any layout that `conversations.parse_chat` reads.
+    """Parses a row of any layout that `conversations.parse_chat` reads.
 
     Args:
         row: `{"id", "data": [text, ...]}` (UltraChat, user first), `{"prompt_id", "messages": [{"role", "content"}]}`
             (ultrachat_200k) or `{"id", "conversations": [{"from", "value"}]}` (ShareGPT).
-        where: file and line: the id of a row that has none.
+        where: file and line, used as the id of a row that has none.
 
     Returns:
-        Its rounds. A last query that nobody answered is left out, and so is a system prompt; messages of one side in a
-        row are joined by an empty line.
+        Its rounds, without a system prompt and without a last query that has no answer; consecutive messages of one
+        side are joined by an empty line.
 
     Raises:
-        BadRow: names the field.
+        BadRow: the row is invalid; the message names the field.
     """
     if not isinstance(row, dict):
         raise BadRow("must be a JSON object")
@@ -136,10 +136,10 @@ def _again(items: Any) -> tuple[str | None, ...]:
 
 
 def input_files(path: str | Path) -> list[Path]:
-    """The files of an input, sorted by name: one file, or all of a folder that end in one of `SUFFIXES`.
+    """The files of an input, sorted by name: one file, or all files in a folder that end in one of `SUFFIXES`.
 
     Raises:
-        UserError: nothing there that can be read.
+        UserError: there is nothing readable.
     """
     path = Path(path)
     if path.is_file():
@@ -155,14 +155,14 @@ def input_files(path: str | Path) -> list[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A short hash of the names and sizes of an input's files: another input gives another one."""
+    """A short hash of the names and sizes of an input's files, to tell inputs apart."""
     root = Path(path)
     names = [f"{f.relative_to(root) if root.is_dir() else f.name} {f.stat().st_size}" for f in input_files(path)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def count_dialogues(path: str | Path, limit: int = 0) -> int | None:
-    """About how many rows an input has, for the time left; None where only reading it all would tell.
+    """Approximate number of rows, for estimating the time left; None if that needs reading the whole input.
 
     Raises:
         UserError: see `input_files`.
@@ -185,10 +185,10 @@ def read_dialogues(path: str | Path, on_bad: Callable[[str, str], None]) -> Iter
 
     Args:
         path: see `input_files`.
-        on_bad: called with ("file:line", reason) for each row that is left out.
+        on_bad: called with ("file:line", reason) for each row that is skipped.
 
     Raises:
-        UserError: a file is missing, broken off, or no table of rows; the extra `parquet` is missing.
+        UserError: a file is missing, truncated, or not a table of rows; or the extra `parquet` is missing.
     """
     path = Path(path)
     for file in input_files(path):
@@ -214,7 +214,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", row
-        except (OSError, ValueError) as e:  # pyarrow's errors are one or the other
+        except (OSError, ValueError) as e:  # pyarrow's errors are subclasses of these
             raise UserError(f"{file}: cannot be read to its end ({e}); fetch it again") from e
 
 

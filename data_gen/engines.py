@@ -1,4 +1,4 @@
-"""Where units of work run: in this process, in local processes, or on a Ray cluster; the work is the same function."""
+"""Runs units of work in this process, in local processes, or on a Ray cluster."""
 
 import logging
 import multiprocessing
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from duplex_jax.errors import UserError, extra
 from duplex_jax.processes import end_with_parent
 
-# A worker's own: what all its calls share, and (Ray) the reference that it was fetched by.
+# Per worker: the context shared by all its calls, and (Ray) the reference from which it was fetched.
 _context: Any = None
 _reference: Any = None
 
@@ -20,7 +20,7 @@ class Engine(Protocol):
     """Runs `work(context, *args)` somewhere."""
 
     parallel: int
-    """How many calls run at a time."""
+    """Number of calls that run at once."""
 
     def submit(self, *args: Any) -> Future: ...
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
 
 
 class Inline:
-    """Runs in this process, at once."""
+    """Runs calls in this process, immediately."""
 
     parallel = 1
 
@@ -47,7 +47,7 @@ class Inline:
 
 
 def _start_worker(context: Any) -> None:
-    """Keeps the context, leaves Ctrl-C to the parent, and ends when the parent does, however that was."""
+    """Stores the context, leaves Ctrl-C to the parent, and makes the worker end with its parent."""
     global _context
     _context = context
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -59,12 +59,12 @@ def _in_worker(work: Callable[..., Any], *args: Any) -> Any:
 
 
 class Processes:
-    """A pool of local processes; each gets the context once."""
+    """A pool of local processes; each receives the context once."""
 
     def __init__(self, work: Callable[..., Any], context: Any, workers: int):
         self.parallel = workers
         self._work = work
-        # A fresh interpreter: threads of the tokenizer and of an HTTP client do not survive a fork.
+        # Fresh interpreters: threads of the tokenizer and of an HTTP client do not survive a fork.
         self._pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(context,)
         )
@@ -73,20 +73,20 @@ class Processes:
         return self._pool.submit(_in_worker, self._work, *args)
 
     def pids(self) -> list[int]:
-        """The processes that run now."""
+        """Ids of the running processes."""
         return list(self._pool._processes or {})
 
     def close(self) -> None:
         for process in list((self._pool._processes or {}).values()):
             process.terminate()
-        # Waits for its thread, too: that closes pipes which the interpreter uses again at its end.
+        # Also waits for the pool's thread, which closes pipes that the interpreter uses again at exit.
         self._pool.shutdown(cancel_futures=True)
 
 
 class Ray:
-    """A Ray cluster: the one that RAY_ADDRESS names, else one that is started here with `workers` CPUs.
+    """A Ray cluster: the one named by RAY_ADDRESS, otherwise a new one with `workers` CPUs.
 
-    The cluster's machines need this package installed; results come back to the caller, which writes all files.
+    The cluster's machines need this package installed. Results are returned to the caller, which writes all files.
     """
 
     def __init__(self, work: Callable[..., Any], context: Any, workers: int):
@@ -99,12 +99,12 @@ class Ray:
             )
             try:
                 ray.init(log_to_driver=False, logging_level=logging.WARNING, **local)
-            except Exception as e:  # whichever of its many errors: all of them mean that there is no cluster
+            except Exception as e:  # Ray raises many types; all mean that there is no cluster
                 raise UserError(f"--engine=ray: no Ray cluster ({type(e).__name__}: {e}); see RAY_ADDRESS") from e
         self.parallel = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._task = ray.remote(_in_ray)
         self._work = work
-        # In a list Ray leaves the reference alone, and a worker fetches what it stands for once, not for every call.
+        # Inside a list the reference is not resolved per call, so a worker can fetch its value once.
         self._context = [ray.put(context)]
 
     def submit(self, *args: Any) -> Future:
@@ -124,7 +124,7 @@ def _in_ray(reference: list[Any], work: Callable[..., Any], *args: Any) -> Any:
 
 
 def make_engine(name: str, work: Callable[..., Any], context: Any, workers: int) -> Engine:
-    """The engine of that name: "local" or "ray"."""
+    """Makes an engine by name: "local" or "ray"."""
     if name == "ray":
         return Ray(work, context, workers)
     return Inline(work, context) if workers == 1 else Processes(work, context, workers)

@@ -1,7 +1,7 @@
-"""The kinds of `events` that generated timelines carry: where the interesting moments are, so scoring need not guess.
+"""The kinds of events that label the interesting moments of generated timelines, for scoring.
 
-Each event names one pair. `barge_in` and `yield` share theirs: the assistant hears the user's first words and says
-nothing in the very slice that answers them.
+Each event belongs to one pair. `barge_in` and `yield` share theirs: the assistant hears the user's first words and is
+silent in the slice of the same pair.
 """
 
 from duplex_jax.timeline import (

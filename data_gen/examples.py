@@ -1,7 +1,7 @@
-"""Messages in the forms of tests and exercises: questions with options, word problems, several examples in front.
+"""Messages in the form of tests and exercises: multiple choice, word problems, few-shot examples.
 
-The contents are ours or a topic's own phrases (`assets/questions.txt`); what matters is the form, in which a question
-is followed by something that belongs to it.
+The content is our own or a topic's phrases (`assets/questions.txt`); what matters is the form, in which an answer must
+fit its question.
 """
 # ruff: noqa: SIM905 - word lists read best as text
 
@@ -80,7 +80,7 @@ def _phrases() -> dict[str, list[str]]:
 
 
 def options(rng: random.Random) -> str:
-    """A question with three or four options, of which one is right."""
+    """A multiple-choice question with three or four options, one of them right."""
     found = _phrases()
     topic, *others = rng.sample(sorted(found), 4)
     items = [rng.choice(found[name]) for name in (topic, *others)][: rng.choice((3, 4, 4))]
@@ -118,7 +118,7 @@ def sums(rng: random.Random) -> str:
 
 
 def examples(rng: random.Random) -> str:
-    """Two to four examples of a task, and the task once more."""
+    """Two to four examples of a task, followed by the task itself."""
     table, names = rng.choice(
         (
             (_OPPOSITES, (("Word", "Opposite"), ("Q: What is the opposite of", "A"), ("Input", "Output"))),

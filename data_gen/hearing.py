@@ -1,7 +1,7 @@
-"""Users' words as a recogniser or a chat window gives them: without capitals and marks, with fillers, restarts, typos.
+"""Renders a user's words as speech recognition or a chat window does: no capitals or punctuation, fillers, typos.
 
-A style is drawn once for a timeline and changes every message of its user. Words alone then have to say whether a
-request is over, as they do for a listener.
+A style is drawn once per timeline and applies to all its user messages. The model must then tell from the words alone
+whether a request is over, as listeners do.
 """
 # ruff: noqa: SIM905 - word lists read best as text
 
@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-# How often each style is drawn among spoken timelines.
+# Frequency of each style among spoken timelines.
 STYLES: Mapping[str, float] = {"bare": 0.5, "some_marks": 0.1, "no_marks": 0.1, "disfluent": 0.15, "typed": 0.15}
 
 _FILLERS = ("um", "uh", "so", "like", "well", "you know", "I mean", "hmm")
@@ -26,7 +26,7 @@ _ONES = (
     "eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-# Behind these a listener knows that more is to come.
+# Words after which a listener expects more.
 _OPEN = frozenset(
     """
     a an the my your his her its our their this that these those of to in on at for from with by about into than and or
@@ -51,12 +51,12 @@ _REQUEST = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Heard:
-    """A message as it arrives.
+    """A message as transcribed.
 
     Attributes:
         text: the words.
-        marks: for each word the punctuation that stood behind it where it was written.
-        told: whether the end of the message can still be told by its last mark.
+        marks: for each word the punctuation that followed it in the original.
+        told: whether the transcript's last punctuation mark still shows the end of the message.
     """
 
     text: str
@@ -65,14 +65,14 @@ class Heard:
 
 
 def draw_style(share: float, rng: random.Random) -> str:
-    """The style of a timeline: "" (as written) or, for a share of them, one of `STYLES`."""
+    """The style of a timeline: one of `STYLES` for a fraction `share` of them, else "" (as written)."""
     if rng.random() >= share:
         return ""
     return rng.choices(list(STYLES), list(STYLES.values()))[0]
 
 
 def hear(text: str, style: str, rng: random.Random) -> Heard:
-    """A message as written to one in a style."""
+    """Transcribes a written message in a style."""
     marks: list[str] = []
     words: list[str] = []
     for word in text.split():
@@ -82,7 +82,7 @@ def hear(text: str, style: str, rng: random.Random) -> Heard:
         for i, part in enumerate(heard):
             words.append(part)
             marks.append(behind if i == len(heard) - 1 else "")
-    if not words:  # nothing but marks
+    if not words:  # only punctuation
         return Heard(text, ("",) * len(text.split()), True)
     if style == "disfluent":
         words, marks = _stumble(words, marks, rng)
@@ -90,7 +90,7 @@ def hear(text: str, style: str, rng: random.Random) -> Heard:
 
 
 def pause_filler(rng: random.Random) -> str:
-    """What a speaker says in front of a pause, mostly nothing."""
+    """A filler before a pause; usually none."""
     return rng.choice(_PAUSE_FILLERS) if rng.random() < 0.4 else ""
 
 
@@ -118,12 +118,12 @@ def pauses(words: Sequence[str], marks: Sequence[str], written: bool, rate: floa
 
 
 def is_open(words: str) -> bool:
-    """Whether the last word shows that the sentence goes on."""
+    """Whether the last word shows that the sentence continues."""
     return words.split()[-1].lower().strip(".,") in _OPEN
 
 
 def is_statement(text: str) -> bool:
-    """Whether a message as written states something at length and asks for nothing in words."""
+    """Whether a written message is a long statement that requests nothing explicitly."""
     last = re.split(r"(?<=[.!?])\s+", text.strip())[-1]
     return text.rstrip()[-1:] != "?" and len(last.split()) > 4 and not _REQUEST.match(last)
 
@@ -161,7 +161,7 @@ _WORDS: Mapping[str, Callable[[str, random.Random], list[str]]] = {
 
 
 def _stumble(words: list[str], marks: list[str], rng: random.Random) -> tuple[list[str], list[str]]:
-    """Fillers in front of words, and beginnings said twice."""
+    """Adds fillers before words, and repeats some beginnings."""
     new_words: list[str] = []
     new_marks: list[str] = []
     for i, (word, mark) in enumerate(zip(words, marks, strict=True)):
@@ -179,12 +179,12 @@ def _stumble(words: list[str], marks: list[str], rng: random.Random) -> tuple[li
 
 
 def _in_words(written: str) -> str:
-    """A word without its marks; a whole number below 10,000 in words, as it is said."""
+    """A word without punctuation; a whole number below 10,000 is spelled out."""
     word = _MARKS.sub("", written)
     if not word.isdigit() or len(word) > 4 or (len(word) > 1 and word[0] == "0"):
         return word
     n = int(word)
-    if 1100 <= n < 2000 and n % 100 and "," not in written:  # a year, mostly
+    if 1100 <= n < 2000 and n % 100 and "," not in written:  # usually a year
         return f"{_in_words(str(n // 100))} {'oh ' if n % 100 < 10 else ''}{_in_words(str(n % 100))}"
     if n < 20:
         return _ONES[n]

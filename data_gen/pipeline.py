@@ -1,14 +1,14 @@
-"""From dialogues to shards: blocks are read in order and made into one shard per category, whole or not at all.
+"""Generates a data set from dialogues, read in blocks; each block gives one shard per category, written atomically.
 
-    OUT/recipe.json                        what determines the data set, written first
-    OUT/<category>/<category>-00000.jsonl  the shards (.jsonl.zst where compressed)
-    OUT/<category>/<category>-00000.manifest.json  a shard's rows, hash, recipe, and what was left out
-    OUT/bad_rows.tsv                       the input's rows that are no dialogues, and why
-    OUT/dataset.json                       the sums, written last
+    OUT/recipe.json                        what determines the data set; written first
+    OUT/<category>/<category>-00000.jsonl  the shards (.jsonl.zst if compressed)
+    OUT/<category>/<category>-00000.manifest.json  a shard's rows, hash, recipe and omissions
+    OUT/bad_rows.tsv                       invalid input rows, and why they are invalid
+    OUT/dataset.json                       the totals; written last
     OUT/README.md                          the data set card
 
-A shard counts as made when its manifest is there. A run that was killed leaves whole shards behind, and the next one
-makes the others: each is a pure function of its block, the seed and the recipe.
+A shard is complete if its manifest exists. A killed run leaves complete shards behind, and the next run makes the
+others: each is a pure function of its block, the seed and the recipe.
 """
 
 import collections
@@ -43,21 +43,20 @@ from duplex_jax.tokenizer import Tokenizer
 class Recipe:
     """Everything that determines a data set, byte for byte.
 
-    Attributes:
-        input: fingerprint of the input's files.
-        shares: timelines for each source dialogue, by category.
-        seed: of all random draws.
-        tokenizer: fingerprint of the one that cuts assistant messages.
-        tokenizer_name: what it was called.
-        rewriter: "template", or how the model was asked.
-        max_idle_pairs: most silent pairs between turns.
-        block: dialogues of a block.
-        limit: only so many dialogues are taken; 0 for all.
-        compress: shards are zstd frames.
-        versions: of the programs that have a say.
-        transitions: which sentences users break in with.
-        selection: which dialogues are taken.
-        spoken: share of the timelines whose user's words arrive as they are spoken or typed.
+    input: fingerprint of the input's files.
+    shares: timelines per source dialogue, by category.
+    seed: random seed.
+    tokenizer: fingerprint of the tokenizer that cuts assistant messages.
+    tokenizer_name: the tokenizer's name as given by the user.
+    rewriter: "template", or the model's settings.
+    max_idle_pairs: most silent pairs between turns.
+    block: dialogues per block.
+    limit: most dialogues used; 0 for all.
+    compress: whether shards are zstd-compressed.
+    versions: versions of the programs that influence the result.
+    transitions: which sentences users interrupt with.
+    selection: which dialogues are used.
+    spoken: fraction of the timelines whose user's words are as spoken or typed.
     """
 
     input: str
@@ -76,12 +75,12 @@ class Recipe:
     spoken: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """What recipe.json holds. Fields at their defaults are omitted, so old recipe hashes stay valid."""
+        """The contents of recipe.json. Fields at their defaults are omitted, so old recipe hashes stay valid."""
         return {k: v for k, v in dataclasses.asdict(self).items() if _USUAL.get(k) != v}
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits that stand in every manifest."""
+        """Sixteen hexadecimal digits, stored in every manifest."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -128,7 +127,7 @@ def make_recipe(
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A short hash of a tokenizer's vocabulary: equal ones cut alike."""
+    """A short hash of a tokenizer's vocabulary, to tell tokenizers apart."""
     digest = hashlib.sha256()
     for i in range(tokenizer.vocab_size):
         digest.update(tokenizer.token_bytes(i) + b"\0")
@@ -136,9 +135,9 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def blocks(dialogues: Iterable[Dialogue], size: int) -> Iterator[tuple[Dialogue, ...]]:
-    """Runs of `size` dialogues; a last run of less than half of that joins the one before it.
+    """Groups dialogues into blocks of `size`; a last block of less than half of that is merged with the previous one.
 
-    Timelines are made of one run's dialogues, so ids that come twice in it are told apart: `x`, `x#2`, `x#3`.
+    Timelines are made from one block's dialogues, so duplicate ids within a block are renamed: `x`, `x#2`, `x#3`.
     """
     held: tuple[Dialogue, ...] = ()
     current: list[Dialogue] = []
@@ -167,26 +166,26 @@ def _told_apart(block: tuple[Dialogue, ...]) -> tuple[Dialogue, ...]:
 
 
 class Answers(Protocol):
-    """Something that gets requests answered, now or another time."""
+    """Answers requests, in this run or a later one."""
 
     def answer(self, requests: Sequence[Request]) -> "Future[dict[str, Answer] | None]":
-        """Answers by request key; None where some have to wait for another run."""
+        """Answers by request key, as a future; its result is None if some must wait for another run."""
         ...
 
 
 @dataclasses.dataclass
 class Summary:
-    """What a run made, over all its shards.
+    """The result of a run, over all its shards.
 
     Attributes:
-        dialogues: source dialogues that were read.
+        dialogues: number of source dialogues read.
         not_taken: dialogues outside of the selection.
-        bad_rows: rows that were left out.
+        bad_rows: invalid rows.
         rows: timelines by category.
         pairs: slice pairs by category.
-        left_out: timelines that were not made, by category and reason.
-        unfinished: shards that wait for answers.
-        stopped: why the run ended early; "" where it did not.
+        left_out: timelines that could not be made, by category and reason.
+        unfinished: shards that still wait for answers.
+        stopped: why the run ended early; "" if it did not.
     """
 
     dialogues: int = 0
@@ -213,7 +212,7 @@ def manifest_path(shard: Path) -> Path:
 
 
 def read_manifest(shard: Path) -> dict[str, Any] | None:
-    """A shard's manifest; None where there is none that belongs to the file as it is."""
+    """A shard's manifest; None if there is none that matches the file."""
     try:
         manifest = json.loads(manifest_path(shard).read_text(encoding="utf-8"))
         data = shard.read_bytes() if manifest["rows"] else b""
@@ -224,19 +223,19 @@ def read_manifest(shard: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder, and sweeps it."""
+    """Locks the folder against other runs, and removes temporary files."""
     with locked(out):
-        # What an earlier run was writing when it was killed.
+        # Left by an earlier run that was killed while writing.
         for path in out.rglob(".*.partial"):
             path.unlink(missing_ok=True)
         yield
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Writes the recipe, or finds the same one there.
+    """Writes the recipe, or checks that the folder has the same one.
 
     Raises:
-        UserError: the folder holds a data set of another recipe.
+        UserError: the folder holds a data set with another recipe.
     """
     path = out / "recipe.json"
     mine = json.loads(json.dumps(recipe.as_json()))
@@ -265,19 +264,20 @@ def generate(
     max_bad_fraction: float = 0.05,
     total: int | None = None,
 ) -> Summary:
-    """Makes all shards that are not there yet.
+    """Makes all shards that do not exist yet.
 
     Args:
         path: the dialogues; see `dialogues.input_files`.
         out: the data set's folder.
-        recipe: see there.
-        engine: runs `unit.make_unit` with the context of this recipe.
-        answers: gets a model's answers, where the recipe has a model.
-        max_bad_fraction: more bad rows than this part of those read so far stop the run; looked at before each block.
-        total: the number of dialogues, for the time left.
+        recipe: the recipe.
+        engine: runs `unit.make_unit` with this recipe's context.
+        answers: provides a model's answers, if the recipe uses a model.
+        max_bad_fraction: the run stops if a larger fraction of the rows read so far is invalid; checked before each
+            block.
+        total: number of dialogues, for estimating the time left.
 
     Raises:
-        UserError: too many bad rows; another data set or another run in `out`; a worker died.
+        UserError: too many invalid rows; `out` belongs to another data set or run; a worker died.
     """
     out = Path(out)
     summary = Summary()
@@ -336,16 +336,16 @@ def generate(
 
 
 class _Shards:
-    """Units in flight: being made, waiting for answers, being made again with them, written."""
+    """Units in progress: being made, waiting for answers, being made again with them, being written."""
 
     def __init__(self, out: Path, recipe: Recipe, engine: Engine, answers: Answers | None, summary: Summary):
         self.out, self.recipe, self.engine, self.answers, self.summary = out, recipe, engine, answers, summary
-        # As many as keep everybody busy; units that wait for a model cost nobody's time.
+        # Enough to keep all workers busy; units that wait for a model use no CPU.
         self.limit = engine.parallel + (4 if answers else 2 if engine.parallel > 1 else 0)
         self.flying: dict[Future, tuple[Unit, dict[str, Answer]]] = {}
 
     def make(self, unit: Unit) -> None:
-        """Starts a unit, unless its shard is there; waits while too many are in flight."""
+        """Starts a unit unless its shard exists; waits while too many are in progress."""
         shard = shard_path(self.out, unit.category, unit.block, self.recipe.compress)
         manifest = read_manifest(shard)
         if manifest is not None and manifest["recipe"] == self.recipe.hash:
@@ -360,7 +360,7 @@ class _Shards:
             self._step()
 
     def abandon(self) -> None:
-        """Writes what is ready and lets go of the rest."""
+        """Writes finished shards and drops the rest."""
         for future in list(self.flying):
             if future.done() and not future.exception() and isinstance(future.result(), Made):
                 unit, _ = self.flying[future]
@@ -372,7 +372,7 @@ class _Shards:
         self.flying.clear()
 
     def _step(self) -> None:
-        """Waits for something to be ready and takes it a stage further."""
+        """Waits until a unit can advance, and moves it one stage further."""
         ready, _ = wait(self.flying, return_when=FIRST_COMPLETED)
         for future in ready:
             unit, known = self.flying.pop(future)
@@ -432,14 +432,14 @@ def _write_summary(out: Path, recipe: Recipe, summary: Summary) -> None:
 
 
 def parse_shares(categories: Sequence[str], shares: Sequence[str]) -> dict[str, float]:
-    """Timelines for each source dialogue, by category: the default of each one asked for, or what a flag says.
+    """Timelines per source dialogue, by category: each category's default, or the value that a flag gives.
 
     Args:
         categories: names of categories; "paper" and "all" stand for the six and for all ten.
         shares: "name=number" each.
 
     Raises:
-        UserError: an unknown name, or no number above zero.
+        UserError: a name is unknown, or a number is not positive.
     """
     names: list[str] = []
     for name in categories:

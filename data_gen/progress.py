@@ -1,4 +1,4 @@
-"""Progress of long work: a live line with rate and time left on a terminal, plain log lines elsewhere."""
+"""Progress of long work: a live line with rate and time left on a terminal, periodic log lines elsewhere."""
 
 import sys
 import time
@@ -7,12 +7,12 @@ from absl import logging
 
 
 class Progress:
-    """Counts items; use as a context.
+    """Counts items; use as a context manager.
 
     Args:
         what: what is counted, such as "timelines".
-        total: how many there will be, where that is known.
-        every: seconds between log lines where there is no terminal.
+        total: the expected number, if known.
+        every: seconds between log lines when there is no terminal.
     """
 
     def __init__(self, what: str, total: int | None = None, every: float = 10.0):
@@ -31,10 +31,10 @@ class Progress:
             print(file=sys.stderr)
 
     def add(self, items: int = 1, note: str = "") -> None:
-        """Counts `items` more; `note` is shown behind."""
+        """Counts `items` more; `note` is shown after the count."""
         self.done += items
         now = time.monotonic()
-        if not self._first:  # the first ones took compilation and caches with them, so the rate leaves them out
+        if not self._first:  # the first items include compilation, so the rate ignores them
             self._start, self._first = now, self.done
         if now - self._shown >= (0.2 if self._live else self.every):
             self._shown = now
@@ -58,7 +58,7 @@ class Progress:
 
 
 def per_time(rate: float) -> str:
-    """A rate of items a second, by the minute or hour where few come in a second."""
+    """Formats items per second; per minute or hour for slow rates."""
     for unit, seconds in (("s", 1), ("min", 60)):
         if rate * seconds >= 2:
             return f"{rate * seconds:,.0f}/{unit}"

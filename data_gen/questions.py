@@ -1,6 +1,6 @@
-"""What users say in everyday talk: thousands of spoken opening turns over some 150 topics, and turns that go on.
+"""Users' everyday talk: thousands of spoken opening turns over some 150 topics, and follow-up turns.
 
-The words are in `assets/questions.txt`: for each topic whole questions and statements, and phrases that the forms
+The words are in `assets/questions.txt`: whole questions and statements for each topic, and phrases that the patterns
 below turn into questions and requests.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ASSET = Path(__file__).parent / "assets" / "questions.txt"
-# Least and most words of a turn.
+# Minimum and maximum number of words per turn.
 WORDS = (2, 35)
 
 _HOW = (
@@ -52,7 +52,7 @@ _WHOLE = ("ask", "say", "more", "short")
 _FILLERS = ("Um, ", "So, ", "Well, ", "Okay, so ", "Hmm, ", "Uh, ", "Um, so ", "Okay, ", "Hey, ")
 _GREETINGS = ("Hi. ", "Hello. ", "Hey there. ", "Hi there. ", "Good morning. ", "Good evening. ")
 _BEFORE_QUESTIONS = ("I have a question. ", "Quick question. ", "Can I ask you something? ")
-# Words that may follow a filler in lower case: no name begins with one.
+# Words that may be lower-cased after a filler, because no name begins with them.
 _LOWER = re.compile(
     r"(?:What|What's|How|Why|Which|Who|When|Where|Can|Could|Do|Does|Did|Is|Are|Should|Will|Tell|Please|Let's|Give|Any|"
     r"My|We|We're|There's|There|The|Some|Nobody|Somebody|In|Have|It's|At) "
@@ -161,18 +161,18 @@ _GOODBYE = (
     "That's all I wanted to know. Thank you.", "Thank you. Goodbye.", "It was nice talking to you. Bye.",
     "Thanks. Have a nice day.", "Okay, I'll try that. Thanks.", "Alright, thanks. Talk to you later.",
 )  # fmt: skip
-# Topics without a subject to stay with: their turns are followed by their other questions only.
+# Topics without a lasting subject: their turns are followed only by their own other questions.
 _CHAT = ("small talk", "about the assistant", "simple questions", *_ELSEWHERE)
-# How often: a filler or greeting, a turn that stays with the topic's words, a goodbye as the last turn.
+# Frequencies of a filler or greeting, of a turn about the topic's own words, and of a goodbye as the last turn.
 _FILLED, _RELATED, _BYE = 0.25, 0.5, 0.2
 
 
 class Opening(NamedTuple):
-    """The first thing a user says.
+    """A user's first turn.
 
     Attributes:
-        text: what is said.
-        topic: a name in the asset, or of a table of this file.
+        text: the words.
+        topic: a name in the asset, or of a table in this file.
         kind: how, tell, what, ask, say, more or short.
     """
 
@@ -197,10 +197,10 @@ def topics() -> dict[str, dict[str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=4)
 def openings(seed: int = 0) -> tuple[Opening, ...]:
-    """Every opening turn, each once (fillers and greetings aside), in an order that mixes topics and forms.
+    """All distinct opening turns, without fillers and greetings, in an order that mixes topics and patterns.
 
-    Each pass over the topics takes one turn of each. A topic's own questions and statements come first, and each of
-    its phrases in one form, before any phrase comes in a second form.
+    Each pass over the topics takes one turn of each. A topic's own questions and statements come first, and each of its
+    phrases in one pattern before any phrase in a second pattern.
     """
     rng = random.Random(f"{seed}/openings")
     streams = [_topic(name, kinds, rng) for name, kinds in topics().items()]
@@ -242,7 +242,7 @@ def _topic(name: str, kinds: Mapping[str, Sequence[str]], rng: random.Random) ->
 
 
 def _filled(text: str, rng: random.Random) -> str:
-    """The turn, some of the time behind a filler or a greeting."""
+    """The turn, sometimes with a filler or a greeting before it."""
     words = len(text.split())
     if rng.random() >= _FILLED or not 4 <= words <= WORDS[1] - 6 or text.startswith(_GREETINGS + _BEFORE_QUESTIONS):
         return text
@@ -253,7 +253,7 @@ def _filled(text: str, rng: random.Random) -> str:
 
 
 def turns(opening: Opening, rounds: int, rng: random.Random) -> list[str]:
-    """What the user says in a conversation of so many rounds; the turns after the first fit any answer."""
+    """The user's turns in a conversation of `rounds` rounds; the turns after the first fit any answer."""
     said = [opening.text]
     kinds = topics()[opening.topic]
     chat = opening.topic in _CHAT
@@ -279,6 +279,6 @@ def turns(opening: Opening, rounds: int, rng: random.Random) -> list[str]:
 
 
 def fingerprint(seed: int = 0) -> str:
-    """A short hash of all openings of a seed: another wording gives another one."""
+    """A short hash of all openings of a seed; it changes with any wording."""
     text = "\n".join(o.text for o in openings(seed))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

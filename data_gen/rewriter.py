@@ -1,7 +1,7 @@
-"""What the categories ask of a rewriter, and the two that answer: fixed templates, or a language model's answers.
+"""The interface through which categories rewrite text, with two implementations: templates and a language model.
 
-A rewriter never does any input or output. The one that stands for a model looks answers up; what is not there yet it
-raises as `Pending`, and the caller comes back when the answers are. So a category stays a pure function.
+A rewriter does no input or output. The one for a language model looks up answers and raises `Pending` if one is
+missing; the caller tries again once it has them. Categories therefore stay pure functions.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ Rounds = Sequence[tuple[str, str]]
 
 
 class LeftOut(Exception):
-    """This dialogue gives no timeline of this category; the message is the reason, counted as it is."""
+    """A dialogue is unsuitable for a category; the message is the reason, under which it is counted."""
 
 
 class Interruption(NamedTuple):
-    """An answer broken off by a question: the rounds before it, its query, what was said, and what was still to come.
+    """An answer interrupted by a question: earlier rounds, the query, what was said, and what was left to say.
 
-    `statement` is the finished sentence that the question is about, `rest` starts with the unfinished sentence.
+    `statement` is the finished sentence that the question is about; `rest` starts with the unfinished sentence.
     """
 
     history: Rounds
@@ -38,40 +38,40 @@ class Interruption(NamedTuple):
 
 
 class Rewriter(Protocol):
-    """Where words come from that no source dialogue has; `transitions` are those that users break in with."""
+    """Provides words that no source dialogue has; `transitions` are the sentences that users interrupt with."""
 
     transitions: Transitions
 
     def can_announce(self, sentence: str) -> bool:
-        """Whether the topic of what the user says next can be put into a transition sentence."""
+        """Whether the topic of the user's next words can be inserted into a transition sentence."""
         ...
 
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """One user input for each (transition sentence, what the user says next)."""
+        """One user input for each (transition sentence, the user's next words)."""
         ...
 
     def regenerate(self, history: Rounds, query: str, said: str, repetition: str, again: str | None) -> str:
-        """The answer to a query said again, of which `said` was heard before it.
+        """The answer to a repeated query, of which `said` was heard before.
 
         Args:
-            history: the rounds before.
-            query: what was asked first.
-            said: what was heard of the first answer.
-            repetition: how it is asked again.
-            again: a second answer that the dialogue brings.
+            history: the earlier rounds.
+            query: the original query.
+            said: the part of the first answer that was heard.
+            repetition: the repeated query.
+            again: a second answer from the dialogue, or None.
         """
         ...
 
     def back_on_topic(self, moment: Interruption, rng: random.Random) -> tuple[str, str, str]:
-        """The user's question about a statement, its answer, and the interrupted message taken up again."""
+        """The user's question about a statement, its answer, and the continuation of the interrupted message."""
         ...
 
     def opening(self, query: str, rng: random.Random) -> str:
-        """What the assistant says to break a silence, before the user brings up `query`."""
+        """What the assistant says to break a silence before the user asks `query`."""
         ...
 
 
-# Back on topic, without a model: the listener asks for the statement again, so the message itself holds the answer.
+# Back on topic without a model: the listener asks for a repetition, so the message itself contains the answer.
 _QUESTIONS = (
     "Wait, what did you say?",
     "Sorry, could you repeat that?",
@@ -118,10 +118,9 @@ _OPENINGS = (
 
 
 class TemplateRewriter:
-    """Needs no model: transition sentences with their topic filled in, words drawn from the dialogue itself.
+    """Rewrites without a model: inserts topics into transition sentences and takes words from the dialogue itself.
 
-    Where a sentence announces a topic and none is plain, or an answer is wanted that the dialogue does not hold, it
-    raises `LeftOut`.
+    Raises `LeftOut` if a sentence needs a topic and none is found, or if the dialogue does not contain a needed answer.
     """
 
     def __init__(self, transitions: Transitions = Transitions()):
@@ -134,7 +133,7 @@ class TemplateRewriter:
         return [self._fuse(*pair) for pair in pairs]
 
     def _fuse(self, transition: str, sentence: str) -> str:
-        # The sentence that A.3 leaves open, "have you ever...?", is finished by the query that follows it.
+        # A.3's open sentence, "have you ever...?", is completed by the query that follows it.
         filled = transition.replace(", have you ever...?", ".")
         if "[topic]" in filled:
             about = topic(sentence)
@@ -166,7 +165,7 @@ class TemplateRewriter:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a model is asked; part of every request's key."""
+    """Sampling settings of a model, part of every request's key."""
 
     model: str
     temperature: float = 0.7
@@ -175,14 +174,14 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question to a model.
+    """One request to a model.
 
     Attributes:
-        kind: fuse, answer, question, resume, opening or spoken: which checks the answer has to pass.
+        kind: fuse, answer, question, resume, opening or spoken; selects the checks of the answer.
         messages: (role, text) as the chat completions API takes them.
-        max_tokens: most tokens of the answer; one that needs more is refused.
+        max_tokens: most tokens of the answer; a longer one is refused.
         sampling: model, temperature and seed.
-        source: the words that the answer is about: what stands in them may stand in the answer.
+        source: the words that the answer is about, which it may repeat.
     """
 
     kind: str
@@ -193,11 +192,11 @@ class Request:
 
     @property
     def key(self) -> str:
-        """A hash of everything that is sent: equal requests share one answer."""
+        """A hash of everything that is sent; equal requests share one answer."""
         return hashlib.sha256(json.dumps(self.body(0), sort_keys=True).encode()).hexdigest()[:32]
 
     def body(self, attempt: int) -> dict:
-        """The JSON of a chat completions request; every attempt has a seed of its own."""
+        """The JSON of a chat completions request; every attempt has its own seed."""
         return {
             "model": self.sampling.model,
             "messages": [{"role": role, "content": text} for role, text in self.messages],
@@ -207,12 +206,12 @@ class Request:
         }
 
     def read(self, text: str, finish_reason: str | None) -> tuple[str, str | None]:
-        """The answer as it is used, and why it cannot be; see `read_answer`."""
+        """The usable text of an answer, and why it is unusable; see `read_answer`."""
         return read_answer(self, text, finish_reason)
 
 
 class Pending(Exception):
-    """Answers that are not there yet; ask for these and come again."""
+    """Answers are missing; the caller should obtain them and try again."""
 
     def __init__(self, requests: list[Request]):
         super().__init__(f"{len(requests)} requests")
@@ -240,12 +239,12 @@ _OPENING_PROMPT = (
 
 
 class ModelRewriter:
-    """Takes its words from answers of a language model that were got before.
+    """Rewrites with a language model's answers, obtained beforehand.
 
     Args:
-        sampling: how the model is asked.
-        answers: by request key.
-        transitions: what users break in with.
+        sampling: sampling settings of the model.
+        answers: answers by request key.
+        transitions: the sentences that users interrupt with.
     """
 
     def __init__(self, sampling: Sampling, answers: Mapping[str, Answer], transitions: Transitions = Transitions()):
@@ -272,7 +271,7 @@ class ModelRewriter:
         return Request(kind, tuple(messages), max_tokens, self.sampling, source)
 
     def fuse(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        # An empty sentence one leaves nothing to fuse (and A.3's empty one is not rewritten, says the paper).
+        # An empty sentence leaves nothing to fuse (the paper does not rewrite A.3's empty sentence either).
         requests = {
             i: self._request(
                 "fuse", [("user", FUSE_PROMPT.format(sentence_a=a, sentence_b=b))], 128 + _tokens(b), source=b
@@ -307,7 +306,7 @@ def _chat(rounds: Rounds) -> list[tuple[str, str]]:
 
 
 def _tokens(text: str) -> int:
-    """A generous guess at a text's tokens, for limits only."""
+    """A generous estimate of a text's tokens, for limits only."""
     return len(text.encode()) // 3
 
 
@@ -322,13 +321,13 @@ _REFUSAL = re.compile(
 )
 _BRACKET = re.compile(r"\[[^\[\]\n]{1,40}\]|\{[a-z_]{1,20}\}|<(?:topic|empty string)>", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
-# Runs of words that stand in our prompts and in no answer.
+# Length of word runs that are compared between our prompts and answers.
 _ECHO = 5
 _LABELS = ("sentence one", "sentence two", "no other words", "answer only", 'statement "', 'topic "', 'rest "')
 
 
 def clean(text: str) -> str:
-    """An answer without outer white space and without quotation marks around the whole of it."""
+    """An answer without outer white space and without quotation marks around all of it."""
     text = text.strip()
     while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
@@ -336,7 +335,7 @@ def clean(text: str) -> str:
 
 
 def read_answer(request: Request, text: str, finish_reason: str | None) -> tuple[str, str | None]:
-    """A model's words as they are used, and why they cannot be (None where they can)."""
+    """A model's usable words, and why they are unusable (None if they are usable)."""
     text = clean(text)
     if request.kind != "spoken":
         return text, fault(request, text, finish_reason)
@@ -347,7 +346,7 @@ def read_answer(request: Request, text: str, finish_reason: str | None) -> tuple
 
 
 def fault(request: Request, text: str, finish_reason: str | None) -> str | None:
-    """Why a (clean) answer cannot be used, in a few words; None where it can."""
+    """Why a (clean) answer is unusable, in a few words; None if it is usable."""
     if not text:
         return "empty answer"
     if finish_reason == "length":
@@ -376,10 +375,10 @@ def fault(request: Request, text: str, finish_reason: str | None) -> str | None:
 def _echoes(request: Request, text: str, source: str) -> bool:
     if any(label in text and label not in source for label in _LABELS):
         return True
-    if request.kind == "answer":  # its prompt is the conversation, and an answer may well repeat that
+    if request.kind == "answer":  # its prompt is the conversation, which an answer may repeat
         return False
     instruction = "\n".join(line for line in request.messages[-1][1].lower().split("\n") if '"' not in line)
-    # Lines of the source may stand in the prompt without a quotation mark, and they may well come back.
+    # Lines of the source may be in the prompt without quotation marks, and an answer may repeat them.
     return bool(_runs(text) & (_runs(instruction) - _runs(source)))
 
 

@@ -1,8 +1,8 @@
-"""Dialogues that a chat model writes by itself: its user's messages as well as its answers.
+"""Dialogues that a chat model writes itself, both the user's messages and its answers.
 
-Given only what its template puts in front of a user's message, a chat model writes the message (Xu et al. 2024,
-"Magpie", arXiv 2406.08464). This module says what is asked for and which words are kept; it knows no model: a writer
-yields an `Ask` and is sent the words.
+Given only its template's prefix of a user message, a chat model writes the message (Xu et al. 2024, "Magpie", arXiv
+2406.08464). This module decides what is requested and which words are kept. It does not run a model: a writer yields
+an `Ask` and is sent `Words`.
 """
 # ruff: noqa: SIM905 - word lists read best as text
 
@@ -22,13 +22,13 @@ Messages = tuple[tuple[str, str], ...]
 
 
 class Ask(NamedTuple):
-    """Words that a dialogue needs next.
+    """A request for the next words of a dialogue.
 
     Attributes:
-        role: who says them, `user` or `assistant`.
-        messages: (role, text) of everything in front of them.
-        begin: how they begin; the model goes on from there.
-        max_tokens: most tokens of what follows `begin`.
+        role: the speaker, `user` or `assistant`.
+        messages: (role, text) of everything before.
+        begin: the first words of the message, which the model continues.
+        max_tokens: most tokens after `begin`.
     """
 
     role: str
@@ -38,19 +38,19 @@ class Ask(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What the model wrote, `begin` included, and whether it ended the message itself."""
+    """The model's words, including `begin`, and whether the model ended the message itself."""
 
     text: str
     ended: bool
 
 
 class Written(NamedTuple):
-    """A dialogue.
+    """A finished dialogue.
 
     Attributes:
-        kind: the name of its kind.
-        said: what was said, user first.
-        again: for each round another answer to the same query, where one was written.
+        kind: name of its kind.
+        said: the turns, user first.
+        again: for each round another answer to the same query, or "".
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Written(NamedTuple):
 
 
 class Refused(Exception):
-    """The words cannot be used; the message says why."""
+    """The words are unusable; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Kind:
     """A kind of dialogue.
 
     Attributes:
-        name: kept with each dialogue.
-        begins: where the model writes the first message: the words that it begins with; "" leaves all to the model.
-        then: words that later messages of the user begin with.
-        composed: where the first message is composed, by which of `examples.py`'s functions; `opening` and
-            `situation` compose all messages of the user.
-        states: the user's messages are statements: they end in front of the first question, after two sentences at
-            most. Some of the two lose the full stop between them, as speech does.
-        brief: whether answers are short and spoken; otherwise the model answers as it is used to.
-        rounds: how often a dialogue has one round, two, three.
+        name: stored with each dialogue.
+        begins: first words of a first message that the model writes; "" leaves all of it to the model.
+        then: first words of the user's later messages.
+        composed: the function of `examples.py` that composes the first message; `opening` and `situation` compose all
+            user messages.
+        states: whether the user's messages are statements, which end before the first question and after at most two
+            sentences. The full stop between two sentences is sometimes left out, as in speech.
+        brief: whether answers are short and spoken; otherwise the model answers in its own way.
+        rounds: relative frequencies of dialogues with one, two and three rounds.
         answer_tokens: most tokens of an answer.
     """
 
@@ -141,7 +141,7 @@ KINDS: Mapping[str, tuple[float, Kind]] = {
 }
 _COMPOSED = {"options": options, "sums": sums, "examples": examples}
 _QUERY_TOKENS = 70
-# How often a spoken answer is drawn twice.
+# Probability that a spoken answer is drawn twice.
 AGAIN = 0.3
 _WORDS = (1, 70)
 _LIKE_AN_ASSISTANT = re.compile(
@@ -157,7 +157,7 @@ _WORD = re.compile(r"[a-z0-9']+")
 
 
 def plan(number: int, seed: int, openings: Sequence[Opening]) -> Generator[Ask, Words, Written]:
-    """The writer of a dialogue, which raises `Refused` where not even its first round can be used."""
+    """The writer of a dialogue; raises `Refused` if not even its first round is usable."""
     rng = random.Random(f"{seed}/self-written/{number}")
     [kind] = rng.choices([k for _, k in KINDS.values()], [w for w, _ in KINDS.values()])
     [rounds] = rng.choices(range(1, len(kind.rounds) + 1), kind.rounds)
@@ -200,7 +200,7 @@ def _dialogue(kind: Kind, rounds: int, opening: Opening, rng: random.Random) -> 
 
 
 def _another(answer: str, words: Words, said: Sequence[str], kind: Kind) -> str | None:
-    """A second answer that is not the first one in nearly the same words."""
+    """A second answer, unless it is nearly identical to the first."""
     try:
         other = answer_of(words, said, kind)
     except Refused:
@@ -236,10 +236,10 @@ def _stated(words: Words, rng: random.Random) -> Words:
 
 
 def query_of(words: Words, said: Sequence[str], brief: bool) -> str:
-    """A user's message as it is used.
+    """A usable user message.
 
     Raises:
-        Refused: it is cut short, empty, too long, garbled, a repetition, or what an assistant would say.
+        Refused: it is truncated, empty, too long, garbled, repetitive, or sounds like an assistant.
     """
     text = words.text.strip()
     if brief and "\n" in text:
@@ -261,10 +261,10 @@ def query_of(words: Words, said: Sequence[str], brief: bool) -> str:
 
 
 def answer_of(words: Words, said: Sequence[str], kind: Kind) -> str:
-    """An answer as it is used: spoken ones cut behind a sentence, others kept as the model is used to answer.
+    """A usable answer: spoken ones are cut at the end of a sentence, others are unchanged.
 
     Raises:
-        Refused: see `spoken.fault`, or it is empty, cut short in its first sentence, garbled or a repetition.
+        Refused: see `spoken.fault`; or it is empty, truncated in its first sentence, garbled or repetitive.
     """
     if kind.brief:
         text = spoken.trim(words.text)
@@ -286,6 +286,6 @@ def answer_of(words: Words, said: Sequence[str], kind: Kind) -> str:
 
 
 def _loops(words: Sequence[str]) -> bool:
-    """Whether a run of five words comes twice, or a word three times in a row."""
+    """Whether a run of five words occurs twice, or a word three times in a row."""
     runs = [tuple(words[i : i + 5]) for i in range(len(words) - 4)]
     return len(set(runs)) < len(runs) or any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))

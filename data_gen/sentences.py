@@ -1,4 +1,4 @@
-"""Where the sentences of a message begin and end, and which of them are statements."""
+"""Splits text into sentences, and recognises statements."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」）]*|\
 
 
 class Sentence(NamedTuple):
-    """`text[start:end]`; white space after it belongs to no sentence."""
+    """`text[start:end]`; white space after it is not part of any sentence."""
 
     start: int
     end: int
 
 
 def sentences(text: str) -> list[Sentence]:
-    """The sentences of a text in order; a line break ends one too."""
+    """The sentences of a text in order; a line break also ends one."""
     found, start = [], 0
     for end in [*(m.end() for m in _END.finditer(text)), len(text)]:
         part = text[start:end]
@@ -26,7 +26,7 @@ def sentences(text: str) -> list[Sentence]:
 
 
 def is_statement(text: str) -> bool:
-    """A plain sentence of 4-40 words that ends with a full stop: no heading, list number, question or code."""
+    """Whether it is a plain sentence of 4-40 words with a full stop: no heading, list number, question or code."""
     words = text.split()
     if text[-1:] == "。":
         return 8 <= len(text) <= 80

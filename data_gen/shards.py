@@ -1,4 +1,4 @@
-"""The files of a data set on disk, whoever made it."""
+"""Finds the timeline files of a data set."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def shard_files(path: str | Path) -> list[Path]:
     """The timeline files of a folder, sorted, or the one file.
 
     Raises:
-        UserError: nothing there.
+        UserError: there are none.
     """
     path = Path(path)
     if path.is_file():
@@ -26,7 +26,7 @@ def shard_files(path: str | Path) -> list[Path]:
 
 
 def guess_category(path: Path) -> str:
-    """The category that a file's or its folder's name means; published files have it nowhere else."""
+    """The category that the name of a file or of its folder implies; published files have it nowhere else."""
     for name in (path.name, path.parent.name):
         plain = name.lower().replace("-", "_").replace(" ", "_")
         for category in CATEGORIES:

@@ -1,7 +1,7 @@
-"""What users do beside asking: correct themselves, ask for more or less, reply, ask two things, have it count.
+"""Users' turns other than questions: corrections, requests for more or less, replies, two questions, counting.
 
-Each situation is a short plan of turns. Where the words that are said are no question by themselves ("No, I meant
-Austria."), `asked` says what the model is asked in their place.
+Each situation is a short plan of turns. If the spoken words are not a question by themselves ("No, I meant Austria."),
+`asked` gives the model the full question.
 """
 # ruff: noqa: SIM905 - word lists read best as text
 
@@ -16,8 +16,8 @@ class Turn(NamedTuple):
 
     Attributes:
         said: the words.
-        asked: what a model answers in their place; the words themselves by default.
-        answer: an answer that needs no model; `SAME` is the answer before.
+        asked: what the model is asked instead; by default the words themselves.
+        answer: an answer that needs no model; `SAME` repeats the previous answer.
     """
 
     said: str
@@ -119,7 +119,7 @@ def situation(rng: random.Random) -> list[Turn]:
 
 
 def _phrases(rng: random.Random, kind: str) -> list[str]:
-    """Phrases of one topic that has at least two of a kind."""
+    """Phrases of one random topic that has at least two of this kind."""
     found = [kinds[kind] for kinds in topics().values() if len(kinds.get(kind, ())) > 1]
     return list(rng.choice(found))
 

@@ -1,18 +1,18 @@
-"""Short spoken answers: how a model is asked for them, what is cut off an answer, and which answers are refused."""
+"""Short spoken answers: prompts that ask for them, how they are trimmed, and which ones are refused."""
 
 import re
 from collections.abc import Sequence
 
 from data_gen.sentences import sentences
 
-# Longest answers that are taken, in words and in sentences; what goes on longer is cut behind a sentence.
+# Most words and sentences of an answer; longer answers are cut at the end of a sentence.
 WORDS, SENTENCES = 45, 3
-# Tokens that an answer may take; one that needs more loses its last, broken sentence.
+# Most tokens of an answer; a longer one loses its last, incomplete sentence.
 MAX_TOKENS = 80
 
-# A question stands without examples: a small model would take its words from them.
+# Questions have no examples in their prompt, because a small model would copy words from them.
 QUESTION_PROMPT = "You are a helpful AI assistant. Answer every question in one or two short sentences."
-# A statement comes behind examples: without them it is merely said again.
+# Statements come after examples, because without them a small model merely repeats the statement.
 PROMPT = "You are a helpful voice assistant. You answer in one or two short, plain sentences, as people speak."
 EXAMPLES = (
     ("Good morning.",
@@ -49,7 +49,7 @@ _REFUSES = re.compile(
     r"|\bi don't have (?:any|a specific|specific|enough)\b",
     re.IGNORECASE,
 )
-# What a voice assistant has not done, and what it does not offer.
+# Claims and offers that a voice assistant should not make.
 _PRETENDS = re.compile(
     r"\bi(?:'ve| have) (?:been|always|had|seen|never|spent|done|got|learned|heard|read|tried)\b|\bi(?:'m| am) an? \w"
     r"|\bmy (?:own|wife|husband|kids|children|family|friends?|mother|father|childhood|home|schedule|website|team)\b"
@@ -57,7 +57,7 @@ _PRETENDS = re.compile(
     r"|\b(?:in )?the next (?:one|episode|video)\b",
     re.IGNORECASE,
 )
-# Openings of answers that fit thanks, or news, and no question.
+# Openings that answer thanks or news, but not a question.
 _THANKED = re.compile(r"^(?:you're|you are) (?:very )?welcome\b", re.IGNORECASE)
 _THANKS = re.compile(r"\b(?:thanks?|thank you|bye|goodbye|talk to you later)\b", re.IGNORECASE)
 _FEELS = re.compile(
@@ -66,7 +66,7 @@ _FEELS = re.compile(
     r"|^that's an? [a-z ]*(?:question|request)\b",
     re.IGNORECASE,
 )
-# First sentences that say nothing.
+# First sentences without content.
 _EMPTY = re.compile(
     r"^(?:well, )?that's an? [a-z ]*(?:question|request)[.!]$"
     r"|^(?:(?:sure|sure thing|of course|absolutely|certainly|yes|no worries|great)[,.!]? ?)?"
@@ -89,11 +89,10 @@ _SMALL = frozenset(_SMALL_WORDS.split())
 
 
 def trim(text: str) -> str:
-    """An answer as it is said: plain quotation marks, one paragraph, whole sentences, at most `SENTENCES` of them.
+    """An answer as spoken: plain quotation marks, one paragraph, whole sentences, at most `SENTENCES` of them.
 
-    A first sentence that says nothing ("That's a great question.") is dropped, and so is a last one without an
-    end (the token limit cut it, or the model stopped); "" where that leaves nothing. Lists are left as they are, for
-    `fault` to refuse.
+    Drops a first sentence without content ("That's a great question.") and an incomplete last one (cut by the token
+    limit or by the model); returns "" if nothing is left. Lists are not changed, so that `fault` refuses them.
     """
     text = text.translate(_PLAIN).strip()
     if not _LIST.search(text):
@@ -111,11 +110,11 @@ def trim(text: str) -> str:
 
 
 def fault(text: str, said: Sequence[str]) -> str | None:
-    """Why a (trimmed) answer cannot be used, in a few words; None where it can.
+    """Why a (trimmed) answer is unusable, in a few words; None if it is usable.
 
     Args:
         text: the answer.
-        said: the conversation before it, the user's query last.
+        said: the conversation before it, ending with the user's query.
     """
     if not text:
         return "no whole sentence"
@@ -154,14 +153,14 @@ def fault(text: str, said: Sequence[str]) -> str | None:
 
 
 def messages(said: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """(role, text) of a request for the answer to a conversation, which the user began and ends."""
+    """(role, text) of a request for the answer to a conversation that begins and ends with the user."""
     shown = [] if _asks(said[-1]) else [text for example in EXAMPLES for text in example]
     talk = ((("user", "assistant")[i % 2], text) for i, text in enumerate([*shown, *said]))
     return (("system", PROMPT if shown else QUESTION_PROMPT), *talk)
 
 
 def conversation(messages: Sequence[tuple[str, str]]) -> list[str]:
-    """What was said in the conversation of a request's messages, without what is put before it."""
+    """The conversation in a request's messages, without the prompt before it."""
     before = 1 + 2 * len(EXAMPLES) if messages[0][1] == PROMPT else 1
     return [text for _, text in messages[before:]]
 
@@ -171,15 +170,15 @@ def _asks(query: str) -> bool:
 
 
 def _strays(words: Sequence[str], said: Sequence[str]) -> bool:
-    """Whether an answer takes up an example of the prompt that the conversation has nothing to do with."""
+    """Whether an answer mentions one of the prompt's examples although the conversation has nothing to do with it."""
     strange = {w for w in words if w in _EXAMPLE_WORDS}
     return bool(strange - {w for turn in said for w in _words(turn)})
 
 
 def _off_topic(text: str, said: Sequence[str]) -> bool:
-    """Whether the answer to a question or request shares no word, by its first letters, with it.
+    """Whether the answer to a question or request shares no word with it, compared by first letters.
 
-    A question that names nothing ("Why is that?") is about the round before it.
+    A question without a subject of its own ("Why is that?") is about the previous round.
     """
     query = said[-1]
     if not _asks(query):
@@ -199,7 +198,7 @@ def _runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _shared(words: Sequence[str], others: Sequence[str], n: int) -> float:
-    """The part of an answer's runs of n words that stand in other words too; 0 where it has none."""
+    """The fraction of an answer's runs of n words that also occur in other words; 0 if it has no runs."""
     runs = _runs(words, n)
     return len(set(runs) & set(_runs(others, n))) / len(set(runs)) if runs else 0.0
 
@@ -219,7 +218,7 @@ def _stems(text: str) -> set[str]:
     return {w[:4] for w in _words(text) if w not in _SMALL and len(w) > 2}
 
 
-# The answer to thanks, the last example, may well be given again.
+# Answers may repeat the last example, which is the answer to thanks.
 _PROMPT_RUNS = frozenset(
     run
     for text in (QUESTION_PROMPT, PROMPT, *(t for example in EXAMPLES[:-1] for t in example))

@@ -1,4 +1,4 @@
-"""Table 1 for any data set, beside the paper's, and histograms of lengths."""
+"""Table 1 for any data set, compared with the paper's, and histograms of lengths."""
 
 import collections
 import dataclasses
@@ -24,13 +24,13 @@ _TOKEN_BIN = 64
 
 @dataclasses.dataclass
 class Lengths:
-    """Timelines of one category: how many, and how long.
+    """Number and length of one category's timelines.
 
     Attributes:
-        dialogues: timelines.
-        tokens: of all of them, markers included.
+        dialogues: number of timelines.
+        tokens: their total number of tokens, markers included.
         by_pairs: timelines by number of slice pairs.
-        by_tokens: timelines by number of tokens, in steps of 64.
+        by_tokens: timelines by number of tokens, in bins of 64.
     """
 
     dialogues: int = 0
@@ -94,7 +94,7 @@ class Stats:
 
 
 def measure(tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Lengths], int]:
-    """One file's lengths by category, and how many of its lines are no timelines."""
+    """One file's lengths by category, and how many of its lines are invalid."""
     name = default_template(tokenizer)
     if missing := missing_tokens(name, tokenizer):
         tokenizer = tokenizer.with_tokens(missing)
@@ -108,10 +108,10 @@ def measure(tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Lengths], int]:
 
 
 def read_stats(folder: str | Path, tokenizer_name: str, workers: int = 1) -> Stats:
-    """Measures every timeline of a data set, the published files included.
+    """Measures every timeline of a data set, including published files.
 
     Raises:
-        UserError: nothing there, or no such tokenizer.
+        UserError: there is no data set, or no such tokenizer.
     """
     files = shard_files(folder)
     tokenizer = resolve_tokenizer(tokenizer_name)
@@ -142,7 +142,7 @@ def read_stats(folder: str | Path, tokenizer_name: str, workers: int = 1) -> Sta
 
 
 def table(stats: Stats) -> Iterator[str]:
-    """Table 1 of a data set beside the paper's, then what is far off."""
+    """A data set's Table 1 next to the paper's, followed by large deviations."""
     yield f"tokens: tokenizer {stats.tokenizer}, template {stats.template} (the paper's: MiniCPM-duplex)"
     columns = ("dialogues", 11), ("slice pairs", 10), ("over basic", 7), ("tokens", 10)
     yield " " * 24 + "".join(f"{name:>{2 * width}}" for name, width in columns)
@@ -174,7 +174,7 @@ def table(stats: Stats) -> Iterator[str]:
 
 
 def write_histograms(stats: Stats, path: Path) -> str:
-    """Draws pairs and tokens by category; returns what to say about it."""
+    """Draws histograms of pairs and tokens by category; returns a message for the user."""
     try:
         import matplotlib
     except ImportError:

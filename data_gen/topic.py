@@ -1,13 +1,13 @@
-"""The topic of a sentence without a model: a short noun phrase where the words around it show that it is one.
+"""Finds the topic of a sentence without a model: a short noun phrase recognised by the words around it.
 
-Nothing here parses English. A phrase counts where something in front shows where it begins ("about", "the", a capital
-letter) and something behind shows where it ends; other sentences have no topic.
+Nothing here parses English. A phrase needs a word or capital letter that shows where it begins ("about", "the") and
+something after it that shows where it ends; sentences without such a phrase have no topic.
 """
 # ruff: noqa: SIM905 - word lists read best as text
 
 import re
 
-# Words that are in no noun phrase: pronouns, auxiliaries, question words, conjunctions, verbs of requests.
+# Words that never occur in a noun phrase: pronouns, auxiliaries, question words, conjunctions, verbs of requests.
 _STOP = frozenset(
     """
     i you he she it we they me him us them myself yourself this that these those who whom whose which what when where
@@ -35,7 +35,7 @@ _STOP = frozenset(
 )
 _DETERMINER = r"(?:the|a|an|my|your|his|her|our|their|its)"
 _WORD = r"[A-Za-z][A-Za-z'’-]*[A-Za-z]"
-# A determiner and up to four words, the last of which an "of" may follow with as much again.
+# A determiner and up to four words; an "of" may add as many again.
 _PHRASE = rf"(?:{_DETERMINER}\s+)?{_WORD}(?:\s+{_WORD}){{0,3}}"
 _ABOUT = re.compile(
     rf"\b(?:about|regarding|concerning|discuss|(?:capital|history|meaning|purpose|benefits?|advantages?|causes?|"
@@ -48,13 +48,13 @@ _WHAT_IS = re.compile(
     re.IGNORECASE,
 )
 _OF = re.compile(rf"\b(the\s+{_WORD}\s+of\s+(?:the\s+)?{_WORD})(?=\s*(?:[.?!,;:]|$))", re.IGNORECASE)
-# A name of several words, or of one behind a preposition.
+# A name of several words, or of one word after a preposition.
 _NAME = re.compile(
     r"(?:(?<=[a-z,] )(?=[A-Z]\S+ [A-Z])|(?<=\bto )|(?<=\bin )|(?<=\bfrom )|(?<=\babout ))"
     r"([A-Z][a-z]{2,}(?:\s+[A-Z][a-z]+){0,2})(?=[.?!,;:]\s|\s*[.?!]?$|\s(?:is|are|and|with|like|when|for)\s)"
 )
 _VERBAL = re.compile(r"(?:[a-z]{2}ed|ize|ify|ingly|ously|ally|ely|ily|ous|ful|less|able|ible)$", re.IGNORECASE)
-# Nouns that say nothing without what stands around them.
+# Nouns that mean nothing without their context.
 _VAGUE = frozenset(
     """
     way ways thing things lot kind sort bit time times day days year years reason question questions answer example
@@ -68,7 +68,7 @@ _VAGUE = frozenset(
 
 
 def topic(text: str) -> str | None:
-    """A short noun phrase that says what `text` is about, such as "the capital of Italy"; None where none is plain."""
+    """A short noun phrase that says what `text` is about, such as "the capital of Italy"; None if none is clear."""
     text = " ".join(text[:400].split())
     for pattern in (_ABOUT, _WHAT_IS, _NAME, _OF):
         for match in pattern.finditer(text):

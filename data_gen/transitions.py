@@ -1,6 +1,6 @@
-"""What users break in with: the transition sentences of the paper's appendix A, and shorter spoken ones of our own.
+"""Transition sentences with which users interrupt: those of the paper's appendix A, and shorter spoken ones of our own.
 
-Also the paper's prompt, which fuses one of them with what the user says next.
+Also contains the paper's prompt, which fuses such a sentence with the user's next words.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ FUSE_PROMPT = (
     "Give me your answer only, no other words. Give me your answer only, no other words."
 )
 
-# A.1. The empty one: the user says the next thing straight away.
+# A.1. With the empty sentence the user's next words follow at once.
 TERMINATION = (
     "",
     "I need to cut you off right now; this is urgent.",
@@ -30,7 +30,7 @@ TERMINATION = (
     "Enough talking! I need you to be quiet now.",
 )
 
-# Those of A.1 that ask for silence; a question in the same breath would contradict them.
+# Those of A.1 that ask for silence; a question right after them would contradict them.
 SILENCE = TERMINATION[8:]
 
 # A.2
@@ -56,7 +56,7 @@ REGENERATION = (
     "No, you are wrong.",
 )
 
-# A.3. The empty one is not rewritten: the user starts the new dialogue as fast as possible.
+# A.3. The empty sentence is not rewritten: the user starts the new dialogue at once.
 RESET = (
     "",
     "That's interesting, and speaking of [topic], have you ever...?",
@@ -78,7 +78,7 @@ RESET = (
     "Shifting gears a bit, let's talk about [topic].",
 )
 
-# Ours, as people say them. Behind a termination comes a question in the same breath.
+# Our own, as spoken. A question follows a termination in the same breath.
 SPOKEN_TERMINATION = (
     "Stop please.", "Wait, wait.", "Hold on.", "OK, stop there.", "Never mind that.", "Actually, no.",
     "Wait a second.", "Sorry, hold on.", "Stop, stop.", "One moment.", "Okay, okay, got it.",
@@ -90,7 +90,7 @@ SPOKEN_TERMINATION = (
     "Stop, I want to ask something else.", "Sorry to cut you off.", "Hey, wait a minute.",
 )  # fmt: skip
 
-# Demands for silence stand alone here too.
+# Demands for silence are used without a question here, too.
 SPOKEN_SILENCE = (
     "Be quiet please.", "Shh, quiet now.", "Please stop talking.", "That's enough, thank you.",
     "Okay, stop talking now.", "Quiet, please.", "Shush.", "Stop talking for a bit.", "Give me a minute of quiet.",
@@ -119,17 +119,17 @@ SPOKEN_RESET = (
     "Never mind, something else.",
 )  # fmt: skip
 
-# The paper's sentences behind which an ordinary question of a dialogue makes no sense: they claim something urgent or
-# important, or ask a question of their own. They stand in the paper's data alone.
+# The paper's sentences that do not fit an ordinary question: they claim that something is urgent or important, or ask
+# a question of their own. Only the paper's data uses them.
 ANNOUNCING = frozenset((*TERMINATION[1:4], TERMINATION[5], *(s for s in RESET if s.endswith("?"))))
 
-# All that ask for silence.
+# All sentences that ask for silence.
 QUIET = frozenset(SILENCE + SPOKEN_SILENCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transitions:
-    """Which sentences users break in with.
+    """The sentences that users interrupt with.
 
     Attributes:
         name: "paper", "spoken" (our own), or "both", about half each.
@@ -139,19 +139,19 @@ class Transitions:
     NAMES: ClassVar[tuple[str, ...]] = ("paper", "spoken", "both")
 
     def termination(self, rng: random.Random) -> str:
-        """One that stops the assistant: for a question, or for silence (then it is in `QUIET`)."""
+        """A sentence that stops the assistant, for a question or for silence (the latter are in `QUIET`)."""
         return self._pick(TERMINATION, SPOKEN_TERMINATION + SPOKEN_SILENCE, rng)
 
     def silence(self, rng: random.Random) -> str:
-        """One that asks for silence."""
+        """A sentence that asks for silence."""
         return self._pick(SILENCE, SPOKEN_SILENCE, rng)
 
     def regeneration(self, rng: random.Random, announce: bool = True) -> str:
-        """One that asks for another answer; without `announce` one that has no place for a topic."""
+        """A sentence that asks for another answer; without `announce`, one without a placeholder for a topic."""
         return self._pick(REGENERATION, SPOKEN_REGENERATION, rng, announce)
 
     def reset(self, rng: random.Random, announce: bool = True) -> str:
-        """One that drops a subject; without `announce` one that has no place for a topic."""
+        """A sentence that drops a subject; without `announce`, one without a placeholder for a topic."""
         return self._pick(RESET, SPOKEN_RESET, rng, announce)
 
     def _pick(self, paper: Sequence[str], spoken: Sequence[str], rng: random.Random, announce: bool = True) -> str:
@@ -163,10 +163,10 @@ class Transitions:
 
 
 def number(sentence: str, kind: str) -> int:
-    """A sentence's number among those of its kind, from 1: first the paper's in its order, then ours.
+    """A sentence's number among those of its kind, from 1: the paper's in its order, then ours.
 
     Args:
-        sentence: with its brackets.
+        sentence: the sentence with its brackets.
         kind: termination, regeneration or reset.
     """
     return _NUMBERS[kind].index(sentence) + 1

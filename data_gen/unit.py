@@ -24,16 +24,16 @@ ZSTD_LEVEL = 6
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all units share.
+    """What all units have in common.
 
     Attributes:
         tokenizer: cuts assistant messages.
-        seed: of the data set.
+        seed: seed of the data set.
         max_idle_pairs: see `compose.Conversation`.
-        sampling: how the model is asked; None takes the templates.
-        compress: shards are zstd frames.
-        transitions: name of the sentences that users break in with.
-        spoken: share of the timelines whose user's words arrive as a recogniser or a chat window gives them.
+        sampling: sampling settings of the model; None uses templates.
+        compress: whether shards are zstd-compressed.
+        transitions: name of the sentences that users interrupt with.
+        spoken: fraction of the timelines whose user's words are as a speech recogniser or a chat window gives them.
     """
 
     tokenizer: Tokenizer
@@ -47,15 +47,15 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A block of dialogues and what is to be made of it.
+    """A block of dialogues and the category to make from it.
 
     Attributes:
-        category: of all its timelines.
-        share: timelines for each dialogue, over the whole input.
-        block: the block's number, which is the shard's.
-        first: the number of the block's first dialogue within the input.
-        dialogues: the block. Each is told about in turn; where a timeline takes several, the others are drawn from
-            the same block, so that no more of the input than this has to be at hand.
+        category: category of all its timelines.
+        share: timelines per dialogue, over the whole input.
+        block: number of the block and of its shard.
+        first: index of the block's first dialogue in the input.
+        dialogues: the block. Each dialogue is used in turn; a timeline of several draws the others from the same block,
+            so that only the block has to be in memory.
     """
 
     category: str
@@ -67,15 +67,15 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A unit's shard, or what has to be asked before it can be made.
+    """A finished shard, or the requests to answer before it can be made.
 
     Attributes:
-        data: the shard's bytes, as they are written.
-        sha256: of the shard.
+        data: the shard's bytes as written to its file.
+        sha256: hash of the shard.
         rows: timelines in it.
         pairs: their slice pairs.
-        left_out: how many timelines were not made, by reason.
-        pending: requests without an answer; then the rest says nothing.
+        left_out: timelines that could not be made, by reason.
+        pending: requests without an answer; if there are any, the other fields are meaningless.
     """
 
     data: bytes = b""
@@ -87,12 +87,12 @@ class Made:
 
 
 def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Made:
-    """Makes a shard. Equal arguments give equal bytes, wherever it runs.
+    """Makes a shard; deterministic, wherever it runs.
 
     Args:
-        context: shared by all units.
+        context: common to all units.
         unit: the block and its category.
-        answers: of the model, by request key.
+        answers: the model's answers by request key.
     """
     transitions = Transitions(context.transitions)
     rewriter: Rewriter = TemplateRewriter(transitions)
@@ -135,7 +135,7 @@ def make_unit(context: Context, unit: Unit, answers: Mapping[str, Answer]) -> Ma
 
 
 def _draw(block: tuple[Dialogue, ...], place: int, number: int, rng: random.Random) -> list[Dialogue]:
-    """`number` dialogues of a block at random; the one at `place` comes last."""
+    """`number` dialogues of a block, at random except for the last one, which is the one at `place`."""
     if number > len(block):
         raise LeftOut(f"fewer than {number} dialogues to draw from")
     others = rng.sample(range(len(block) - 1), number - 1)

@@ -1,4 +1,4 @@
-"""The categories of Duplex-UltraChat, one module each: a pure function from dialogues to a timeline."""
+"""The categories of Duplex-UltraChat, one module each: pure functions from dialogues to a timeline."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,8 +23,11 @@ from duplex_jax.timeline import Timeline
 
 
 class Make(Protocol):
-    """Writes a timeline into an empty `talk`, which brings the random draws; raises LeftOut where the dialogues do not
-    serve. Equal arguments give equal timelines."""
+    """Writes a timeline into an empty `talk`, which also provides the random generator; deterministic.
+
+    Raises:
+        LeftOut: the dialogues are unsuitable.
+    """
 
     def __call__(self, dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline: ...
 
@@ -34,11 +37,11 @@ class Category:
     """One kind of timeline.
 
     Attributes:
-        make: the function.
-        share: timelines for each source dialogue. For the paper's six it is Table 1's count over the 1,468,352
-            dialogues of UltraChat; extras are off by default, and this is their share when they are asked for.
-        dialogues: least and most source dialogues of one timeline.
-        extra: not in the paper.
+        make: the function that writes a timeline.
+        share: timelines per source dialogue. For the paper's six it is Table 1's count divided by UltraChat's 1,468,352
+            dialogues; for extras, which are off by default, it is the share used when they are enabled.
+        dialogues: minimum and maximum number of source dialogues per timeline.
+        extra: whether it is an addition to the paper's categories.
     """
 
     make: Make

@@ -1,7 +1,7 @@
-"""Back on topic: the user breaks in with a question about a statement; the assistant answers it and goes on.
+"""Back on topic: the user interrupts to ask about a statement; the assistant answers and then continues.
 
-A place within an answer is chosen behind a finished statement. The user asks about the statement, the assistant
-yields, answers, and in the same breath takes its message up again at the sentence that was left unfinished.
+The interruption comes after a finished statement in an answer. The user asks about the statement; the assistant yields,
+answers, and in the same turn resumes its message from the unfinished sentence.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) 
 
 
 def _first_cut(answer: str, slices: Sequence[str]) -> int | None:
-    """The fewest slices that hold a whole statement and leave something to say; None where there are none."""
+    """The fewest slices that contain a whole statement and leave something to say; None if there is no such cut."""
     end = next((s.end for s in sentences(answer) if is_statement(answer[s.start : s.end])), None)
     if end is None:
         return None

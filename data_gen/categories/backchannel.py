@@ -1,4 +1,4 @@
-"""Backchannel (an extra): the user says "mm-hm" while the assistant speaks, and the assistant goes on."""
+"""Backchannel (an extra): the user says "mm-hm" while the assistant speaks, and the assistant continues."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ WORDS = (
     "sure", "got it", "oh", "Oh, okay.", "aha", "yes", "Interesting.", "wow", "makes sense", "go on", "True.", "hmm",
 )  # fmt: skip
 
-# Said as well where users have our own spoken sentences beside the paper's, or in place of them.
+# Used in addition when transitions include our own spoken sentences.
 MORE_WORDS = (
     "Mm.", "yep", "I see", "Okay, right.", "yeah, yeah", "Right, right.", "uh-huh, go on", "Oh, I see.", "Really?",
     "oh wow", "cool", "nice", "Ah, okay.", "no way", "of course", "exactly", "Go on.", "mm, okay", "good",
@@ -20,7 +20,7 @@ MORE_WORDS = (
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """The first dialogue with one to three backchannels, each while a message goes on before and after it."""
+    """The first dialogue with one to three backchannels, each inside an assistant message."""
     rng = talk.rng
     for query, answer in dialogues[0].rounds:
         talk.round(query, answer)
@@ -29,7 +29,7 @@ def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) 
         for message in talk.messages
         if message.role == "assistant"
         for pair in range(message.first + 1, message.last)
-        # A slice that goes on with a space: a template knows by it that no new message begins.
+        # Only slices that begin with a space: templates recognise by it that no new message begins.
         if (talk.pairs[pair].assistant or "")[:1].isspace()
     ]
     if not places:

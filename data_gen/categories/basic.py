@@ -1,6 +1,6 @@
 """Basic: an uninterrupted dialogue, cut into slices.
 
-While the user is not finished the assistant is idle; while the assistant speaks the user is idle.
+The assistant is idle until the user has finished, and the user is idle while the assistant speaks.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from duplex_jax.timeline import Timeline
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """The first dialogue as it is."""
+    """The first dialogue, unchanged."""
     for query, answer in dialogues[0].rounds:
         talk.round(query, answer)
     return talk.timeline("basic", [dialogues[0].id])

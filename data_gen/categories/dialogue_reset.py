@@ -1,9 +1,9 @@
 """Dialogue reset: the user drops one conversation for another, four times.
 
-Five dialogues; the first four are truncated at a random location in an answer. The first query of the next one
-follows at once, behind one of the 18 sentences of A.3 (or of our own), and the rewriter makes one input of both;
-behind the empty sentence it stays as it is. Mostly the first answer is cut: Table 1's 194.7 pairs for five dialogues,
-where one basic dialogue takes 153.9, leave no room for late cuts.
+The first four of five dialogues are truncated at a random point in an answer. The next dialogue's first query follows
+at once, after one of the 18 sentences of A.3 (or of our own), and the rewriter fuses both into one input; after A.3's
+empty sentence the query is unchanged. Usually the first answer is cut: Table 1's 194.7 pairs for five dialogues,
+compared with 153.9 for one basic dialogue, leave no room for late cuts.
 """
 
 import random
@@ -22,7 +22,7 @@ EARLY = 0.75
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """All dialogues but the last truncated, the last whole."""
+    """All dialogues, truncated except for the last."""
     rng, tokenizer = talk.rng, talk.tokenizer
     places = [_pick_answer(d, rng, tokenizer) for d in dialogues[:-1]]
     queries = [d.rounds[0][0] for d in dialogues[1:]]
@@ -48,7 +48,7 @@ def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) 
 
 
 def _pick_answer(dialogue: Dialogue, rng: random.Random, tokenizer: Tokenizer) -> tuple[int, list[str]]:
-    """The round whose answer is cut, an early one more likely, and that answer's slices."""
+    """The round whose answer is cut, preferring early ones, and that answer's slices."""
     cuttable = []
     for i, (_, answer) in enumerate(dialogue.rounds):
         slices = slice_tokens(answer, tokenizer)

@@ -1,10 +1,10 @@
-"""Generation termination: the user cuts the assistant off, and the assistant stops at once.
+"""Generation termination: the user interrupts the assistant, which stops at once.
 
-A random location in an answer is chosen, the rest of the answer is dropped, and a new user input is put there: the
-dialogue's next query behind one of the 11 sentences of A.1 (or of our own), fused by the rewriter. The target is idle
-while the user speaks; then the new query is answered, and the timeline ends there (Table 1: terminations have 0.58 of
-the pairs of basic). Sentences that ask for silence stand alone: a question in the same breath would contradict them.
-After them the assistant is idle for 4-10 pairs, and the next query, if it comes, is answered.
+The rest of an answer is dropped at a random point and replaced by a new user input: the dialogue's next query after one
+of the 11 sentences of A.1 (or of our own), fused by the rewriter. The assistant is idle while the user speaks, then
+answers the new query, and the timeline ends (in Table 1, terminations have 0.58 times the pairs of basic dialogues).
+Sentences that ask for silence are used without a query, which would contradict them; the assistant is then idle for
+4-10 pairs before the next query, if there is one, is asked and answered.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ QUIET_PAIRS = (4, 10)
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """The first dialogue up to the termination and what follows it."""
+    """The first dialogue up to the termination, and what follows it."""
     rng, tokenizer = talk.rng, talk.tokenizer
     rounds = dialogues[0].rounds
     choose = rewriter.transitions.termination if len(rounds) > 1 else rewriter.transitions.silence

@@ -11,7 +11,7 @@ RATE = 0.5
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """The first dialogue; its user pauses for 1-3 pairs at some words that end no sentence."""
+    """The first dialogue with pauses of 1-3 pairs after some of the user's words that do not end a sentence."""
     for query, answer in dialogues[0].rounds:
         talk.round(query, answer, hesitate=RATE)
     if not any(e.kind == "hesitation" for e in talk.events):

@@ -1,4 +1,4 @@
-"""Opening (an extra): nobody has spoken yet, and the assistant speaks first."""
+"""Opening (an extra): both sides are silent at first, and the assistant speaks first."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
-"""Regeneration: the user is not content with the answer, breaks in and asks again.
+"""Regeneration: the user is dissatisfied with an answer, interrupts it and asks again.
 
 A user message is repeated with one of the 15 sentences of A.2 (or of our own) while it is being answered; the rewriter
-makes one input of both. The answer is generated anew from the history and the repetition, and the dialogue goes on.
+fuses both into one input. A new answer is generated from the history and the repetition, and the dialogue continues.
 """
 
 from collections.abc import Sequence

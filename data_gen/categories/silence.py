@@ -1,4 +1,4 @@
-"""Silence (an extra): nobody speaks for long, and the assistant does not babble."""
+"""Silence (an extra): both sides are silent for a long time, and the assistant does not start to talk."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""Topic interweaving: the rounds of 3-5 dialogues interlaced, each dialogue's order kept.
+"""Topic interweaving: interleaves the rounds of 3-5 dialogues, keeping the order within each.
 
-The paper interlaces "sentences"; here that is a query with its answer, so that every answer follows what was asked.
+The paper interleaves "sentences"; here that means whole rounds, so that every answer follows its query.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from duplex_jax.timeline import Timeline
 
 
 def make(dialogues: Sequence[Dialogue], talk: Conversation, rewriter: Rewriter) -> Timeline:
-    """All dialogues, the topic changing with every round as long as there are two."""
+    """All dialogues interleaved; the topic changes after every round as long as at least two are left."""
     rng = talk.rng
     waiting = [list(d.rounds) for d in dialogues]
     order: list[int] = []
