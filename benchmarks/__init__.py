@@ -1,1 +1,1 @@
-"""What `duplex-jax bench` runs: measurements beside named peers (torch, llama.cpp). They are no part of the package."""
+"""Benchmarks for `duplex-jax bench`, next to named peers (torch, llama.cpp); not part of the installed package."""

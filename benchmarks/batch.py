@@ -1,8 +1,8 @@
-"""`duplex-jax bench batch`: many sessions in one batch, ours beside llama.cpp's parallel sequences.
+"""`duplex-jax bench batch`: many sessions in one batch, compared with llama.cpp's parallel sequences.
 
-In every session a slice of 6 tokens comes in behind the same history and 10 are said, greedily, over and over from the
-same place. Ours is the engine's step of all rows; llama.cpp gets one batch of all sequences' tokens, and then one token
-of each at a time. Both keep their caches, and take turns.
+In every session a slice of 6 tokens comes in after the same history and 10 tokens are sampled greedily, repeatedly from
+the same point. Our side is one engine step over all rows; llama.cpp gets one batch with all sequences' tokens, then one
+token of each at a time. Both keep their caches, and they alternate.
 """
 
 import dataclasses
@@ -36,23 +36,23 @@ def bench_batch(
     model: str = "smollm2-135m-instruct", sessions: int = 32, history: int = 256, precision: str = "float32",
     entries: str = "float32", repeats: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tokens said per second by many sessions at once, ours beside llama.cpp's.
+    """Tokens sampled per second by many sessions at once, compared with llama.cpp.
 
     Args:
         model: as `load_model` takes it.
-        sessions: in the batch.
-        history: tokens that each holds.
-        precision: of the weights: float32, bfloat16 or int8 (Q8_0 there).
-        entries: of our cache, one of the same; llama.cpp's are float16, its default.
-        repeats: measured slices of each.
+        sessions: sessions in the batch.
+        history: tokens that each session holds.
+        precision: storage type of the weights: float32, bfloat16 or int8 (Q8_0 in llama.cpp).
+        entries: storage type of our cache, one of the same; llama.cpp's is float16, its default.
+        repeats: measured slices per side.
 
     Returns:
-        `rows`, one for each side: seconds of each slice, tokens said per second by the median, and how many of the
-        said tokens are ours; `ratio` of the two rates; `floor_seconds` of a slice and the `parts` of ours, see `floor`
-        and `profile`; and the machine.
+        `rows`, one per side: seconds of each slice, tokens sampled per second (median), and how many of the tokens
+        equal ours; `ratio` of the two rates; `floor_seconds` per slice and our `parts`, see `floor` and `profile`; and
+        the machine.
 
     Raises:
-        UserError: an argument that makes no sense.
+        UserError: an argument is invalid.
     """
     if min(sessions, repeats) < 1 or history < 2:
         raise UserError("sessions and repeats must be 1 or more, history 2 or more")
@@ -103,7 +103,7 @@ def bench_batch(
     profiles = {name: Profile() for name in sides}
     for repeat in range(repeats):
         for name, side in sides.items():
-            time.sleep(0.05)  # the other one's threads come to rest
+            time.sleep(0.05)  # lets the other side's threads go idle
             began = time.perf_counter()
             with profiles[name].one():
                 said[name] = side()
@@ -133,7 +133,7 @@ def bench_batch(
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     stored = f"{report['precision']}, entries {report['entries']}"
     lines = [f"{report['sessions']} sessions of {report['history']} tokens, {stored}"]
     lines.append(f"{'':12}{'tokens/s':>10}{'slice s':>10}{'as ours':>10}{'x llama.cpp':>13}")

@@ -1,4 +1,4 @@
-"""`duplex-jax bench data`: how fast packed rows are made, and how fast they are read."""
+"""`duplex-jax bench data`: rates of packing rows and of reading packed rows."""
 
 import json
 import random
@@ -19,19 +19,19 @@ def bench_data(
     input: str = "", model: str = "smollm2-135m-instruct", template: str = "", length: int = 4096,
     conversations: int = 3000, batch: int = 8, seconds: float = 10.0, workers: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
-    """Packs conversations and reads the rows back as training does, decoded, stacked and in shuffled order.
+    """Packs conversations and reads the rows back as training does: decoded, stacked and shuffled.
 
-    A rate counts real tokens, padding not. Reading is timed in this process alone (a thread prefetches) and with
-    worker processes; 8 A100s of the paper's run consume 50,000 tokens/s.
+    Rates count tokens without padding. Reading is timed in this process alone (a thread prefetches) and with worker
+    processes; 8 A100s of the paper's run consume 50,000 tokens/s.
 
     Args:
-        input: timelines to pack; made-up ones where empty.
-        model, template: whose tokenizer and form.
-        length: tokens of a row.
-        conversations: how many are made up.
-        batch: rows of a batch.
+        input: timelines to pack; synthetic ones if empty.
+        model, template: tokenizer and template of the rows.
+        length: tokens per row.
+        conversations: number of synthetic conversations.
+        batch: rows per batch.
         seconds: how long each way of reading is timed.
-        workers: processes, for encoding and for reading.
+        workers: processes for encoding and for reading.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = input or str(_made_up(Path(folder) / "made_up.jsonl", conversations))

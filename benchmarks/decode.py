@@ -1,16 +1,16 @@
-"""What a slice costs against how much was said before it: our step beside what people would run instead.
+"""`duplex-jax bench decode`: cost of a slice as a function of the history, compared with what people would run instead.
 
 Ways to answer the same slice of the same conversation with the same weights:
 
-    ours                     the engine's step: the history lies in the KV cache
-    re-encoding (JAX)        the reference's way in the same model: the whole history is encoded anew for each slice
+    ours                     the engine's step: the history is in the KV cache
+    re-encoding (JAX)        the reference's way in the same model: every slice encodes the whole history again
     re-encoding (torch)      the same with transformers' `generate`
-    cached (torch)           transformers' `generate` with its own DynamicCache kept from slice to slice
-    compiled (torch)         transformers' model under `torch.compile`, its StaticCache kept; on a CPU only if asked for
-    llama.cpp                llama-cpp-python with its own cache (of float16 entries) kept from slice to slice
+    cached (torch)           transformers' `generate` with its own DynamicCache kept between slices
+    compiled (torch)         transformers' model under `torch.compile`, its StaticCache kept; on a CPU only on request
+    llama.cpp                llama-cpp-python with its own cache (float16 entries) kept between slices
 
-torch takes part in float32. All draw greedily. The measurements of one repetition follow each other closely, way after
-way and history after history, so that a busy machine hurts them alike.
+torch runs in float32. All decode greedily. Within a repetition all ways and histories are measured one right after the
+other, so that other load on the machine affects all of them.
 """
 
 import dataclasses
@@ -73,22 +73,21 @@ def bench_decode(
     compiled: bool = False,
     gguf: str = "",
 ) -> dict[str, Any]:
-    """Latency and tokens of a slice (6 tokens in, 10 out) against history, ours beside the reference's way, torch's and
-    llama.cpp's.
+    """Latency and tokens of a slice (6 tokens in, 10 out) by history: ours, the reference's way, torch and llama.cpp.
 
     Args:
         model: as `load_model` takes it.
-        histories: tokens said before the slice, with commas.
-        repeats: measurements of the ways that keep their cache.
-        slow_repeats: measurements of those that encode the history anew.
-        png: a file to draw the figures into.
-        precision: of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp).
-        entries: of our cache, one of the same; llama.cpp's are float16, its default.
-        compiled: measure `torch.compile` on a CPU, too.
-        gguf: a file of the same model that llama.cpp runs in place of one of our precision, as one of Q4_1.
+        histories: comma-separated numbers of tokens before the slice.
+        repeats: measurements of the ways that keep a cache.
+        slow_repeats: measurements of the ways that encode the history again.
+        png: file for a plot of the results.
+        precision: storage type of the weights: float32, bfloat16 or int8 (Q8_0 for llama.cpp).
+        entries: storage type of our cache, one of the same; llama.cpp's is float16, its default.
+        compiled: also measure `torch.compile` on a CPU.
+        gguf: a file of the same model, such as a Q4_1 one, that llama.cpp runs instead of one in our precision.
 
     Raises:
-        UserError: an argument that makes no sense, or a PNG without matplotlib.
+        UserError: an argument is invalid, or a plot was requested without matplotlib.
     """
     try:
         lengths = [int(n) for n in histories.split(",")]
@@ -124,24 +123,24 @@ def run(
     """Measures every way at every history.
 
     Args:
-        model: its weights are taken as `precision`.
-        histories: tokens that were said before the slice.
-        repeats: measurements of the ways that keep their cache.
-        slow_repeats: measurements of those that encode the history anew.
-        say: is told what goes on, a line at a time.
-        precision, entries: each one of `STORES`.
-        compiled: measure `torch.compile` on a CPU, too.
-        gguf: a file that llama.cpp runs in place of one of our precision.
+        model: its weights are stored as `precision`.
+        histories: numbers of tokens before the slice.
+        repeats: measurements of the ways that keep a cache.
+        slow_repeats: measurements of the ways that encode the history again.
+        say: receives progress messages, one line at a time.
+        precision, entries: storage types, each one of `STORES`.
+        compiled: also measure `torch.compile` on a CPU.
+        gguf: a file that llama.cpp runs instead of one in our precision.
 
     Returns:
-        A report that goes into JSON as it is: `machine`, `slice` (tokens in and out), `left_out` (peers, with the
-        reason), `rows` (one for each history and peer: median and least seconds, tokens processed, ratio of the
-        medians to ours, how many of the said tokens are ours; for ours `floor_seconds` and `parts`, see `floor` and
-        `profile`), `ceilings`, and `flatness`, for each peer the least seconds at the longest history over those at
-        the shortest.
+        A JSON-compatible report: `machine`, `slice` (tokens in and out), `left_out` (omitted peers with the reason),
+        `rows` (one per history and peer: median and minimum seconds, tokens processed, ratio of the medians to ours,
+        how many of the sampled tokens equal ours; for ours `floor_seconds` and `parts`, see `floor` and `profile`),
+        `ceilings`, and `flatness`, for each peer the minimum seconds at the longest history divided by those at the
+        shortest.
 
     Raises:
-        UserError: histories that make no sense or do not fit the model.
+        UserError: the histories are invalid or do not fit the model.
     """
     histories = sorted(set(histories))
     if not histories or histories[0] < 2 or repeats < 1 or slow_repeats < 1:
@@ -176,7 +175,7 @@ def run(
             if not peer.slow or history == histories[0]:
                 peer.prepare(longest[:history])
                 peer.step(user)
-    # The step of a re-encoding slice is compiled off the clock too, behind entries that are already there.
+    # A re-encoding slice is also compiled before timing, after entries that already exist.
     for history in reversed(histories):
         prefiller.truncate(reencoding.row, 0, longest[:history])
         prefiller.encode(reencoding.row, history)
@@ -198,7 +197,7 @@ def run(
 def _others(
     model: LoadedModel, longest: list[int], precision: str, compiled: bool, gguf: str, say: Callable[[str], None]
 ) -> tuple[list[Peer], dict[str, str]]:
-    """torch's and llama.cpp's ways, and the reasons why some are left out, by name."""
+    """The ways of torch and llama.cpp, and the reasons for omitted ones, by name."""
     peers: list[Peer] = []
     left_out: dict[str, str] = {}
 
@@ -223,7 +222,7 @@ def _others(
     else:
         try:
             peers.append(LlamaCpp(model, precision, longest, gguf))
-        except UserError as e:  # a tokenizer that its files cannot hold
+        except UserError as e:  # GGUF cannot represent the tokenizer
             if gguf:
                 raise
             leave_out(str(e), LlamaCpp.name)
@@ -239,7 +238,7 @@ def _measure(
     slow_repeats: int,
     say: Callable[[str], None],
 ) -> dict[tuple[int, str], _Timings]:
-    """The timings of every peer at every history; the peers of one repetition follow each other closely."""
+    """Times every peer at every history; within a repetition they run one right after the other."""
     results = {(history, peer.name): _Timings() for history in histories for peer in peers}
     for repeat in range(max(repeats, slow_repeats)):
         for history in histories:
@@ -248,7 +247,7 @@ def _measure(
                     continue
                 peer.prepare(longest[:history])
                 timings = results[history, peer.name]
-                time.sleep(0.05)  # the threads of the one before come to rest
+                time.sleep(0.05)  # lets the previous peer's threads go idle
                 began = time.perf_counter()
                 with timings.profile.one():
                     timings.said, timings.tokens = peer.step(user)
@@ -258,10 +257,10 @@ def _measure(
 
 
 def check_stores(precision: str, entries: str) -> None:
-    """Refuses what weights and entries cannot be stored as.
+    """Checks the storage types of weights and entries.
 
     Raises:
-        UserError: says what can be.
+        UserError: one is unknown; the message lists the valid ones.
     """
     for name, how in (("precision", precision), ("entries", entries)):
         if how not in STORES:
@@ -303,7 +302,7 @@ def _report(
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     lines = [f"{'history':>7}  {'':22}{'median s':>9}{'least s':>9}{'tokens':>8}{'x ours':>8}{'least x':>9}"]
     for row in report["rows"]:
         lines.append(
@@ -325,7 +324,7 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def check_plot() -> None:
-    """Refuses, before any time is spent, a plot that cannot be drawn.
+    """Checks, before any measurement, that a plot can be drawn.
 
     Raises:
         UserError: matplotlib is missing.
@@ -335,7 +334,7 @@ def check_plot() -> None:
 
 
 def plot(report: dict[str, Any], path: str | Path) -> None:
-    """Draws seconds per slice and tokens processed against history, a line a way, into a PNG file.
+    """Plots seconds per slice and tokens processed against history, one line per way, into a PNG file.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.

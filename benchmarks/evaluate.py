@@ -1,12 +1,12 @@
-"""`duplex-jax bench evaluate`: benchmark items per second, ours beside transformers + torch in the same run.
+"""`duplex-jax bench evaluate`: benchmark items per second, compared with transformers + torch in the same run.
 
-    likelihood    items of ARC-e and HellaSwag, each choice scored behind its query as bare text
+    likelihood    items of ARC-e and HellaSwag, each choice scored after its query as plain text
     generation    questions of GSM8K in the family's chat template, answered greedily
 
-Both start from the items' text. Likelihoods go as many tokens at once as `evaluate benchmark` takes, answers so many at
-once as are asked for. transformers gets a row for each choice, sorted by length, and logits only where they are scored,
-which is more than lm-evaluation-harness asks of it; its answers come from `generate` with its own cache, prompts padded
-on the left. Accuracies and equal answers say that it was the same work.
+Both sides start from the items' text. Likelihoods are batched up to as many tokens as `evaluate benchmark` uses,
+answers up to the requested batch size. transformers gets one row per choice, sorted by length, and computes logits only
+where they are scored, which is more favourable than lm-evaluation-harness; its answers come from `generate` with its
+own cache and left-padded prompts. Accuracies and the number of equal answers show that both sides did the same work.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ OURS, THEIRS = "duplex_jax", "torch"
 
 
 class Side(Protocol):
-    """Who is measured."""
+    """One of the two sides that are measured."""
 
     def choose(self, items: Sequence[Item]) -> list[int]:
-        """Of each item the choice of the highest log-likelihood."""
+        """The choice with the highest log-likelihood for each item."""
 
     def answer(self, queries: Sequence[str]) -> list[str]:
-        """Of each query the greedy answer."""
+        """The greedy answer to each query."""
 
 
 class _Ours:
@@ -95,7 +95,7 @@ class _Torch:
         self._budget = token_budget()
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Any, Any]:
-        """Ids `[B, T]` and their mask."""
+        """Padded ids `[B, T]` and their mask."""
         ids, mask = np.full((2, len(rows), max(map(len, rows))), 0)
         ids += self._model.template.end_id
         for b, row in enumerate(rows):
@@ -120,7 +120,7 @@ class _Torch:
                 hidden = self._peer.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
                 places = [(b, i - 1) for b, (_, _, whole) in enumerate(batch) for i in whole.scored]
                 rows, columns = (torch.tensor(x) for x in zip(*places, strict=True))
-                # Granite, MiniCPM's arithmetic in transformers, scales its logits.
+                # transformers' Granite, which has MiniCPM's arithmetic, scales its logits.
                 scale = getattr(self._peer.config, "logits_scaling", 1.0)
                 log_p = torch.log_softmax(self._peer.lm_head(hidden[rows, columns]) / scale, -1)
                 targets = torch.tensor([whole.ids[i] for _, _, whole in batch for i in whole.scored])
@@ -148,7 +148,7 @@ class _Torch:
         return [said[n] for n in range(len(queries))]
 
 
-# Of this process.
+# The side measured in this process.
 _side: Side
 
 
@@ -158,7 +158,7 @@ def _make(kind: Callable[..., Side], name: str, *arguments: int) -> None:
 
 
 def _timed(what: str, asked: Sequence[Any]) -> tuple[float, list[Any]]:
-    """Seconds, and what was said."""
+    """Seconds taken, and the answers."""
     began = time.perf_counter()
     said: list[Any] = _side.answer(asked) if what == GENERATION else _side.choose(asked)
     return time.perf_counter() - began, said
@@ -168,27 +168,27 @@ def bench_evaluate(
     model: str = "smollm2-135m-instruct", data: str = "", items: int = 64, questions: int = 16, tokens: int = 64,
     batch: int = 8, capacity: int = 1024, rounds: int = 3, torch: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Items per second by likelihood and by generation, ours and transformers' in turn, in float32.
+    """Items per second by likelihood and by generation, ours and transformers' alternating, in float32.
 
-    Each has a process of its own, and one round to warm up; rates are those of the median round.
+    Each side has its own process and one warm-up round; rates are those of the median round.
 
     Args:
         model: as `load_model` takes it.
         data: the folder that `evaluate benchmark --data` takes, with ARC-e, HellaSwag and GSM8K.
-        items: of each of the first two; the same for every run.
-        questions: of GSM8K; 0 for none.
-        tokens: most of an answer.
-        batch: answers at once.
+        items: items of each of the first two; the same in every run.
+        questions: questions of GSM8K; 0 for none.
+        tokens: most tokens of an answer.
+        batch: answers generated at once.
         capacity: most tokens of a context.
-        rounds: timed rounds.
-        torch: measure transformers, too.
+        rounds: number of timed rounds.
+        torch: also measure transformers.
 
     Returns:
-        `rows`, one for each task and side: items per second, seconds of each round, accuracy, and how many items
-        transformers answered as we did; `ratio`, by task our items per second over theirs; and the machine.
+        `rows`, one per task and side: items per second, seconds of each round, accuracy, and how many items
+        transformers answered as we did; `ratio`, our items per second divided by theirs for each task; and the machine.
 
     Raises:
-        UserError: an argument that makes no sense, a file that is missing, or no torch.
+        UserError: an argument is invalid, or a file or torch is missing.
     """
     if not data:
         raise UserError("bench evaluate needs data=FOLDER, as `evaluate benchmark --data` takes it")
@@ -206,7 +206,7 @@ def bench_evaluate(
         for side, kind in sides.items():
             runners[side].submit(_make, kind, model, batch, tokens, capacity).result()
         for round_ in range(rounds + 1):
-            for what, side in seconds:  # in turn, so that a busy moment of the machine hits both
+            for what, side in seconds:  # alternating, so that other load affects both sides
                 taken, said[what, side] = runners[side].submit(_timed, what, asked[what]).result()
                 if round_:
                     seconds[what, side].append(taken)
@@ -236,7 +236,7 @@ def _check_torch() -> None:
 
 
 def _read(data: str, items: int, questions: int) -> tuple[dict[str, list[Any]], dict[str, Callable[[int, Any], bool]]]:
-    """By task what is asked, and what tells whether the answer to one of them is right."""
+    """For each task its queries, and a function that tells whether the answer to one of them is right."""
     asked: dict[str, list[Any]] = {}
     marks: dict[str, Callable[[int, Any], bool]] = {}
     for task in LIKELIHOOD:
@@ -253,7 +253,7 @@ def _read(data: str, items: int, questions: int) -> tuple[dict[str, list[Any]], 
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     lines = [f"{'task':12}{'':12}{'items':>6}{'items/s':>10}{'accuracy':>10}{'as ours':>9}{'x torch':>9}"]
     for row in report["rows"]:
         ratio = f"{report['ratio'][row['task']]:.2f}" if row["side"] == OURS and report["ratio"] else ""

@@ -1,4 +1,4 @@
-"""Speed and memory of the generator, for `duplex-jax bench generate`."""
+"""`duplex-jax bench generate`: speed and memory of data generation."""
 # ruff: noqa: SIM905 - word lists read best as text
 
 import json
@@ -41,23 +41,23 @@ def bench_generate(
     workers: int = 2,
     tokenizer: str = "smollm2-135m-instruct",
 ) -> dict[str, Any]:
-    """Measures timelines and tokens per second of one core's time, and peak memory for two sizes of input.
+    """Measures timelines and tokens per second of CPU time on one core, and peak memory for two input sizes.
 
-    Rates are per second of CPU time, so that other programs on the machine do not count, and over whole runs: reading,
-    making, hashing and writing. Tokens are those of the training template, silence and markers included.
+    Rates are per second of CPU time, so that other programs do not count, and cover whole runs: reading, making,
+    hashing and writing. Tokens are those of the training template, including silence and markers.
 
     Args:
-        input: dialogues, repeated to the numbers asked for; by default made-up ones of UltraChat's length.
-        dialogues: how many for the rates.
-        small: how many for the first measurement of memory.
-        large: how many for the second.
-        memory_share: part of Table 1's timelines that those two make.
-        workers: local processes of those two.
+        input: dialogues, repeated as often as needed; by default synthetic ones of UltraChat's length.
+        dialogues: number of dialogues for the rates.
+        small: number of dialogues for the first measurement of memory.
+        large: number of dialogues for the second.
+        memory_share: fraction of Table 1's timelines made in those two.
+        workers: local processes in those two.
         tokenizer: cuts the assistant's messages.
 
     Returns:
         `categories` and `table_1` with rates, `hours_for_table_1_on_64_cores`, `memory`, `memory_growth` (peak of the
-        large input over that of the small one), and the machine.
+        large input divided by that of the small one), and the machine.
     """
     cutter = resolve_tokenizer(tokenizer)
     result: dict[str, Any] = {"machine": f"{platform.machine()}, Python {platform.python_version()}"}
@@ -70,7 +70,7 @@ def bench_generate(
         }
         mixed = _rates(path, folder / "mixed", {c: CATEGORIES[c].share for c in PAPER}, cutter)
         result["table_1"] = mixed
-        # Their dialogues may be longer than ours, so the hours go by tokens.
+        # Their dialogues may be longer than ours, so the hours are estimated from tokens.
         tokens = TOTAL.dialogues * TOTAL.tokens
         result["hours_for_table_1_on_64_cores"] = round(
             tokens / mixed["tokens_per_core_second"] / PAPER_CORES / 3600, 2
@@ -107,7 +107,7 @@ def _rates(path: Path, out: Path, shares: Mapping[str, float], tokenizer: Tokeni
 
 
 def _measure_memory(path: Path, out: Path, share: float, workers: int, tokenizer: str, result: Any) -> None:
-    """Runs the generator in a process of its own and sends its peak memory and that of its largest worker, in MiB."""
+    """Runs the generator in its own process and sends its peak memory and its largest worker's, in MiB."""
     cutter = resolve_tokenizer(tokenizer)
     recipe = make_recipe(path, {c: share * CATEGORIES[c].share for c in PAPER}, cutter, "bench", max_idle_pairs=3)
     engine = make_engine("local", make_unit, Context(cutter, max_idle_pairs=3), workers)
@@ -126,7 +126,7 @@ def _measure_memory(path: Path, out: Path, share: float, workers: int, tokenizer
 
 
 def _peak_mib(pid: str) -> float:
-    """The most memory that a process has held at a time (Linux), from its start on and not its parent's."""
+    """Peak memory of a process since its start (Linux), in MiB; its parent's does not count."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return round(int(line.split()[1]) / 1024, 1)
@@ -134,7 +134,7 @@ def _peak_mib(pid: str) -> float:
 
 
 def _write_dialogues(path: Path, source: str, number: int) -> Path:
-    """Writes so many dialogues in UltraChat's layout, with a second answer to each query for regenerations."""
+    """Writes `number` dialogues in UltraChat's layout, with a second answer to each query for regenerations."""
     with open(path, "w", encoding="utf-8") as f:
         for i, data in enumerate(islice(_repeated(source) if source else _made_up(), number)):
             again = [f"Once more. {answer}" for answer in data[1::2]]
@@ -147,7 +147,7 @@ def _repeated(source: str) -> Iterator[list[str]]:
 
 
 def _made_up() -> Iterator[list[str]]:
-    """Dialogues of UltraChat's size: 3-4 rounds, queries of 20 words, answers of 280."""
+    """Synthetic dialogues of UltraChat's size: 3-4 rounds, queries of 20 words, answers of 280."""
     rng = random.Random(0)
 
     def text(sentences: int, end: str) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python, over the same weights: what decoding on a CPU is measured against."""
+"""llama.cpp, through llama-cpp-python, with the same weights: the peer for decoding on CPUs."""
 
 import ctypes
 import importlib.util
@@ -13,7 +13,7 @@ import numpy as np
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.errors import UserError
 
-# Of a file's matrices, for what we store.
+# Type of a GGUF file's matrices for each of our storage types.
 FILES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
 _AT_ONCE = 2048
 
@@ -24,17 +24,17 @@ def missing() -> bool:
 
 
 class Llama:
-    """A context of several sequences, each with a cache of its own.
+    """A llama.cpp context of several sequences, each with its own cache.
 
     Args:
         model: its weights are written to a GGUF file.
         precision: a key of `FILES`.
-        sequences: how many.
-        slots: tokens that each may hold.
-        gguf: a file of the same model in other precision, in place of the one that is written.
+        sequences: number of sequences.
+        slots: most tokens of each sequence.
+        gguf: a file of the same model in another precision, used instead of writing one.
 
     Raises:
-        UserError: a model that its files cannot hold, a file that cannot be loaded, or more sequences than it has.
+        UserError: GGUF cannot represent the model, the file cannot be loaded, or there are too many sequences.
     """
 
     def __init__(self, model: LoadedModel, precision: str, sequences: int, slots: int, gguf: str = ""):
@@ -67,7 +67,7 @@ class Llama:
         self._batch = llama_cpp.llama_batch_init(_AT_ONCE, 0, 1)
 
     def decode(self, feeds: Sequence[tuple[int, int, Sequence[int]]]) -> np.ndarray:
-        """Feeds each (sequence, position, ids): float32 `[len(feeds), V]`, the logits behind each one's last id."""
+        """Feeds each (sequence, position, ids); returns the logits after the last ids, float32 `[len(feeds), V]`."""
         batch, n, last = self._batch, 0, []
         for sequence, position, ids in feeds:
             for i, token in enumerate(ids):
@@ -88,16 +88,16 @@ class Llama:
             self.decode([(sequence, at, ids[at : at + _AT_ONCE])])
 
     def cut(self, sequence: int, length: int) -> None:
-        """Forgets what a sequence holds behind `length`."""
+        """Removes a sequence's tokens from position `length` on."""
         self._api.llama_memory_seq_rm(self._memory, sequence, length, -1)
 
     def copy(self, sequence: int, to: int) -> None:
-        """Makes one sequence hold what another does."""
+        """Copies one sequence's context to another."""
         self._api.llama_memory_seq_rm(self._memory, to, -1, -1)
         self._api.llama_memory_seq_cp(self._memory, sequence, to, -1, -1)
 
     def close(self) -> None:
-        """Frees it all."""
+        """Frees the context and the model."""
         self._api.llama_batch_free(self._batch)
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)

@@ -1,4 +1,4 @@
-"""Ways to answer one slice behind a history: ours, and those that a slice of ours is measured beside."""
+"""Ways to answer one slice after a history: ours, and the peers of the decoding benchmark."""
 
 import copy
 import inspect
@@ -29,22 +29,22 @@ class Peer(Protocol):
     """One way to answer a slice.
 
     Attributes:
-        name: as the table shows it.
-        slow: whether a slice takes as long as its history: measured fewer times.
+        name: its name in the table.
+        slow: whether the time of a slice grows with its history; such peers are measured fewer times.
     """
 
     name: str
     slow: bool
 
     def prepare(self, history: list[int]) -> None:
-        """Makes ready, off the clock, for a slice behind `history`, a beginning of the longest one."""
+        """Prepares, untimed, for a slice after `history`, a prefix of the longest history."""
 
     def step(self, user: list[int]) -> tuple[list[int], int]:
-        """Takes the user's ids; gives the ids said, and how many tokens went through the layers for them."""
+        """Takes the user's ids; returns the sampled ids, and how many tokens went through the layers for them."""
 
 
 class OurStep:
-    """The engine's step behind a cached history."""
+    """The engine's step after a cached history."""
 
     name, slow = "ours", False
 
@@ -61,7 +61,7 @@ class OurStep:
             self._row = self._engine.open(sampling=Sampling(temperature=0))
             self._engine.write(self._row, history, (k[..., :n], v[..., :n, :]))
             jax.block_until_ready(self._engine.cache)
-        # In a live session the last sampled id is pending too.
+        # As in a live session, the last sampled id is pending.
         self._engine.truncate(self._row, len(history) - 1, history[-1:])
 
     def step(self, user: list[int]) -> tuple[list[int], int]:
@@ -72,7 +72,7 @@ class OurStep:
 
 
 class Reencoding:
-    """The reference's way in the same model: nothing is kept from slice to slice."""
+    """The reference's way in the same model: nothing is kept between slices."""
 
     name, slow = "re-encoding (JAX)", True
 
@@ -93,8 +93,8 @@ class Torch:
 
     Args:
         model: a causal language model of transformers.
-        longest: the longest history; it is encoded once where `cached` is asked for.
-        cached: keeps a DynamicCache of the history from slice to slice.
+        longest: the longest history; encoded once if `cached`.
+        cached: whether to keep a DynamicCache of the history between slices.
         said: most tokens of a slice.
     """
 
@@ -136,7 +136,7 @@ class Torch:
 
 
 class CompiledTorch:
-    """transformers' model under `torch.compile` behind its StaticCache, which is as long as the longest history needs.
+    """transformers' model under `torch.compile` with a StaticCache that is as long as the longest history needs.
 
     Args:
         model: a causal language model of transformers.
@@ -156,14 +156,14 @@ class CompiledTorch:
             model.model(torch.tensor([longest], device=self._device), use_cache=True, **{_cache_name(model): cache})
         self._arguments: dict[str, Any] = {_cache_name(model): cache, "use_cache": True, "logits_to_keep": 1}
         self._cache, self._master = cache, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-        # CUDA graphs, which this mode records, are what makes it fast on a GPU.
+        # This mode records CUDA graphs, which make it fast on a GPU.
         mode = "reduce-overhead" if self._device.type == "cuda" else "default"
         self._forward: Any = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
         self._history: list[int] = []
 
     def prepare(self, history: list[int]) -> None:
         self._history, n = history, len(history) - 1
-        # In place: the compiled program knows where the entries lie.
+        # In place, because the compiled program holds the addresses of the entries.
         for layer, (k, v) in zip(self._cache.layers, self._master, strict=True):
             layer.keys[:, :, :n].copy_(k[:, :, :n])
             layer.values[:, :, :n].copy_(v[:, :, :n])
@@ -182,7 +182,7 @@ class CompiledTorch:
 
 
 class LlamaCpp:
-    """llama.cpp behind a cached history."""
+    """llama.cpp after a cached history."""
 
     name, slow = "llama.cpp", False
 
@@ -196,7 +196,7 @@ class LlamaCpp:
         at = len(history) - 1
         self._llama.copy(0, 1)
         self._llama.cut(1, at)
-        # The copy is made by the next decode; that is not to be a timed one.
+        # The next decode performs the copy, so one is done before timing.
         self._llama.decode([(1, at, history[-1:])])
         self._llama.cut(1, at)
         self._history = history
@@ -210,12 +210,12 @@ class LlamaCpp:
 
 
 def _cache_name(model: Any) -> str:
-    """How transformers calls the cache among a model's arguments and results: `past_key_values` before 5.24."""
+    """transformers' name for the cache among a model's arguments and results: `past_key_values` before 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def conversation(template: Template, length: int) -> list[int]:
-    """Exactly `length` ids of a conversation in slices: the one that comes with the package, over and over."""
+    """Exactly `length` ids of a conversation in slices: the packaged one, repeated."""
     with resources.as_file(resources.files("duplex_jax") / "assets" / "demo.jsonl") as path:
         pairs = template.encode(next(iter(read_timelines(path))))
     start = template.start()
@@ -224,7 +224,7 @@ def conversation(template: Template, length: int) -> list[int]:
 
 
 def torch_model(model: LoadedModel) -> Any:
-    """The same weights as a transformers model in float32, on every core, that never ends of itself."""
+    """The same weights as a float32 transformers model on all cores that never ends by itself."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -238,7 +238,7 @@ def torch_model(model: LoadedModel) -> Any:
 
 
 def without_end(template: Template) -> Template:
-    """The template with idle as its only stop: where idle is not allowed either, every slice is as long as may be."""
+    """The template with idle as its only stop; where idle is not allowed either, every slice has the maximum length."""
     template = copy.copy(template)
     template.end_id, template.turn_ends = template.idle_id, frozenset()
     return template

@@ -1,4 +1,4 @@
-"""Where the seconds of a slice, or of a training step, go."""
+"""Breaks down the time of a slice or of a training step."""
 
 import collections
 import contextlib
@@ -9,14 +9,14 @@ from duplex_jax import native
 
 
 class Profile:
-    """Where the seconds of several slices or steps went, by the kernels' own clock (`native.spent`)."""
+    """Time spent in several slices or steps by part, from the kernels' own clocks (`native.spent`)."""
 
     def __init__(self) -> None:
         self._number, self._seconds, self._parts = 0, 0.0, collections.Counter[str]()
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Counts what is done inside as one slice or step."""
+        """Counts the block as one slice or step."""
         before, began = native.spent(), time.perf_counter()
         yield
         self._seconds += time.perf_counter() - began
@@ -25,7 +25,7 @@ class Profile:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean seconds of one by part, the `rest` outside of the kernels; empty without kernels."""
+        """Mean seconds per slice or step by part, with `rest` for time outside of kernels; empty without kernels."""
         if not self._parts:
             return {}
         parts = {part: total / self._number for part, total in self._parts.items()}
@@ -33,6 +33,6 @@ class Profile:
 
 
 def parts_line(parts: Mapping[str, float]) -> str:
-    """The parts as text."""
+    """Formats the parts as text."""
     total = sum(parts.values())
     return ", ".join(f"{part} {seconds:.3f} s ({seconds / total:.0%})" for part, seconds in parts.items())

@@ -1,11 +1,11 @@
-"""`duplex-jax bench quality`: what weights and cache entries in fewer bits cost.
+"""`duplex-jax bench quality`: loss of quality from weights and cache entries in fewer bits.
 
-The same conversations go through the engine chunk by chunk, each token behind the stored entries of those before it.
-Measured at the tokens that training counts, beside float32:
+The same conversations go through the engine chunk by chunk, so each token attends to stored entries. Compared with
+float32 at the tokens that training counts:
 
-    perplexity    exp of the mean -log p of what the assistant says, ends of slices included, idle left out
-    decisions     at the first token of each assistant slice the probability of silence, idle or end: how often it is
-                  on the other side of a half, and how far it moves at most and on average
+    perplexity    exp of the mean -log p of the assistant's words, including ends of slices but not idle
+    decisions     probability of silence (idle or end) at the first token of each assistant slice: how often it moves
+                  across 0.5, and its maximum and mean change
 """
 
 import os
@@ -30,20 +30,20 @@ _WAYS = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), (
 def bench_quality(
     model: str = "smollm2-135m-duplex", data: str = "", conversations: int = 40, capacity: int = 2048
 ) -> dict[str, Any]:
-    """Perplexity and decisions with weights and entries in fewer bits, beside float32.
+    """Perplexity and decisions with weights and entries in fewer bits, compared with float32.
 
     Args:
         model: as `load_model` takes it.
         data: a file of timelines.
-        conversations: the first so many of them.
-        capacity: most tokens of a context; what a conversation has beyond is left out.
+        conversations: how many of its first conversations to use.
+        capacity: most tokens of a context; longer conversations are truncated.
 
     Returns:
-        `rows`, one for each pair of stores: perplexity, and of the decisions how many are on the other side of a half
-        than in float32, the greatest and the mean difference of probabilities; and how many tokens and decisions.
+        `rows`, one for each pair of storage types: perplexity; how many decisions move across 0.5 relative to float32,
+        and their maximum and mean change of probability; and the numbers of tokens and decisions.
 
     Raises:
-        UserError: no data, or an argument that makes no sense.
+        UserError: there is no data, or an argument is invalid.
     """
     if not data:
         raise UserError("bench quality needs data=FILE.jsonl, timelines as `duplex-jax generate` writes them")
@@ -77,7 +77,7 @@ def bench_quality(
 def _measure(
     model: LoadedModel, encoded: list[Any], weights: str, entries: str, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-log p of the tokens that count but for silences, and by decision the probability of silence."""
+    """-log p of the counted tokens except silences, and the probability of silence at each decision."""
     engine = Engine(
         model.model, model.template, capacity=capacity, dtype="float32", weights=weights,
         entries=entries,
@@ -94,7 +94,7 @@ def _measure(
             top = logits.max(-1, keepdims=True)
             log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
             for i in range(len(logits)):
-                place = at + i + 1  # what these logits predict
+                place = at + i + 1  # the token that these logits predict
                 if place in decisions:
                     silent.append(float(np.exp(log_p[i, list(model.template.stop_ids)]).sum()))
                 if place < len(ids) and one.codes[place] & WEIGHED and place not in quiet:
@@ -107,7 +107,7 @@ def _measure(
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     lines = [
         f"{report['conversations']} conversations: {report['tokens']} tokens, {report['decisions']} decisions", "",
         f"{'weights':10}{'entries':10}{'perplexity':>12}{'other side':>12}{'most apart':>12}{'mean apart':>12}",

@@ -1,8 +1,8 @@
-"""How many conversations at once keep the clock: a real server, real websockets, real time, 1 session to saturation.
+"""`duplex-jax bench serve`: how many simultaneous conversations meet their deadlines, on a real server in real time.
 
-Every user speaks in two slices of five, two successive lines of the packaged conversation, and is silent in three. In
-how many slices the model speaks is up to it, and reported (`spoken_share`). Beside it, one session at a time: the
-reference's way (the whole history encoded anew for each slice) and transformers with a cache of its own for each
+Every user speaks in two of five slices, with two successive lines of the packaged conversation, and is silent in three.
+How often the model speaks is its own choice, and is reported (`spoken_share`). For comparison, one session at a time:
+the reference's way (every slice encodes the whole history again), and transformers with a separate cache for each
 session, one step after the other.
 """
 
@@ -35,12 +35,12 @@ from duplex_jax.serve.sessions import Limits, Sessions
 from duplex_jax.timeline import read_timelines
 
 _HISTORY = 512
-"""Tokens said before the slice of the peers: what a session holds after a minute or two."""
+"""Tokens before a peer's slice, about what a session holds after a minute or two."""
 
 
 @dataclasses.dataclass
 class _Seen:
-    """What one client saw: seconds from tick to answer, and how many answers were not idle."""
+    """What one client observed: seconds from tick to answer, and how many answers were not idle."""
 
     late: list[float] = dataclasses.field(default_factory=list)
     spoken: int = 0
@@ -52,19 +52,19 @@ def bench_serve(
     slice_seconds: float = 2.0, capacity: int = 1024, peers: bool = True,
     weights: str = "float32", entries: str = "float32",
 ) -> dict[str, Any]:  # fmt: skip
-    """Latency of slices and deadlines missed against the number of sessions at once, beside one-by-one ways.
+    """Latency of slices and missed deadlines by number of simultaneous sessions, compared with sequential ways.
 
     Args:
         model: as `load_model` takes it.
-        sessions: how many at once, with commas.
-        seconds: that each number is measured for.
-        slice_seconds: the clock.
+        sessions: comma-separated numbers of sessions.
+        seconds: duration of each measurement.
+        slice_seconds: length of a slice.
         capacity: tokens of a session's context.
-        weights, entries: how they are stored: float32, bfloat16 or int8.
-        peers: measure the other ways, too (needs torch).
+        weights, entries: storage types: float32, bfloat16 or int8.
+        peers: also measure the other ways (needs torch).
 
     Raises:
-        UserError: an argument that makes no sense.
+        UserError: an argument is invalid.
     """
     try:
         counts = sorted({int(n) for n in sessions.split(",")})
@@ -93,7 +93,7 @@ def bench_serve(
 
 
 def _script() -> list[str]:
-    """What the users say, over and over."""
+    """The users' lines, repeated."""
     with resources.as_file(resources.files("duplex_jax") / "assets" / "demo.jsonl") as path:
         pairs = next(iter(read_timelines(path))).pairs
     return [pair.user for pair in pairs if pair.user]
@@ -111,7 +111,7 @@ async def _measure(engine: Engine, name: str, count: int, seconds: float, slice_
     port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
     try:
         async with aiohttp.ClientSession() as http:
-            # Phases spread over the interval, as those of people are.
+            # Start times are spread over the interval, as independent users' would be.
             starts = [i * slice_seconds / count for i in range(count)]
             cpu, began = time.process_time(), time.monotonic()
             seen = await asyncio.gather(
@@ -168,7 +168,7 @@ async def _talk(
 
 
 def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
-    """One session at a time behind a history of `_HISTORY` tokens: seconds a slice, and so many sessions in turn."""
+    """One session at a time after `_HISTORY` tokens: seconds per slice, and how many sessions fit in an interval."""
     history = peers.conversation(model.template, _HISTORY)
     user = model.tokenizer.encode(" Tell me a long story about")[: peers.USER_TOKENS]
     engine = Engine(model.model, model.template, capacity=2048, dtype="float32")
@@ -191,7 +191,7 @@ def _peers(model: LoadedModel, slice_seconds: float) -> list[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> Sequence[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     lines = [f"{'sessions':>8}{'slices':>8}{'spoken':>8}{'p50 s':>8}{'p95 s':>8}{'p99 s':>8}{'missed':>8}{'batch':>7}"
              f"{'busy':>7}{'MiB each':>10}"]  # fmt: skip
     for r in report["rows"]:

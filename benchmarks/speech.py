@@ -1,4 +1,4 @@
-"""What speech costs and how well it works, for `duplex-jax bench speech`: silence at joins, and word errors."""
+"""`duplex-jax bench speech`: silence at the joins of spoken slices, and word errors of recognition."""
 
 import os
 import platform
@@ -58,22 +58,22 @@ ANSWERS = (
 
 
 def word_errors(reference: str, heard: str) -> tuple[int, int]:
-    """Edits (substitutions, insertions, deletions) from one text to another, and the words of the first.
+    """Edits (substitutions, insertions, deletions) from one text to another, and the number of words in the first.
 
-    Case, punctuation and hyphens do not count. The word error rate is the one over the other.
+    Case, punctuation and hyphens are ignored. Their ratio is the word error rate.
     """
     one, other = ([w for w in map(plain_word, text.split()) if w] for text in (reference, heard))
     return edits(one, other)[-1][-1], len(one)
 
 
 def gap_at(pcm: np.ndarray, at: int, rate: int, loud: float) -> float:
-    """Milliseconds of silence around a sample: the longest silent run that comes within 60 ms of it.
+    """Milliseconds of silence around a sample: the longest silent run within 60 ms of it.
 
     Args:
-        pcm: int16 [n].
-        at: the sample.
+        pcm: int16 `[n]`.
+        at: index of the sample.
         rate: samples per second.
-        loud: the level of speech (RMS); 40 dB under it is silence.
+        loud: RMS level of speech; 40 dB below it is silence.
     """
     silent = silent_frames(pcm, rate, loud)
     size = int(0.005 * rate)
@@ -87,7 +87,7 @@ def gap_at(pcm: np.ndarray, at: int, rate: int, loud: float) -> float:
 
 
 def speech_level(pcm: np.ndarray, rate: int) -> float:
-    """RMS of the louder frames (the 95th percentile of 5 ms frames)."""
+    """RMS level of speech: the 95th percentile over 5 ms frames."""
     size = int(0.005 * rate)
     frames = pcm[: len(pcm) // size * size].reshape(-1, size).astype(np.float32)
     return float(np.percentile(np.sqrt(np.square(frames).mean(1)), 95)) if len(frames) else 0.0
@@ -104,16 +104,16 @@ def bench_speech(
 ) -> dict[str, Any]:
     """Word errors of recognition in slices, and silence where slices are joined.
 
-    The sentences are spoken by the voice and heard by Moonshine: in slices of 2 s through `Listener`, each beginning at
-    another place in its slice, and at once. The answers are cut every ten tokens and spoken each slice alone (naive),
-    through `Speaker`, and as one text (whole); the gap at a join is the silence around it.
+    The voice speaks the sentences and Moonshine recognises them: in slices of 2 s through `Listener`, each beginning at
+    a different point in its slice, and as a whole. The answers are cut every ten tokens and spoken slice by slice
+    (naive), through `Speaker`, and as one text (whole); the gap at a join is the silence around it.
 
     Args:
         voice: as `load_synthesizer` takes it.
         tokenizer: cuts the answers.
-        sentences: how many for recognition; 0 leaves it out.
-        answers: how many for the joins; 0 leaves them out.
-        confirm: `Listener`'s second look.
+        sentences: number of sentences for recognition; 0 skips it.
+        answers: number of answers for the joins; 0 skips them.
+        confirm: whether `Listener` confirms its results.
         noise_scale: Piper's randomness of the sound.
         noise_w: Piper's randomness of the durations.
 
@@ -121,7 +121,7 @@ def bench_speech(
         `recognition`, `joins` and the machine.
 
     Raises:
-        UserError: an argument that makes no sense, or a package is missing.
+        UserError: an argument is invalid, or a package is missing.
     """
     if not 0 <= sentences <= len(SENTENCES) or not 0 <= answers <= len(ANSWERS):
         raise UserError(f"sentences={sentences} answers={answers}: there are {len(SENTENCES)} and {len(ANSWERS)}")
@@ -150,7 +150,7 @@ def measure_recognition(synthesizer: Synthesizer, sentences: Sequence[str], conf
         pcm = resample(synthesizer.synthesize(sentence).pcm, synthesizer.sample_rate, SAMPLE_RATE)
         seconds += len(pcm) / SAMPLE_RATE
         at_once = recognizer.transcribe(pcm)
-        # Every sentence meets the slice clock elsewhere.
+        # Every sentence starts at a different point of the slice clock.
         before = np.zeros(int((0.3 + 0.37 * i % SLICE_SECONDS) * SAMPLE_RATE), np.float32)
         stream = np.concatenate([before, pcm, np.zeros(2 * SLICE_SECONDS * SAMPLE_RATE, np.float32)])
         listener = Listener(recognizer, confirm=confirm)
@@ -193,7 +193,7 @@ def measure_joins(synthesizer: Synthesizer, answers: Sequence[Sequence[str]]) ->
     recognizer = MoonshineRecognizer()
 
     def check(name: str, text: str, pcm: np.ndarray) -> None:
-        """Words that a join lost or doubled show as errors of recognition."""
+        """Counts words that a join lost or doubled, by recognising the speech."""
         seconds[name] += len(pcm) / rate
         wrong, words = word_errors(text, recognizer.transcribe(resample(pcm, rate, SAMPLE_RATE)))
         errors[name][0] += wrong
@@ -243,11 +243,11 @@ def measure_joins(synthesizer: Synthesizer, answers: Sequence[Sequence[str]]) ->
 
 
 def player_waits(pieces: Sequence[tuple[float, float]], clock: float = SLICE_SECONDS) -> list[float]:
-    """How long a player that starts with the first piece is without sound before each further one, in seconds.
+    """Seconds without sound before each further piece, for a player that starts with the first one.
 
     Args:
-        pieces: how long each piece sounds and how long it took to make, in seconds.
-        clock: a slice begins every so many seconds.
+        pieces: (duration, time of synthesis) of each piece in seconds.
+        clock: seconds per slice.
     """
     waits, end = [], 0.0
     for i, (sounds, took) in enumerate(pieces):
@@ -268,7 +268,7 @@ def _figures(spread: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     lines = []
     if "recognition" in result:
         r = result["recognition"]

@@ -1,4 +1,4 @@
-"""`duplex-jax bench train`: tokens per second and MFU of one step, beside transformers + torch in the same run."""
+"""`duplex-jax bench train`: tokens per second and MFU of one step, compared with transformers + torch."""
 
 import concurrent.futures
 import contextlib
@@ -34,31 +34,30 @@ def bench_train(
     dtype: str = "float32", remat: str = "none", micro_batches: int = 1, torch: bool = True, full: bool = True,
     lora: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times optimiser steps on random packed rows, ours and torch's in turn, and gives the median of each.
+    """Times optimiser steps on random packed rows, ours and torch's alternating; reports the median of each.
 
-    Every row holds four documents and a third of its tokens counts for nothing, as in Duplex-UltraChat, where they are
-    the user's words. torch gets the same rows without their boundaries, its fastest attention (SDPA), AdamW with
-    `foreach`, all cores, and the loss of the same tokens. Each has a process of its own: out of one heap, what one
-    leaves behind made the other wait for pages. Of two steps in a row the second counts, as in training: memory that a
-    step gave back is cheap to take again at once, and slow after a pause. MFU is over the peak of a matrix product
-    measured in the same run.
+    Every row holds four documents, and a third of its tokens have no loss, like the user's words in Duplex-UltraChat.
+    torch gets the same rows without their boundaries, its fastest attention (SDPA), AdamW with `foreach`, all cores,
+    and the loss of the same tokens. Each side has its own process: in a shared heap, memory that one side freed made
+    the other wait for pages. Of two consecutive steps the second is timed, as in training: memory freed by a step is
+    cheap to reuse at once, but not after a pause. MFU is relative to a matrix product measured in the same run.
 
     Args:
-        batch: rows of a step.
-        length: tokens of a row.
-        rounds: steps timed of each.
-        rank: of LoRA.
-        layers: of SmolLM2-135M's 30; fewer for a quick look.
-        mesh, dtype, remat, micro_batches: ours.
-        torch: run the peer, too.
-        full, lora: which trainings.
+        batch: rows per step.
+        length: tokens per row.
+        rounds: timed steps per side.
+        rank: LoRA rank.
+        layers: how many of SmolLM2-135M's 30 layers; fewer for a quick look.
+        mesh, dtype, remat, micro_batches: our settings.
+        torch: also measure torch.
+        full, lora: which trainings to measure.
     """
     model = dataclasses.replace(SMOLLM2_135M, num_layers=layers)
     rows = _rows(model, batch, length)
     seconds: dict[str, list[float]] = {}
     parts: dict[str, list[dict[str, float]]] = {}
     peak = 0.0
-    for kind, r in [("full", 0)] * full + [("lora", rank)] * lora:  # one after the other: memory for all would be tight
+    for kind, r in [("full", 0)] * full + [("lora", rank)] * lora:  # one after the other, to limit memory
         wanted: dict[str, tuple[Any, ...]] = {
             f"duplex_jax {kind}": (_ours, model, rows, batch, length, r, mesh, dtype, remat, micro_batches)
         }
@@ -70,7 +69,7 @@ def bench_train(
             for name, runner in runners.items():
                 runner.submit(_prepare, *wanted[name]).result()
             for _ in range(rounds):
-                for name, runner in runners.items():  # in turn, so that a busy moment of the machine hits both
+                for name, runner in runners.items():  # alternating, so that other load affects both sides
                     runner.submit(_run).result()
                     taken, went = runner.submit(_run).result()
                     seconds.setdefault(name, []).append(taken)
@@ -91,13 +90,13 @@ def bench_train(
 
 
 def process() -> concurrent.futures.ProcessPoolExecutor:
-    """A process for one runner; on an accelerator it takes no more memory than it needs."""
+    """A process for one runner; on an accelerator it allocates memory only as needed."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 _runner: Runner
-"""Of this process."""
+"""The runner of this process."""
 
 
 def _prepare(make: Callable[..., Runner], *arguments: Any) -> None:
@@ -106,7 +105,7 @@ def _prepare(make: Callable[..., Runner], *arguments: Any) -> None:
 
 
 def _run() -> tuple[float, dict[str, float]]:
-    """Seconds of a step, and where they went; nowhere in particular without the CPU's own kernels."""
+    """Seconds of a step, and its breakdown; empty without the native CPU kernels."""
     profile = Profile()
     with profile.one():
         seconds = _runner()
@@ -182,7 +181,7 @@ def _torch(model: ModelConfig, rows: dict[str, np.ndarray], rank: int) -> Runner
 
 
 def _add_lora(model: Any, rank: int) -> None:
-    """Puts an update beside every linear layer of the blocks, as PEFT does."""
+    """Adds an update to every linear layer of the blocks, as PEFT does."""
     import torch
 
     class Updated(torch.nn.Module):

@@ -1,1 +1,1 @@
-"""Experiments as Python files; each docstring says what it needs, how long it takes and what it reaches."""
+"""Experiments as Python files; each docstring says what the experiment needs, how long it takes and what it reaches."""

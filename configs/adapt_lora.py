@@ -1,6 +1,6 @@
-"""Any chat model made duplex from its own words by LoRA: what `duplex-jax adapt` trains with unless told otherwise.
+"""Default config of `duplex-jax adapt`: makes any chat model duplex by LoRA on dialogues that it wrote itself.
 
-Needs: a model of up to a few hundred million weights on a CPU (2 cores and 5 GB for 135 million), any on accelerators.
+Needs: on a CPU a model of up to a few hundred million weights (2 cores and 5 GB for 135 million); on accelerators any.
 Takes: `duplex-jax adapt` sets source, data and steps; a step is 2 rows of 768 tokens.
 Reaches: not measured as a whole; the card of each adapted model says what was measured.
 
@@ -16,7 +16,7 @@ from duplex_jax.train.config import Checkpoint, Config, Data, Log, Model
 
 
 def get_config() -> Config:
-    """The run."""
+    """The config."""
     return dataclasses.replace(
         smollm2_135m_lora.get_config(),
         name="adapted",

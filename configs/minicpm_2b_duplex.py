@@ -1,10 +1,10 @@
 """MiniCPM-2B-duplex: the paper's run (section 4.1), MiniCPM-2B-sft fine-tuned on Duplex-UltraChat and SFT data.
 
 Recipe: learning rate 1e-3, WSD, 800 rows of 4,096 tokens, 10,000 steps: 32.8B tokens. The paper used 40 A100s for 36
-hours, 6,300 tokens/s a GPU. The start of the decay and the weight of idle are not in the paper; those here are ours.
+hours, 6,300 tokens/s per GPU. It does not give the start of the decay or the weight of idle; those here are ours.
 
-Needs: `hf:openbmb/MiniCPM-2B-sft-bf16` (5.5 GB), packed data, and a mesh. What a step takes on each mesh, by
-`duplex-jax compile`, stands in docs/training.md; nothing of this run was measured on hardware.
+Needs: `hf:openbmb/MiniCPM-2B-sft-bf16` (5.5 GB), packed data, and a mesh. docs/training.md lists what a step takes on
+each mesh according to `duplex-jax compile`; nothing of this run was measured on hardware.
 
     duplex-jax pack  --input=DATA --out=data/duplex --model=hf:openbmb/MiniCPM-2B-sft-bf16 --length=4096
     duplex-jax train --config=configs/minicpm_2b_duplex.py --mesh=a100x40 --workdir=out/minicpm-2b-duplex \\
@@ -22,13 +22,13 @@ SHAPE = ModelConfig(
 
 
 def get_config() -> Config:
-    """The run."""
+    """The config."""
     return Config(
         name="minicpm-2b-duplex",
         model=Model(
             source="hf:openbmb/MiniCPM-2B-sft-bf16", shape=SHAPE, template="minicpm", vocab_multiple=128,
         ),
-        # 64 and 256 chips do not divide 800 rows; there, --config.data.batch=768.
+        # 800 rows do not divide by 64 or 256 chips; use --config.data.batch=768 there.
         data=Data(length=4096, batch=800, micro_batches=0, workers=4),
         optim=Optim(steps=10_000, lr=1e-3, warmup=100, decay_steps=1_000),
         compute=Compute(dtype="bfloat16", remat="full"),

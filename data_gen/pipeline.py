@@ -43,20 +43,21 @@ from duplex_jax.tokenizer import Tokenizer
 class Recipe:
     """Everything that determines a data set, byte for byte.
 
-    input: fingerprint of the input's files.
-    shares: timelines per source dialogue, by category.
-    seed: random seed.
-    tokenizer: fingerprint of the tokenizer that cuts assistant messages.
-    tokenizer_name: the tokenizer's name as given by the user.
-    rewriter: "template", or the model's settings.
-    max_idle_pairs: most silent pairs between turns.
-    block: dialogues per block.
-    limit: most dialogues used; 0 for all.
-    compress: whether shards are zstd-compressed.
-    versions: versions of the programs that influence the result.
-    transitions: which sentences users interrupt with.
-    selection: which dialogues are used.
-    spoken: fraction of the timelines whose user's words are as spoken or typed.
+    Attributes:
+        input: fingerprint of the input's files.
+        shares: timelines per source dialogue, by category.
+        seed: random seed.
+        tokenizer: fingerprint of the tokenizer that cuts assistant messages.
+        tokenizer_name: the tokenizer's name as given by the user.
+        rewriter: "template", or the model's settings.
+        max_idle_pairs: most silent pairs between turns.
+        block: dialogues per block.
+        limit: most dialogues used; 0 for all.
+        compress: whether shards are zstd-compressed.
+        versions: versions of the programs that influence the result.
+        transitions: which sentences users interrupt with.
+        selection: which dialogues are used.
+        spoken: fraction of the timelines whose user's words are as spoken or typed.
     """
 
     input: str

@@ -1,1 +1,1 @@
-"""One absl app for each job, and the shell files that start them on clusters."""
+"""One absl app per job, and the scripts that start them on clusters."""

@@ -1,13 +1,13 @@
-"""`duplex-jax adapt`: any chat model made duplex from its own words, in stages that can be stopped and go on.
+"""`duplex-jax adapt`: makes any chat model duplex with dialogues that it writes itself, in resumable stages.
 
-  write      the model writes dialogues by itself, users' messages too             OUT/written
+  write      the model writes dialogues, including the users' messages             OUT/written
   timelines  they are cut into slices, in all categories, half of them as spoken   OUT/timelines
   pack       timelines and turns become rows of tokens                             OUT/packed
   train      a stable phase, then the decay                                        OUT/stable, OUT/decay
-  measure    behaviour on held-out timelines, and yardsticks where given           OUT/behaviour, OUT/yardsticks
-  export     the model or adapter, with a card that holds what was measured        OUT/model
+  measure    behaviour on held-out timelines, and yardsticks if given              OUT/behaviour, OUT/yardsticks
+  export     the model or adapter, with a card that holds the measurements         OUT/model
 
-Every stage is a command of another job, printed before it runs, and may be run alone.
+Every stage runs commands of other jobs, which are printed first and can also be run alone.
 """
 
 import dataclasses
@@ -54,18 +54,18 @@ _YARDSTICKS = app.path_flag("yardsticks", "", "Data folder for `evaluate yardsti
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "Stages to run; all by default.")
 
 _DOTTED: list[tuple[str, str]] = []
-# Timelines for each dialogue that was written, by category.
+# Timelines per written dialogue, by category.
 _SHARES = {
     "basic": 2.0, "topic_interweaving": 0.4, "generation_termination": 2.0, "regeneration": 1.5, "dialogue_reset": 0.3,
     "back_on_topic": 0.8, "backchannel": 1.2, "hesitation": 1.2, "silence": 0.4, "opening": 0.4,
 }  # fmt: skip
-# Rows of spoken timelines, of the model's usual answers in slices, and of the same in turns.
+# Shares of rows with spoken timelines, the model's usual answers in slices, and the same in turns.
 _WEIGHTS = {"spoken": 0.7, "plain": 0.2, "turns": 0.1}
-# Of --hours: for writing, for the stable phase; the rest is for the decay.
+# Fractions of --hours for writing, the stable phase and the decay.
 _TIMES = {"write": 0.35, "stable": 0.45, "decay": 0.2}
-# Fewer dialogues of a kind cannot be split into those that are trained on and those that are held out.
+# Fewest dialogues of a kind that can be split into training and held-out ones.
 _FEWEST = 40
-_EXIT_AGAIN = 75  # of `train`, when it was told to stop and has saved
+_EXIT_AGAIN = 75  # exit code of `train` after it was told to stop and saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Command:
     """One command of a stage.
 
     Attributes:
-        name: by which it is known to be done.
-        argv: behind `duplex-jax`.
-        seconds: it is told to stop after so long; 0 for never. What it has done by then is used.
+        name: key under which it is recorded as done.
+        argv: arguments of `duplex-jax`.
+        seconds: time after which it is told to stop; 0 for never. What it did until then is used.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Command:
 
 
 class Journal:
-    """What is done in a folder, kept in `OUT/adapt.json`: a run that was killed begins behind it.
+    """Records the finished commands of a folder in `OUT/adapt.json`, so that a killed run can be resumed.
 
     Raises:
-        UserError: the folder holds a run of other settings.
+        UserError: the folder holds a run with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, object]):
@@ -110,11 +110,11 @@ class Journal:
         return name in self._state["done"]
 
     def spent(self, name: str) -> float:
-        """Seconds that a command has run so far, in all runs."""
+        """Seconds that a command has run so far, over all runs."""
         return self._state["seconds"].get(name, 0.0)
 
     def note(self, name: str, seconds: float, done: bool) -> None:
-        """Writes down that a command ran for a while."""
+        """Records how long a command ran and whether it is done."""
         self._state["seconds"][name] = self.spent(name) + seconds
         if done:
             self._state["done"][name] = True
@@ -123,7 +123,7 @@ class Journal:
 
 
 def run(command: Command, journal: Journal) -> None:
-    """Runs a command to its end, or to the end of its time.
+    """Runs a command until it ends or its time is up.
 
     Raises:
         UserError: it failed.
@@ -154,7 +154,7 @@ def run(command: Command, journal: Journal) -> None:
 
 
 def commands(stage: str, out: Path) -> Iterator[Command]:
-    """What a stage runs; later commands may need what earlier ones have made."""
+    """The commands of a stage; later ones may depend on the output of earlier ones."""
     makers = (_write, _timelines, _pack, _train, _measure, _export)
     yield from makers[STAGES.index(stage)](out)
 
@@ -174,14 +174,14 @@ def _write(out: Path) -> Iterator[Command]:
 
 
 def _inputs(out: Path) -> dict[str, Path]:
-    """Folders of dialogues by how they are spoken: the model's own, where it wrote enough of them, and the user's."""
+    """Folders of dialogues by kind: the model's own, where it wrote enough, and the user's."""
     written = {name: out / "written" / name for name in ("spoken", "plain")}
     found = {name: path for name, path in written.items() if (count_dialogues(path) or 0) >= _FEWEST}
     return found | {f"own{i}": Path(path) for i, path in enumerate(_DIALOGUES.value)}
 
 
 def _packed(out: Path) -> dict[str, Path]:
-    """What is packed: timelines of all inputs, and the model's usual answers as turns."""
+    """The datasets to pack: timelines of all inputs, and the model's usual answers as turns."""
     found = {name: out / "timelines" / "train" / name for name in _inputs(out)}
     return found | ({"turns": out / "written" / "plain"} if "plain" in found else {})
 
@@ -223,7 +223,7 @@ def _config_of(field: str):
 def _train(out: Path) -> Iterator[Command]:
     names = list(_packed(out))
     own = [n for n in names if n not in _WEIGHTS]
-    # Dialogues of the user's own share the rows of spoken timelines.
+    # The user's own dialogues share the rows of spoken timelines.
     weights = {n: _WEIGHTS.get(n, 0.0) for n in names} | {n: 0.35 / len(own) for n in own}
     if own and "spoken" in weights:
         weights["spoken"] = 0.35
@@ -237,7 +237,7 @@ def _train(out: Path) -> Iterator[Command]:
         "--config.data.train=" + ",".join(str(out / "packed" / n) for n in names),
         "--config.data.weights=" + ",".join(f"{weights[n]:.3g}" for n in names),
     )  # fmt: skip
-    # The stable phase ends a step before the run would: its last checkpoint is where the decay begins.
+    # The stable phase ends a step early, because the decay begins at its last checkpoint.
     yield Command(
         "stable",
         (*common, f"--workdir={out / 'stable'}", f"--config.optim.steps={steps - decay + 1}",
@@ -296,7 +296,7 @@ def _export(out: Path) -> Iterator[Command]:
 
 
 def card(out: Path) -> str:
-    """The model card: what it is, how it was made, and what was measured."""
+    """The model card: what the model is, how it was made, and what was measured."""
     blocks = [json.loads(p.read_text()) for p in sorted((out / "written" / "blocks").glob("*.json"))]
     tables = [p.read_text(encoding="utf-8") for name in ("behaviour", "yardsticks")
               for p in sorted((out / name).glob("*.md"))]  # fmt: skip
@@ -310,7 +310,7 @@ def card(out: Path) -> str:
 
 
 def _again() -> list[str]:
-    """The flags of this run, where they are not the defaults."""
+    """The flags of this run that differ from their defaults."""
     names = ("model", "hours", "tokens", "dialogues", "config", "mesh", "seed", "count", "spoken")
     given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
     said = [f"--{name}={','.join(v) if isinstance(v, list) else v}" for name, v in given.items()]
@@ -318,7 +318,7 @@ def _again() -> list[str]:
 
 
 def main(argv: list[str]) -> int | None:
-    """Runs the stages that are not done."""
+    """Runs the unfinished stages."""
     app.no_arguments(argv)
     if not (_MODEL.value and _OUT.value):
         raise UserError("adapt needs --model=MODEL, a chat model, and --out=FOLDER")
@@ -326,7 +326,7 @@ def main(argv: list[str]) -> int | None:
     for path in [*_DIALOGUES.value, *([_YARDSTICKS.value] if _YARDSTICKS.value else [])]:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder; --dialogues and --yardsticks must name existing paths")
-    _config_of("name")  # a wrong config is told before anything is written
+    _config_of("name")  # reports an invalid config before anything is written
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     app.claim(out)

@@ -1,4 +1,4 @@
-"""How every job starts and ends: flags, one clear line for bad input, exit codes."""
+"""The frame of every job: flags common to several jobs, one-line errors for bad input, exit codes."""
 
 import contextlib
 import difflib
@@ -44,7 +44,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _show_in_help(job: ModuleType) -> None:
-    """Lets --help tell of a job's module when it is not the program that was started, as under `duplex-jax JOB`."""
+    """Makes --help show a job's module if it is not the program that was started, as under `duplex-jax JOB`."""
     program = sys.modules["__main__"]
     if job is not program:
         program.__doc__ = job.__doc__
@@ -60,9 +60,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     def guarded(argv: list[str]) -> int | None:
         logging.use_absl_handler()
-        std_logging.getLogger("jax").setLevel(std_logging.WARNING)  # which backends it tried is no news to a user
+        std_logging.getLogger("jax").setLevel(std_logging.WARNING)  # hides which backends it tried
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to fail
+            sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
         try:
             with _claimed:
                 code = main(argv[1:])
@@ -83,7 +83,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
 
     _show_in_help(sys.modules[main.__module__])
-    # A shell starts background jobs with SIGINT ignored; Ctrl-C works all the same.
+    # A shell starts background jobs with SIGINT ignored; Ctrl-C should still work.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with reader_may_go():
@@ -95,7 +95,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def reader_may_go() -> Iterator[None]:
-    """Ends the process without a word, code 0, where the reader of its output, such as `head`, has gone."""
+    """Ends the process silently with code 0 when the reader of its output, such as `head`, has closed the pipe."""
     try:
         try:
             yield
@@ -108,10 +108,10 @@ def reader_may_go() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
-    """While this lasts Ctrl-C ends the process at once, in the midst of a compilation too.
+    """Within this context Ctrl-C ends the process at once, even during a compilation.
 
-    For times in which nothing is half-written. A compiler's threads cannot be unwound: the interpreter crashes on them
-    at its end, and an exception that is raised while one of them calls back is lost.
+    For periods in which nothing is half-written. A compiler's threads cannot be unwound: they crash the interpreter at
+    exit, and an exception raised while one of them calls back is lost.
     """
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
@@ -139,11 +139,11 @@ _claimed = contextlib.ExitStack()
 
 
 def claim(out: str | Path, beside: bool = False) -> None:
-    """Keeps other runs away from `out` until the job ends.
+    """Locks `out` against other runs until the job ends.
 
     Args:
-        out: a folder in which the job works for a while.
-        beside: the lock lies beside `out`: it is a file, or a folder that appears when it is whole.
+        out: the folder that the job works in.
+        beside: put the lock next to `out`, if that is a file or a folder that appears only once complete.
 
     Raises:
         UserError: another run is writing there, or the place cannot be written.
@@ -152,13 +152,13 @@ def claim(out: str | Path, beside: bool = False) -> None:
 
 
 def _drop_output() -> None:
-    """Sends what is still to be printed nowhere."""
+    """Discards output that is still buffered."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, in `DUPLEX_JAX_CACHE` or the user's cache folder; `off` keeps none."""
+    """Caches compiled programs on disk, in `DUPLEX_JAX_CACHE` or the user's cache folder; `off` disables the cache."""
     import jax
 
     from duplex_jax.native import cache_folder, private_folder
@@ -167,14 +167,14 @@ def use_compilation_cache() -> None:
     folder = kept and private_folder(kept)
     if folder is None:
         return
-    # JAX's own variables come first; the folder may be a bucket.
+    # JAX's own variables take precedence; they may name a bucket.
     for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.5)):
         if not os.environ.get(f"JAX_{name.upper()}"):
             jax.config.update(f"jax_{name}", value)
 
 
 class _Path(flags.ArgumentParser[str]):
-    """How every flag that names a file, a folder, or a model becomes a path; see `local_path`."""
+    """Parses flags that name a file, a folder or a model; see `local_path`."""
 
     def parse(self, argument: str) -> str:
         try:
@@ -184,7 +184,7 @@ class _Path(flags.ArgumentParser[str]):
 
 
 class _Paths(_Path):
-    """Several paths, separated by commas."""
+    """Several comma-separated paths."""
 
     def parse(self, argument: Any) -> Any:
         if isinstance(argument, str):
@@ -193,23 +193,23 @@ class _Paths(_Path):
 
 
 def path_flag(name: str, default: str | None, help: str, **options: Any) -> Any:
-    """A flag that names a file, a folder or a model; takes what `flags.DEFINE_string` takes."""
+    """Defines a flag that names a file, a folder or a model; takes the arguments of `flags.DEFINE_string`."""
     options.setdefault("module_name", _caller())
     return flags.DEFINE(_Path(), name, default, help, **options)
 
 
 def paths_flag(name: str, help: str) -> Any:
-    """A flag that names several paths, separated by commas; empty by default."""
+    """Defines a flag that names several comma-separated paths; empty by default."""
     return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","), module_name=_caller())
 
 
 def _caller() -> str:
-    """The job's module that defines a flag here: `--help` lists flags by module."""
+    """Name of the job's module that defines a flag here, because `--help` lists flags by module."""
     return str(sys._getframe(2).f_globals["__name__"])
 
 
 class StoreFlags:
-    """How a job's engine stores weights and cache entries, as flags of `module`."""
+    """Flags of `module` for the storage types of an engine's weights and cache entries."""
 
     def __init__(self, module: str):
         here: dict[str, Any] = {"module_name": module}
@@ -222,17 +222,17 @@ class StoreFlags:
 
     @property
     def weights(self) -> str | None:
-        """As `Engine` takes it."""
+        """Storage type of the weights, as `Engine` takes it."""
         return self._weights.value
 
     @property
     def entries(self) -> str | None:
-        """As `Engine` takes it."""
+        """Storage type of the cache entries, as `Engine` takes it."""
         return self._entries.value
 
 
 class MeshFlags:
-    """The mesh of a job, as flags of `module`."""
+    """Flags of `module` for a job's mesh."""
 
     def __init__(self, module: str, default: str):
         here: dict[str, Any] = {"module_name": module}
@@ -247,10 +247,10 @@ class MeshFlags:
         }
 
     def spec(self) -> "MeshSpec":
-        """The mesh, its axes resized.
+        """The mesh with its axes resized.
 
         Raises:
-            UserError: no such mesh, or axes that do not multiply to its devices.
+            UserError: there is no such mesh, or the axes' product is not the number of devices.
         """
         from duplex_jax import parallel
 
@@ -259,7 +259,7 @@ class MeshFlags:
 
 
 class SamplingFlags:
-    """How tokens are drawn, as flags of `module`; the defaults are the paper's."""
+    """Sampling flags of `module`; the defaults are the paper's."""
 
     def __init__(self, module: str):
         here: dict[str, Any] = {"module_name": module}
@@ -275,18 +275,18 @@ class SamplingFlags:
         )
 
     def values(self) -> dict[str, Any]:
-        """As `Sampling` names them."""
+        """The values by the field names of `Sampling`."""
         return {"temperature": self._temperature.value, "top_p": self._top_p.value, "top_k": self._top_k.value}
 
     def sampling(self, idle_bias: float = 0.0) -> "Sampling":
-        """As sessions take it."""
+        """The values as `Sampling`, with this idle bias."""
         from duplex_jax.decode.sampling import Sampling
 
         return Sampling(**self.values(), idle_bias=idle_bias)
 
 
 class MindFlags:
-    """The chat model that gives the words of answers, as flags of `module`."""
+    """Flags of `module` for the chat model that provides the words of answers."""
 
     def __init__(self, module: str):
         here: dict[str, Any] = {"module_name": module}
@@ -307,20 +307,20 @@ class MindFlags:
 
     @property
     def model(self) -> str | None:
-        """Name of the model."""
+        """Name of the chat model."""
         return self._model.value
 
     @property
     def filler_after(self) -> float | None:
-        """Seconds."""
+        """Seconds after which a filler is spoken."""
         return self._filler_after.value
 
 
 def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
-    """The value of a flag that takes some of a few names.
+    """Checks the value of a flag that takes some of a few names.
 
     Raises:
-        UserError: none, one twice, or one that is unknown; says which was meant.
+        UserError: it is empty, or has a duplicate or an unknown name; the message suggests the nearest one.
     """
     for name in given:
         if name not in known:
@@ -333,10 +333,10 @@ def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:
 
 
 def numbers(flag: str, given: Sequence[str], kind: type) -> list[Any]:
-    """The value of a flag that takes finite numbers, none of them twice.
+    """Checks the value of a flag that takes distinct finite numbers.
 
     Raises:
-        UserError: none, one twice, or one that is no such number.
+        UserError: it is empty, or has a duplicate or something that is not such a number.
     """
     try:
         found = [kind(v) for v in given]
@@ -348,6 +348,6 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[Any]:
 
 
 def no_arguments(argv: Sequence[str]) -> None:
-    """Refuses positional arguments of a job that takes none."""
+    """Raises UserError for positional arguments of a job that takes none."""
     if argv:
         raise UserError(f"unexpected argument {argv[0]!r}; this job takes flags only (--help lists them)")

@@ -1,8 +1,8 @@
-"""`duplex-jax bench NAME [key=value ...] [--json=FILE]`: measures one part and prints a table.
+"""`duplex-jax bench NAME [key=value ...] [--json=FILE]`: runs one benchmark and prints a table.
 
-A measurement is a function with defaults for all its arguments that returns what JSON can hold; `key=value` sets an
-argument; what many measurements take has a flag, too (`--model=M` is `model=M`). It says in its docstring what it
-measures. Where its module has a `table`, that makes the lines to print.
+A benchmark is a function whose arguments all have defaults and that returns JSON-compatible values; `key=value` sets an
+argument. Arguments that many benchmarks share are also flags (`--model=M` is `model=M`). Its docstring says what it
+measures. If its module has a `table` function, that formats the output.
 """
 
 import importlib
@@ -62,10 +62,10 @@ def main(argv: list[str]) -> None:
 
 
 def _module(name: str) -> Any:
-    """A measurement's module: `benchmarks/` lies beside this package in a checkout and is not installed.
+    """The module of a benchmark: `benchmarks/` is next to this package in a checkout and is not installed.
 
     Raises:
-        UserError: this is no checkout.
+        UserError: there is no checkout.
     """
     checkout = Path(__file__).resolve().parents[1]
     if name.startswith("benchmarks.") and not (checkout / "benchmarks" / "__init__.py").is_file():
@@ -81,10 +81,10 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "
 
 
 def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str, Any]:
-    """`key=value` items as arguments of the type of their defaults.
+    """Converts `key=value` items to arguments of the types of their defaults.
 
     Raises:
-        UserError: no such argument, or a value of another type.
+        UserError: there is no such argument, or the value has the wrong type.
     """
     found: dict[str, Any] = {}
     for item in items:
@@ -100,7 +100,7 @@ def parse_arguments(items: list[str], signature: inspect.Signature) -> dict[str,
 
 
 def table(result: Any, name: str = "") -> list[str]:
-    """Nested figures as lines: a line for each figure, its path in front."""
+    """Formats nested figures as lines, each with its path and one figure."""
     if isinstance(result, dict):
         items = [(f"{name}.{key}" if name else str(key), value) for key, value in result.items()]
     elif isinstance(result, list):

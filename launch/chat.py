@@ -19,7 +19,7 @@ from duplex_jax.timeline import IDLE, Timeline, dump_line, read_timelines, whole
 from duplex_jax.tokenizer import complete_utf8, decode_bytes
 from launch import app, view
 
-# JAX is imported where a model is about to run: bad flags and files are refused, and Ctrl-C is obeyed, before that.
+# JAX is imported only when a model is about to run, so that bad flags and Ctrl-C are handled at once before that.
 if TYPE_CHECKING:
     from duplex_jax.decode.engine import Engine
     from duplex_jax.decode.replay import Replay
@@ -68,10 +68,10 @@ _SERVER = flags.DEFINE_string(
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line on standard output.")
 
 DEFAULT_MODELS = {"duplex": "smollm2-135m-duplex", "turn_based": "smollm2-135m-instruct"}
-"""What is talked to where --model is not given, by mode."""
+"""Default of --model, by mode."""
 
 QUICK_SECONDS = 1.2
-"""A slice is quick under this: the rest of an interval of 2 seconds is left for hearing and speaking."""
+"""A slice faster than this is quick: it leaves the rest of a 2-second interval for hearing and speaking."""
 
 
 def _options() -> "Replay":
@@ -105,14 +105,14 @@ def _engine(rows: int) -> "Engine":
 
 
 def _warm_up(engine: "Engine", length: int) -> None:
-    """Compiles ahead of a view that shows times, for contexts of up to `length` tokens or 1,024."""
+    """Compiles, for contexts of up to `length` tokens or 1,024, before a view that shows times."""
     _say("compiling; later starts are faster")
     with app.ends_at_once():
         engine.warm_up(min(length, 1024))
 
 
 def _say(text: str) -> None:
-    """A word about what goes on, beside the output."""
+    """Prints a status message, separate from the output."""
     if sys.stderr.isatty():
         print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
 
@@ -131,7 +131,7 @@ def _times(seconds: list[float]) -> str:
 
 
 def _timelines(path: str) -> list[Timeline]:
-    """What is to be replayed; whatever is wrong with the files is said before a model is loaded."""
+    """The timelines to replay; reports invalid files before a model is loaded."""
     timelines = list(read_timelines(path))
     if not timelines:
         raise UserError(f"{path}: contains no timeline; expected one JSON object per line")
@@ -158,7 +158,7 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
         seconds: list[float] = []
         lanes = view.Lanes(conversations=len(timelines) > 1)
         if not _JSON.value:
-            _warm_up(engine, 16 * max(len(t.pairs) for t in timelines))  # tokens that a pair takes, about
+            _warm_up(engine, 16 * max(len(t.pairs) for t in timelines))  # approximate tokens per pair
             lanes.header()
         for item in replay(engine, timelines, options):
             if not isinstance(item, Replayed):
@@ -180,7 +180,7 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
 
 
 def _stdin_lines() -> Iterator[str]:
-    """Lines of standard input as text; bad UTF-8 is refused by line."""
+    """Lines of standard input as text; invalid UTF-8 is an error that names the line."""
     for n, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode("utf-8").rstrip("\r\n")
@@ -189,9 +189,9 @@ def _stdin_lines() -> Iterator[str]:
 
 
 def _pipe(options: "Replay") -> None:
-    """Each line of standard input is one user slice, an empty one silence; as fast as it goes."""
+    """Treats each line of standard input as one user slice, an empty one as silence; runs as fast as possible."""
     session = _session(options, 256 if not _JSON.value else 0)
-    lanes = view.Lanes(fold_silence=False)  # a line in, a row out
+    lanes = view.Lanes(fold_silence=False)  # one row per line
     if not _JSON.value:
         lanes.header()
     with contextlib.closing(session):
@@ -206,7 +206,7 @@ def _pipe(options: "Replay") -> None:
 
 
 def _remote() -> "RemoteSession":
-    """A session on the server."""
+    """Opens a session on the server."""
     from duplex_jax.serve.client import RemoteSession
 
     settings = {
@@ -218,7 +218,7 @@ def _remote() -> "RemoteSession":
 
 
 def _replay_remotely(timelines: list[Timeline]) -> None:
-    """As `_replay_file`, one conversation after the other on a server."""
+    """Like `_replay_file`, but one conversation after the other on a server."""
     done = []
     for number, timeline in enumerate(timelines):
         seconds = []
@@ -252,7 +252,7 @@ def _open(engine: "Engine", options: "Replay") -> "DuplexSession":
 
 
 def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession":
-    """Where the conversation takes place: here, or on a server."""
+    """Opens the conversation's session, in this process or on a server."""
     if _SERVER.value:
         return _remote()
     engine = _engine(1)
@@ -262,7 +262,7 @@ def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession"
 
 
 def _turns(options: "Replay") -> None:
-    """The baseline: a whole query in, a whole answer out, streamed; the oldest rounds go before the context is full."""
+    """The turn-based baseline: whole query in, whole answer out, streamed; drops the oldest rounds when full."""
     from duplex_jax.decode.turns import open_turns
 
     engine = _engine(1)
@@ -286,7 +286,7 @@ def _turns(options: "Replay") -> None:
         began = time.perf_counter()
         data, words = b"", []
         limit = session.make_room(asked, options.max_tokens)
-        # On a terminal Ctrl-C ends the answer; in front of a query it ends the program.
+        # On a terminal Ctrl-C stops an answer; at the prompt it ends the program.
         with view.interruptible() if terminal else contextlib.nullcontext(lambda: False) as stopped:
             if not _JSON.value:
                 print("assistant  ", end="", flush=True)
@@ -308,21 +308,21 @@ def _turns(options: "Replay") -> None:
 
 
 def _terminal(options: "Replay") -> None:
-    """A live conversation: type at any moment; on each tick of the clock whole words go out and a slice comes back."""
+    """A live conversation: the user can type at any time; each tick of the clock sends whole words and gets a slice."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.document import Document
     from prompt_toolkit.patch_stdout import patch_stdout
 
     session = _session(options, 1024)
     lanes = view.Lanes()
-    # What was typed shows in the view, slice by slice; the input line need not show it again.
+    # The view shows what was typed slice by slice, so the input line is erased.
     prompt: PromptSession[str] = PromptSession(erase_when_done=True, reserve_space_for_menu=0)
-    # The terminal stays raw while a row is printed above the input line, so that no key of that moment is lost.
+    # The terminal stays raw while a row is printed above the input line, so that no keystroke is lost.
     prompt.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    sent: list[str] = []  # lines that were ended with Enter and wait for the clock
+    sent: list[str] = []  # lines ended with Enter that wait for the clock
 
     def take() -> str | None:
-        """What the user has typed since the last tick; a word that is not finished stays in the input line."""
+        """The words typed since the last tick; an unfinished word stays in the input line."""
         buffer = prompt.default_buffer
         words = " ".join(sent)
         sent.clear()
@@ -330,7 +330,7 @@ def _terminal(options: "Replay") -> None:
             whole, _, rest = buffer.text.rpartition(" ")
             words = f"{words} {whole}"
             buffer.document = Document(rest, len(rest))
-        # A terminal may send bytes that are no UTF-8.
+        # A terminal may send bytes that are not UTF-8.
         return words.strip().encode("utf-8", "replace").decode() or None
 
     async def clock() -> None:
@@ -341,12 +341,12 @@ def _terminal(options: "Replay") -> None:
             user = take()
             try:
                 lanes.add(user, await asyncio.to_thread(session.step, user))
-            except UserError as e:  # words that do not fit are no reason to end a conversation
+            except UserError as e:  # words that do not fit must not end the conversation
                 print(f"       ({e})", flush=True)
             prompt.app.invalidate()
 
     async def typing() -> int:
-        """Collects lines until Ctrl-D or Ctrl-C; the exit code."""
+        """Collects lines until Ctrl-D or Ctrl-C; returns the exit code."""
         while True:
             try:
                 sent.append(await prompt.prompt_async("> ", rprompt=lambda: f"slice {len(session.timeline)}"))
@@ -360,7 +360,7 @@ def _terminal(options: "Replay") -> None:
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        if _SERVER.value:  # a step may wait for it
+        if _SERVER.value:  # a step may be waiting for it
             await asyncio.to_thread(session.close)
         await asyncio.gather(*pending, return_exceptions=True)
         return next(task.result() for task in done)
@@ -379,7 +379,7 @@ def _terminal(options: "Replay") -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Chooses between a file, a pipe and a terminal."""
+    """Runs a replay, a pipe or a terminal."""
     app.no_arguments(argv)
     if _OUT.value and not _TIMELINE.value:
         raise UserError("--out needs --timeline, the file whose user side is replayed")

@@ -1,4 +1,4 @@
-"""`duplex-jax compile`: the training step and the TDM step for hardware that is not here, and what that can serve."""
+"""`duplex-jax compile`: compiles training and TDM step for absent hardware, and estimates the sessions it serves."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ _DOTTED: list[tuple[str, str]] = []
 
 
 def main(argv: list[str]) -> int:
-    """Compiles and reports; exit code 1 where something does not fit."""
+    """Compiles and reports; the exit code is 1 if something does not fit."""
     app.no_arguments(argv)
     from duplex_jax.decode import capacity
     from duplex_jax.train import compile as compiling
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         check_writable(_JSON.value)
     config = configs.check(configs.override(configs.load_config(_CONFIG.value), _DOTTED))
     spec = _MESH.spec()
-    if set(_PROGRAMS.value) != {"sessions"}:  # which compiles nothing
+    if set(_PROGRAMS.value) != {"sessions"}:  # `sessions` compiles nothing
         compiling.prepare_environment(spec)
     reports: list[dict[str, Any]] = []
     for program in _PROGRAMS.value:

@@ -47,11 +47,11 @@ _OVERWRITE = flags.DEFINE_boolean(
 
 
 def main(argv: list[str]) -> None:
-    """Loads and writes."""
+    """Loads a checkpoint and writes it in another format."""
     app.no_arguments(argv)
     if not _MODEL.value or not _OUT.value:
         raise UserError("convert needs --model=M and --out=DIR")
-    # Before any time is spent.
+    # Checked before any work is done.
     if _FORMAT.value == "gguf":
         if not _OUT.value.endswith(".gguf"):
             raise UserError(f"--out={_OUT.value}: --format=gguf writes a file; give a name that ends in .gguf")
@@ -109,7 +109,7 @@ def _write_adapter(model: str, out: str) -> None:
 def _card_of(what: adapter.Adapter, out: str) -> str:
     try:
         template = load_template(what.base, what.template)
-    except UserError:  # without its base an adapter can be copied all the same
+    except UserError:  # an adapter can be copied even without its base
         return ""
     template.idle_bias, template.in_slices = what.idle_bias, True
     return adapter_card(Path(out).name, what.base, template)

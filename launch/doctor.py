@@ -1,4 +1,4 @@
-"""`duplex-jax doctor`: does this machine do what a run needs? Devices, rates, a sharded step, a save, one slice."""
+"""`duplex-jax doctor`: checks that this machine can do a run: devices, rates, a sharded step, a save, one slice."""
 
 import importlib.metadata
 import platform
@@ -27,7 +27,7 @@ _PACKAGES = ("duplex-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu"
 
 
 def _best_seconds(work: Callable[[], Any], times: int = 3) -> float:
-    """The least of several times that `work` takes; the first call, which compiles, is not counted."""
+    """The fastest of several calls of `work`, in seconds; the first call, which compiles, is not counted."""
     import jax
 
     jax.block_until_ready(work())
@@ -50,7 +50,7 @@ def _versions() -> str:
 
 
 def _rates() -> str:
-    """Matrix rate and memory bandwidth of one device."""
+    """Matrix product rate and memory bandwidth of one device."""
     import jax
     import jax.numpy as jnp
 
@@ -65,7 +65,7 @@ def _rates() -> str:
 
 
 def _sharded_step(mesh: "Mesh") -> str:
-    """A gradient over all devices, compared with the same on the host."""
+    """Compares a gradient over all devices with the same on the host."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -116,9 +116,9 @@ def _slice(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Does one check after the other, and says what each found; the first that fails ends it."""
+    """Runs the checks in order and prints what each found; stops at the first that fails."""
     app.no_arguments(argv)
-    if not flags.FLAGS["verbosity"].present:  # Orbax tells every step of a save
+    if not flags.FLAGS["verbosity"].present:  # Orbax logs every stage of a save
         logging.set_verbosity(logging.WARNING)
     from duplex_jax import parallel
 

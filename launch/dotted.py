@@ -1,10 +1,10 @@
-"""`--config.a.b=value`: dotted flags, which absl has no flags for."""
+"""Dotted flags such as `--config.a.b=value`, which absl does not support."""
 
 from launch import app
 
 
 def take_dotted(argv: list[str], prefix: str = "config") -> tuple[list[str], list[tuple[str, str]]]:
-    """Splits off `--config.a.b=value` (and `--config.a.b value`)."""
+    """Splits off the arguments of the form `--config.a.b=value` (or `--config.a.b value`)."""
     rest, dotted = [], []
     words = iter(argv)
     for word in words:

@@ -20,7 +20,7 @@ PARTS = {
 
 
 def start() -> None:
-    """Finds the part named by the first argument and hands it the rest; without one lists them."""
+    """Runs the part named by the first argument with the rest; without one lists the parts."""
     parts = {part: text for part, text in PARTS.items() if importlib.util.find_spec(f"launch.evaluate_{part}")}
     given = sys.argv[1:]
     if not given or given[0] in ("--help", "-h", "help"):

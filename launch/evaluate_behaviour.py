@@ -1,4 +1,4 @@
-"""`duplex-jax evaluate behaviour`: when a model speaks and when it is silent, on held-out timelines."""
+"""`duplex-jax evaluate behaviour`: when a model speaks and when it is silent, measured on held-out timelines."""
 
 import functools
 from pathlib import Path
@@ -49,7 +49,7 @@ _BESIDE = app.paths_flag("beside", "Output folders of other runs on the same dat
 
 
 def main(argv: list[str]) -> None:
-    """Reads the data, asks what was not asked before, scores, writes."""
+    """Reads the data, runs the missing replays, scores, and writes the report."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate behaviour needs --model=M, --data=TIMELINES and --out=FOLDER")
@@ -117,7 +117,7 @@ def _ask(
     biases: list[float],
     main_bias: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Asks the model what is missing; its description, the curve, and its own settings."""
+    """Runs the missing replays; returns the model's description, the curve, and the model's settings."""
     from duplex_jax.checkpoint.registry import load_model
 
     app.use_compilation_cache()

@@ -55,7 +55,7 @@ _ALLOW_CODE = flags.DEFINE_bool("allow_code", False, "generation: run programs t
 
 
 def main(argv: list[str]) -> None:
-    """Reads the items, has the harness ask what was not asked before, writes its figures."""
+    """Reads the items, runs the missing ones in the harness, and writes its figures."""
     app.no_arguments(argv)
     if not (_MODEL.value and _OUT.value):
         raise UserError("evaluate benchmark needs --model=M and --out=FOLDER, and --data=FOLDER where there is no hub")
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_code(tasks: list[str]) -> None:
-    """Refuses tasks whose answers are programs, where these may not or cannot be run."""
+    """Checks that programs may and can be run here, for tasks whose answers are programs."""
     if tasks and not _ALLOW_CODE.value:
         raise UserError(f"--tasks={','.join(tasks)}: runs programs that the model wrote; allow that with --allow_code")
     if tasks:
@@ -104,7 +104,7 @@ def _check_code(tasks: list[str]) -> None:
 def _samples(
     model: "LoadedModel", form: str, tasks: list[str], ways: list[str], capacity: int, out: Path
 ) -> Iterator[tuple[str, str, list[Any]]]:
-    """Way, task, and what the harness logged of its items, each answer with its marks."""
+    """Way, task, and what the harness logged for its items, each answer with its scores."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -128,7 +128,7 @@ def _samples(
 
 
 def _load(name: str, out: Path, form: str) -> "tuple[LoadedModel, dict[str, Any]]":
-    """The model, and the settings that its results depend on, kept in `out`."""
+    """The model, and the settings that its results depend on, which are stored in `out`."""
     from duplex_jax.checkpoint.registry import load_model
 
     app.claim(out)

@@ -1,6 +1,6 @@
 """`duplex-jax evaluate fetch --data=FOLDER`: the benchmarks' files from the Hugging Face hub, for `evaluate benchmark`.
 
-A file that is there already stays as it is.
+Existing files are not changed.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ _TASKS = flags.DEFINE_list("tasks", list(TASKS["generation"]), f"Tasks: any of {
 
 
 def main(argv: list[str]) -> None:
-    """Fetches what is missing."""
+    """Fetches the missing files."""
     app.no_arguments(argv)
     if not _DATA.value:
         raise UserError("evaluate fetch needs --data=FOLDER, the folder for the benchmarks' files")

@@ -1,4 +1,4 @@
-"""`duplex-jax evaluate harness`: EleutherAI's lm-evaluation-harness with our models in it, under its own flags.
+"""`duplex-jax evaluate harness`: EleutherAI's lm-evaluation-harness with our models, under its own flags.
 
 duplex-jax evaluate harness --model_args=model=M,way=plain --tasks=arc_easy,gsm8k --output_path=OUT
 """
@@ -14,7 +14,7 @@ COMMANDS = ("run", "ls", "validate")
 
 
 def start() -> None:
-    """Registers the model and hands the arguments to the harness, with `--model duplex_jax` where none is named."""
+    """Registers the model and passes the arguments to the harness, with `--model duplex_jax` if none is named."""
     if importlib.util.find_spec("lm_eval") is None:
         app.fail("evaluate harness runs EleutherAI's lm-evaluation-harness: pip install 'duplex-jax[harness]'")
     given = sys.argv[1:]
@@ -35,7 +35,7 @@ def start() -> None:
     except UserError as e:
         app.fail(e)
     except ValueError as e:
-        if not str(e).startswith("Tasks not found"):  # so it says that a name is unknown
+        if not str(e).startswith("Tasks not found"):  # the harness's message for an unknown name
             raise
         app.fail(f"{e}; duplex-jax evaluate harness ls tasks lists all")
     except KeyboardInterrupt:

@@ -68,7 +68,7 @@ _REQUESTS = RequestFlags(
 
 
 def main(argv: list[str]) -> int:
-    """Reads the questions, has missing ones answered and judged, scores, writes."""
+    """Reads the questions, obtains missing answers and judgements, scores, and writes the report."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate judge needs --model=M, --data=FOLDER and --out=FOLDER")
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
 
 
 def _judge_of(task: str, judge: JudgeModel, prompts: Prompts | None) -> dict[str, Any] | None:
-    """Who judges a task; None where nobody does."""
+    """The judge of a task, or None."""
     if task in RULED:
         return {"judge": judging.RULES}
     return judge.identity(prompts.sha256[task]) if prompts is not None else None
@@ -142,7 +142,7 @@ def _judge_of(task: str, judge: JudgeModel, prompts: Prompts | None) -> dict[str
 def _answers(
     name: str, out: Path, questions: Mapping[str, Questions], ways: list[str], asking: Asking
 ) -> tuple[dict[str, Any], list[System]]:
-    """Has the model answer what is missing; the settings, and its answers by way."""
+    """Obtains missing answers; returns the settings, and the model's answers by way."""
     from duplex_jax.checkpoint.registry import load_model
 
     app.use_compilation_cache()

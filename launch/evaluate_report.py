@@ -1,7 +1,7 @@
-"""`duplex-jax evaluate report DIR... --out=OUT`: one page of what was measured of two or more models.
+"""`duplex-jax evaluate report DIR... --out=OUT`: one page of the measurements of two or more models.
 
-Each DIR is the --out of an evaluation, or a folder of such folders. `report.html` is one file that needs no other;
-`report.md` has the same with its pictures beside it. Models stand in the order of the folders.
+Each DIR is the --out of an evaluation, or a folder of such folders. `report.html` is self-contained; `report.md` has
+the same content with its pictures next to it. Models appear in the order of the folders.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _OUT = app.path_flag("out", None, "Output folder of the report.")
 
 
 def main(argv: list[str]) -> None:
-    """Reads the reports, joins them, writes."""
+    """Reads the reports, merges them, and writes the page."""
     if not argv or not _OUT.value:
         raise UserError("evaluate report needs the folders of evaluations and --out=FOLDER")
     out = Path(_OUT.value)

@@ -1,4 +1,4 @@
-"""`duplex-jax evaluate study serve|report`: two anonymous models in the browser, a questionnaire, its statistics."""
+"""`duplex-jax evaluate study serve|report`: a browser-based user study of two anonymous models, with a questionnaire and statistics."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ _PER_HOUR = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-    """Runs the study, or describes what is in its file."""
+    """Runs the study, or reports its results."""
     if not argv or argv[0] not in PARTS:
         raise UserError(
             f"evaluate study needs a command, one of {', '.join(PARTS)}; for example: evaluate study serve --db=F"
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 def _serve(db: str) -> None:
-    """Refuses what cannot be, then runs the study on its file."""
+    """Checks the flags, then runs the study on its database file."""
     _LISTEN.check()
     texts = read_texts(_SESSIONS.value, _CONSENT.value, _NOTE.value, _OPENINGS.value)
     app.claim(db, beside=True)

@@ -30,7 +30,7 @@ _IDLE_BIAS = flags.DEFINE_float("idle_bias", 0.0, "Added to the logit of <idle>,
 
 
 def main(argv: list[str]) -> None:
-    """Reads the data, asks what was not asked before, scores, writes."""
+    """Reads the data, runs the missing replays, scores, and writes the report."""
     app.no_arguments(argv)
     if not (_MODEL.value and _DATA.value and _OUT.value):
         raise UserError("evaluate yardsticks needs --model=M, --data=FOLDER and --out=DIR")
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 def _ask(
     data: runs.HeldOut, out: Path, sampling: Sampling, seeds: list[int]
 ) -> tuple[list[runs.Records], dict[str, Any]]:
-    """Asks the model what is missing: the replays of each seed, and the model's settings."""
+    """Runs the missing replays; returns those of each seed, and the model's settings."""
     from duplex_jax.checkpoint.registry import load_model
 
     app.use_compilation_cache()

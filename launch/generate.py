@@ -1,6 +1,6 @@
-"""`duplex-jax generate`: Duplex-UltraChat timelines from turn-based dialogues; checks and describes a data set too.
+"""`duplex-jax generate`: makes Duplex-UltraChat timelines from turn-based dialogues, and checks data sets.
 
-Where there are no dialogues, it has a model make some.
+Without dialogues, it can have a model write some.
 """
 
 import contextlib
@@ -153,10 +153,10 @@ def _cache(out: Path) -> ReplyCache:
 
 
 def _sampling(why: str, temperature: float) -> Sampling:
-    """How the model is asked, by the flags.
+    """The model's sampling settings, from the flags.
 
     Raises:
-        UserError: no model is named, or a budget has no prices.
+        UserError: no model is named, or a budget is given without prices.
     """
     if not _MODEL.value:
         raise UserError(f"{why} needs --rewriter_model=NAME")
@@ -205,7 +205,7 @@ def _write(count: int) -> int:
     app.claim(out)
     app.use_compilation_cache()
     model = load_model(_WRITER.value)
-    # A few rows more for the prompts that all dialogues of a kind begin with.
+    # A few more rows for the prompts that all dialogues of a kind begin with.
     rows, capacity = _ROWS.value + 4, min(2048, model.config.max_position_embeddings)
     engine = Engine(model.model, model.template, rows=rows, capacity=capacity, max_slice_tokens=12)
     done = 0

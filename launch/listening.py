@@ -1,4 +1,4 @@
-"""Where a server of ours listens: the flags of its address, keys and TLS, its socket, and its life on it."""
+"""The listening side of a server: flags for its address, keys and TLS, its socket, and its main loop."""
 
 import ipaddress
 import socket
@@ -19,7 +19,7 @@ class ListenFlags:
     """Defines the flags for a job's module.
 
     Args:
-        module: the job's `__name__`; --help shows the flags with its own.
+        module: the job's `__name__`; --help lists the flags under it.
         what: what clients reach, for --help.
     """
 
@@ -49,7 +49,7 @@ class ListenFlags:
 
     @property
     def host(self) -> str:
-        """The address, an IPv6 one without brackets."""
+        """The address; an IPv6 address has no brackets."""
         return self._host.value.strip("[]")
 
     @property
@@ -64,14 +64,14 @@ class ListenFlags:
 
     @property
     def has_tls(self) -> bool:
-        """Whether clients speak TLS."""
+        """Whether clients connect with TLS."""
         return bool(self._cert.value)
 
     def check(self) -> None:
-        """Refuses, before a model is loaded, what cannot be listened on, or what others reach without a key.
+        """Checks, before a model is loaded, that the address is usable and not open to others without a key.
 
         Raises:
-            UserError: says which of them.
+            UserError: it is not; the message says why.
         """
         try:
             local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
@@ -86,7 +86,7 @@ class ListenFlags:
         if self.has_tls:
             self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             try:
-                # Without a password callback OpenSSL would ask on the terminal.
+                # Without a password callback OpenSSL would prompt on the terminal.
                 self._tls.load_cert_chain(self._cert.value, self._key.value, password=lambda: "")
             except (OSError, ValueError) as e:  # ssl's errors are OSErrors
                 why = getattr(e, "strerror", None) or e
@@ -97,10 +97,10 @@ class ListenFlags:
         self.listen().close()
 
     def listen(self, port: int | None = None) -> socket.socket:
-        """The socket, listening; on another port where one is given.
+        """The listening socket; on `port` if given.
 
         Raises:
-            UserError: the address is not this machine's, or is taken.
+            UserError: the address does not belong to this machine, or is in use.
         """
         port = self.port if port is None else port
         try:
@@ -112,12 +112,12 @@ class ListenFlags:
             raise UserError(f"--host={self.host} --port={port}: cannot listen there ({e.strerror or e})") from e
 
     def url(self, scheme: str, port: int | None = None) -> str:
-        """`http` or `ws` and the address, with an `s` where clients speak TLS."""
+        """The server's URL; `scheme` is `http` or `ws`, to which TLS adds an `s`."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}{'s' if self.has_tls else ''}://{host}:{self.port if port is None else port}"
 
     def run(self, application: "web.Application", tell: Callable[[int], None], also: Sequence[int] = ()) -> None:
-        """Serves until it is stopped, on other ports too; `tell` is called once with the port, when it listens."""
+        """Serves until stopped, also on the ports `also`; calls `tell` with the port once it listens."""
         from aiohttp import web
 
         from duplex_jax.serve.access import RUNNING
@@ -126,7 +126,7 @@ class ListenFlags:
         port = listener.getsockname()[1]
         told: list[object] = []
 
-        def once(*words: object) -> None:  # aiohttp prints where it listens; `tell` says what is there
+        def once(*words: object) -> None:  # replaces aiohttp's own message about the address
             if not told:
                 told.append(words)
                 tell(port)

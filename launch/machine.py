@@ -1,4 +1,4 @@
-"""How a job meets its machine: JAX's backend, the devices of a mesh, and the other processes of a run."""
+"""The machine that a job runs on: JAX's backend, the devices of a mesh, and the run's other processes."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ _EXTRAS = {
 
 
 def has_accelerator(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether JAX will use an accelerator here, found out without importing it."""
+    """Whether JAX will use an accelerator here, determined without importing it."""
     if wanted := environment.get("JAX_PLATFORMS"):
         return not wanted.startswith("cpu")
     devices = {"cuda": ("/dev/nvidiactl", "/dev/dxg"), "tpu": ("/dev/accel0", "/dev/vfio/0")}
@@ -32,14 +32,14 @@ def has_accelerator(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def backend_trouble() -> str | None:
-    """Why JAX cannot start its backend, in one line; None where it can, or was never imported."""
+    """Why JAX cannot start its backend, in one line; None if it can, or was not imported."""
     if "jax" not in sys.modules:
         return None
     import jax
 
     try:
         jax.devices()
-    except Exception as e:  # whatever a plugin raises
+    except Exception as e:  # a plugin can raise anything
         wanted = str(jax.config.values["jax_platforms"] or "")
         told = re.sub(r"^Unable to initialize backend '\w+': |\(set JAX_PLATFORMS=.*", "", str(e)).strip()
         why = _missing(wanted.split(",")[0]) or told or "no such device is to be seen"
@@ -48,7 +48,7 @@ def backend_trouble() -> str | None:
 
 
 def _missing(platform: str) -> str:
-    """What is not installed that a platform of JAX needs; empty where nothing is missing."""
+    """The missing packages for a JAX platform, as text; empty if there are none."""
     name = platform.replace("gpu", "cuda")
     if name not in _EXTRAS or any(map(importlib.util.find_spec, _PLUGINS[name])):
         return ""
@@ -56,16 +56,16 @@ def _missing(platform: str) -> str:
 
 
 def start(spec: "MeshSpec", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Starts JAX on the platform of a mesh, and joins the other processes of the run where there are any.
+    """Starts JAX on a mesh's platform, and joins the run's other processes, if any.
 
     Args:
-        spec: the mesh; devices of a CPU are pretended.
-        coordinator: HOST:PORT of the first process; empty for what the cluster says.
-        num_processes, process_id: how many there are and which one this is; 0 and -1 for what the cluster says.
+        spec: the mesh; several CPU devices are emulated.
+        coordinator: HOST:PORT of the first process; empty to ask the cluster environment.
+        num_processes, process_id: number of processes and index of this one; 0 and -1 to ask the cluster environment.
 
     Raises:
-        UserError: the platform is not there, the devices do not divide by the processes, or the mesh has several hosts
-            and the others cannot be found.
+        UserError: the platform is not available, the devices do not divide by the processes, or the mesh has several
+            hosts and the others cannot be found.
     """
     import jax
 
@@ -79,7 +79,7 @@ def start(spec: "MeshSpec", coordinator: str = "", num_processes: int = 0, proce
         jax.config.update("jax_platforms", f"{_PLATFORMS[spec.platform]},cpu")
     if coordinator or spec.hosts > 1:
         _join(spec, coordinator, num_processes, process_id)
-    if (there := jax.default_backend()) != spec.platform:  # JAX has fallen back
+    if (there := jax.default_backend()) != spec.platform:  # JAX has fallen back to another platform
         why = _missing(_PLATFORMS[spec.platform]) or f"JAX runs on {there}; see JAX_PLATFORMS and the driver"
         raise UserError(f"mesh {spec.name}: needs {spec.size} devices of a {spec.platform.upper()}, and {why}")
 
@@ -101,15 +101,15 @@ def _join(spec: "MeshSpec", coordinator: str, num_processes: int, process_id: in
 
 
 def local_devices(spec: "MeshSpec", environment: Mapping[str, str]) -> list[int] | None:
-    """The devices of this process: on GPUs all of its host, unless each device has a process of its own.
+    """The devices of this process: on GPUs all of its host's, unless there is one process per device.
 
-    JAX left alone gives a process of Slurm or Open MPI the one GPU of its local rank.
+    By default JAX gives a process under Slurm or Open MPI only the GPU of its local rank.
 
     Returns:
-        Their numbers; None for JAX's own choice.
+        Their indices; None for JAX's default.
 
     Raises:
-        UserError: as many processes as fit neither hosts nor devices.
+        UserError: the number of processes matches neither hosts nor devices.
     """
     if spec.platform != "gpu" or environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -125,14 +125,14 @@ def local_devices(spec: "MeshSpec", environment: Mapping[str, str]) -> list[int]
 
 
 def reserved(resources: Mapping[str, float], replicas: int) -> dict[str, Any]:
-    """What Ray Serve shall reserve for each replica: an accelerator of its own, where the cluster has any.
+    """Resources that Ray Serve reserves for each replica: an accelerator, if the cluster has any.
 
     Args:
-        resources: of the cluster, as `ray.cluster_resources()` gives them.
-        replicas: how many there will be.
+        resources: the cluster's, as returned by `ray.cluster_resources()`.
+        replicas: number of replicas.
 
     Raises:
-        UserError: fewer accelerators than replicas.
+        UserError: there are fewer accelerators than replicas.
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return {}

@@ -24,7 +24,7 @@ JOBS = {
 
 
 def main() -> None:
-    """Finds the job named by the first argument and hands it the rest."""
+    """Runs the job named by the first argument with the rest."""
     with reader_may_go():
         _run()
 
@@ -49,7 +49,7 @@ def _run() -> None:
     sys.argv = [f"duplex-jax {job}", *sys.argv[2:]]
     try:
         importlib.import_module(f"launch.{job}").start()
-    except KeyboardInterrupt:  # while it was imported
+    except KeyboardInterrupt:  # during the import
         print("duplex-jax: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 

@@ -1,4 +1,4 @@
-"""`duplex-jax pack`: conversations to fixed-length rows, once, before training."""
+"""`duplex-jax pack`: packs conversations into fixed-length rows, once, before training."""
 
 import time
 
@@ -22,7 +22,7 @@ _WORKERS = flags.DEFINE_integer("workers", 2, "Number of encoding processes.", l
 
 
 def main(argv: list[str]) -> int | None:
-    """Packs, and prints what came of it."""
+    """Packs, and prints a summary."""
     app.no_arguments(argv)
     from duplex_jax.data.dataset import Tally, write_packed
 

@@ -1,8 +1,9 @@
 """Several servers behind one port with Ray Serve: `duplex-jax serve --replicas=N`, or launch/cluster/ray_serve.yaml.
 
-Each replica is a whole server on a port of its node; Ray Serve's proxy hands a connection to one of them, where a
-bridge passes it on. A connection stays with its replica, and `resume` goes to the replica that has the session,
-whatever proxy or replica it came in by. A replica that is to go gets no new connections and may end those it has.
+Each replica is a whole server on a port of its node. Ray Serve's proxy assigns a connection to a replica, where a
+bridge forwards it to the server. A connection stays with its replica, and `resume` reaches the replica that holds the
+session, whichever proxy or replica received it. A replica that shuts down gets no new connections and can finish those
+it has.
 """
 
 import asyncio
@@ -33,10 +34,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 DIRECTORY = "duplex_jax_replicas"
-"""The name of the actor that knows where each replica listens."""
+"""Name of the actor that knows where each replica listens."""
 
 DRAIN_SECONDS = 120.0
-"""How long a replica that is to go waits for its conversations."""
+"""How long a replica that shuts down waits for its conversations, in seconds."""
 
 _OWN_HEADERS = {
     "host", "connection", "upgrade", "content-length", "transfer-encoding", "sec-websocket-key",
@@ -45,26 +46,26 @@ _OWN_HEADERS = {
 
 
 class Directory:
-    """Where replicas listen, by the prefix of their sessions' ids."""
+    """Addresses of replicas, by the prefix of their sessions' ids."""
 
     def __init__(self):
         self._places: dict[str, str] = {}
 
     def put(self, prefix: str, place: str) -> None:
-        """Notes or renews a replica."""
+        """Adds or updates a replica."""
         self._places[prefix] = place
 
     def get(self, prefix: str) -> str | None:
-        """`host:port`, or None where there is none of that name."""
+        """`host:port`, or None if there is no such replica."""
         return self._places.get(prefix)
 
     def remove(self, prefix: str) -> None:
-        """Forgets a replica."""
+        """Removes a replica."""
         self._places.pop(prefix, None)
 
 
 class Listener:
-    """A server on a thread of its own, at a free port of an address."""
+    """A server on its own thread, at a free port of an address."""
 
     def __init__(self, server: Server, host: str):
         self._loop = asyncio.new_event_loop()
@@ -79,7 +80,7 @@ class Listener:
         return int(self._runner.addresses[0][1])
 
     def close(self) -> None:
-        """Ends it, sessions and all."""
+        """Stops the server and its sessions."""
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -89,11 +90,11 @@ def _prefix(session: object) -> str:
 
 
 class Bridge:
-    """An ASGI application that passes requests and websockets on to the server of this replica.
+    """An ASGI application that forwards requests and websockets to this replica's server.
 
     Args:
         place: `host:port` of the server.
-        elsewhere: gives the place of the replica whose sessions' ids begin so, if there is one.
+        elsewhere: maps a session id's prefix to the address of its replica, or None.
     """
 
     def __init__(self, place: str, elsewhere: Callable[[str], Awaitable[str | None]]):
@@ -149,7 +150,7 @@ class Bridge:
 
             try:
                 upstream = await connect(self._place)
-            except aiohttp.ClientError:  # it says no: a wrong key or origin
+            except aiohttp.ClientError:  # refused: a wrong key or origin
                 await send({"type": "websocket.close", "code": 1008, "reason": "refused"})
                 return
             await send({"type": "websocket.accept", "subprotocol": upstream.protocol})
@@ -169,13 +170,13 @@ class Bridge:
                         await upstream.send_bytes(message["bytes"])
                     message = await _either(receive, outward)
             except ConnectionError:
-                pass  # the server has gone; the client is told by `outward`
+                pass  # the server is gone; `outward` tells the client
             finally:
                 await upstream.close()
                 await asyncio.gather(outward, return_exceptions=True)
 
     async def _owner(self, message: Message) -> str | None:
-        """Where the session is that a first message wants to take up, if that is another replica."""
+        """The address of the session that a first message wants to resume, if it is at another replica."""
         try:
             asked = json.loads(message.get("text") or "null")
         except (ValueError, RecursionError):
@@ -187,16 +188,16 @@ class Bridge:
 
 
 async def _outward(upstream: aiohttp.ClientWebSocketResponse, send: Send) -> None:
-    """Passes on what the server says, its goodbye last."""
+    """Forwards the server's messages, including its closing one."""
     async for message in upstream:
         kind = "text" if message.type == aiohttp.WSMsgType.TEXT else "bytes"
         await send({"type": "websocket.send", kind: message.data})
-    with contextlib.suppress(RuntimeError):  # the client has gone already
+    with contextlib.suppress(RuntimeError):  # the client is already gone
         await send({"type": "websocket.close", "code": upstream.close_code or 1001})
 
 
 async def _either(receive: Receive, outward: "asyncio.Task[None]") -> Message:
-    """The client's next message, or its end where the server's side is over."""
+    """The client's next message, or a disconnect once the server's side has ended."""
     asked = asyncio.ensure_future(receive())
     await asyncio.wait([asked, outward], return_when=asyncio.FIRST_COMPLETED)
     if asked.done():
@@ -206,10 +207,10 @@ async def _either(receive: Receive, outward: "asyncio.Task[None]") -> Message:
 
 
 def bridge() -> Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]:
-    """The ASGI application of whatever replica lives in this process."""
+    """The ASGI application for the replica in this process."""
 
     async def application(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        lifespan = scope["type"] == "lifespan"  # of the application, which is there before the replica
+        lifespan = scope["type"] == "lifespan"  # sent to the application before the replica exists
         here = Bridge("", _nowhere) if lifespan else cast(Any, serve.get_replica_context().servable_object).bridge
         await here(scope, receive, send)
 
@@ -231,7 +232,7 @@ class Replica:
     """One server.
 
     Args:
-        options: of `build_server`.
+        options: the options of `build_server`.
     """
 
     def __init__(self, options: Options):
@@ -241,7 +242,7 @@ class Replica:
         self._directory = directory.options(
             name=DIRECTORY, namespace=DIRECTORY, get_if_exists=True, num_cpus=0, lifetime="detached"
         ).remote()  # fmt: skip
-        # Without a key nobody from outside may reach it; replicas of other machines then cannot either.
+        # Without a key nobody outside may reach it, so replicas on other machines cannot either.
         host = ray.util.get_node_ip_address() if options.api_key_file else "127.0.0.1"
         self._listener = Listener(build_server(options, lambda text: None, self._prefix), host)
         self._place = f"{host}:{self._listener.port}"
@@ -253,7 +254,7 @@ class Replica:
         return place
 
     def check_health(self) -> None:
-        """Asks the server; Ray Serve replaces a replica that does not answer."""
+        """Queries the server; Ray Serve replaces a replica that does not answer."""
         urllib.request.urlopen(f"http://{self._place}/healthz", timeout=20).close()
 
     def __del__(self):
@@ -266,10 +267,10 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
     """The application for `serve run launch.replicas:build` and Serve's config files.
 
     Args:
-        settings: fields of `Options`, and of `Limits` under `limits`.
+        settings: fields of `Options`, with those of `Limits` under `limits`.
 
     Raises:
-        UserError: a field that is not there.
+        UserError: there is no such field.
     """
     known = {f.name for f in dataclasses.fields(Options)}
     for name in settings:
@@ -283,8 +284,8 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
 
 
 def application(options: Options, **deployed: Any) -> serve.Application:
-    """A deployment with room for every session and those that wait, and settings of Ray Serve's own."""
-    # Behind a proxy all clients have one address.
+    """A deployment with room for all running and waiting sessions; `deployed` are Ray Serve's own settings."""
+    # All clients behind a proxy have the same address.
     options = dataclasses.replace(options, limits=dataclasses.replace(options.limits, per_client=1_000_000))
     room = 2 * (options.sessions + options.waiting) + 32
     deployment: Any = Replica
@@ -292,7 +293,7 @@ def application(options: Options, **deployed: Any) -> serve.Application:
 
 
 def run(options: Options, replicas: int, host: str, port: int, tell: Callable[[], None]) -> None:
-    """Serves until it is stopped, on the Ray cluster at hand (`RAY_ADDRESS`) or a new one on this machine."""
+    """Serves until stopped, on an existing Ray cluster (`RAY_ADDRESS`) or a new one on this machine."""
     ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     reserved = machine.reserved(ray.cluster_resources(), replicas)
     serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})

@@ -1,4 +1,4 @@
-"""Flags of the jobs that ask an OpenAI-compatible API, and the client that they make."""
+"""Flags of jobs that use an OpenAI-compatible API, and the client built from them."""
 
 import contextlib
 from typing import Any
@@ -15,10 +15,10 @@ class RequestFlags:
     """Defines the flags for a job's module.
 
     Args:
-        module: the job's `__name__`; --help shows the flags with its own.
-        url: the name of the flag with the API's address.
-        unusable: what may be wrong with a reply that is asked for again, for --help.
-        cache: where replies are kept by default, for --help.
+        module: the job's `__name__`; --help lists the flags under it.
+        url: name of the flag for the API's address.
+        unusable: why a reply may be requested again, for --help.
+        cache: default place of the replies, for --help.
     """
 
     def __init__(self, module: str, url: str, unusable: str, cache: str):
@@ -55,21 +55,21 @@ class RequestFlags:
         )
 
     def check(self) -> None:
-        """Refuses a budget of dollars without prices.
+        """Checks that a budget in dollars comes with prices.
 
         Raises:
-            UserError: as said.
+            UserError: it does not.
         """
         if self._dollars.value and not (self._price_in.value or self._price_out.value):
             raise UserError("--budget_dollars needs --price_in and --price_out, dollars for a million tokens")
 
     def client(self, cache: ReplyCache, stack: contextlib.ExitStack) -> Client:
-        """A client that keeps its replies in `cache` and is closed with `stack`."""
+        """A client that stores replies in `cache` and is closed with `stack`."""
         budget = Budget(self._tokens.value, self._dollars.value, self._price_in.value, self._price_out.value)
         client = Client(
             self.url.value, cache, self.concurrency.value, self._timeout.value, self.attempts.value,
             self._retries.value, budget=budget, flag=f"--{self._name}",
         )  # fmt: skip
-        # Replies on their way are paid for, so they are waited for; but nobody who presses Ctrl-C wants to.
+        # Replies in flight are paid for, so they are waited for, except after Ctrl-C.
         stack.push(lambda kind, *_: client.close(keep_waiting=kind is None))
         return client

@@ -1,4 +1,4 @@
-"""Has a chat model write dialogues by itself, in blocks that a run which was stopped does not write again."""
+"""Has a chat model write dialogues itself, in blocks, so that an interrupted run can be resumed."""
 
 import collections
 import json
@@ -15,12 +15,12 @@ from duplex_jax.template import Template
 from duplex_jax.tokenizer import decode
 
 BLOCK = 128
-# Queries are drawn widely, so that they differ; answers near the model's best, since they are what is learned.
+# Queries are sampled broadly, for variety; answers close to the model's best, because they are trained on.
 QUERIES, ANSWERS = Sampling(temperature=0.9, top_p=0.9), Sampling(temperature=0.6, top_p=0.8)
 
 
 def _front(template: Template, ask: Ask) -> tuple[list[int], int]:
-    """Ids in front of the words that are asked for, and how many of them depend on no word of the conversation."""
+    """Ids before the requested words, and how many of them are the same in every conversation."""
     messages = list(ask.messages)
     shared = _before_user(template, [m for m in messages[:1] if m[0] == "system"])
     if ask.role == "assistant":
@@ -29,13 +29,13 @@ def _front(template: Template, ask: Ask) -> tuple[list[int], int]:
 
 
 def _before_user(template: Template, messages: list[tuple[str, str]]) -> list[int]:
-    """What the chat template puts in front of the user's next message."""
+    """Ids of the chat template between the conversation and the user's next message."""
     a, b = (template.turn_prompt([*messages, ("user", x)]) for x in ("A", "B"))
     return a[: next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)]
 
 
 def _writer(template: Template, talk: Generator[Ask, Words, Written]) -> Generator[Draw, Drawn, Written | str]:
-    """A dialogue's words by ids: the dialogue, or why there is none."""
+    """Runs a dialogue's writer on ids; returns the dialogue, or why there is none."""
     try:
         ask = next(talk)
         while True:
@@ -52,15 +52,15 @@ def _writer(template: Template, talk: Generator[Ask, Words, Written]) -> Generat
 def self_write(engine: Engine, out: Path, count: int, seed: int, rows: int) -> Iterator[int]:
     """Writes `count` dialogues in blocks; yields how many were tried after each block.
 
-    Brief, spoken dialogues go to `out/spoken`, those in the model's usual manner to `out/plain`, both as
+    Brief, spoken dialogues go to `out/spoken`, those in the model's usual style to `out/plain`, both as
     `dialogues-NNNNN.jsonl` in UltraChat's layout; a block whose counts are in `out/blocks` is not written again.
 
     Args:
-        engine: of the model; it needs a few more rows than are written at once.
-        out: the folder.
-        count: dialogues that are tried; those whose words cannot be used are left out.
+        engine: the model's engine; it needs a few more rows than `rows`.
+        out: the output folder.
+        count: number of dialogues to try; unusable ones are dropped.
         seed: random seed.
-        rows: dialogues at once.
+        rows: dialogues written at once.
     """
     starts = list(openings(seed))
     for block in range(-(-count // BLOCK)):

@@ -1,4 +1,4 @@
-"""`duplex-jax serve`: the real-time server, its page, and the protocols that clients speak."""
+"""`duplex-jax serve`: the real-time server with its web page and protocols."""
 
 from absl import flags
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def _tell(name: str, port: int) -> None:
-    """What listens, and where."""
+    """Prints what listens, and where."""
     web, sockets = _LISTEN.url("http", port), _LISTEN.url("ws", port)
     print(f"{name} listens; Ctrl-C stops it\n  page     {web}/\n  duplex   {sockets}/v1/duplex\n  OpenAI   {web}/v1",
           flush=True)  # fmt: skip

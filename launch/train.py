@@ -1,4 +1,4 @@
-"""`duplex-jax train`: one program for a laptop and a pod; `--mesh` says which."""
+"""`duplex-jax train`: trains a model on the mesh that `--mesh` names, from a laptop to a pod."""
 
 import dataclasses
 import sys
@@ -33,7 +33,7 @@ _DOTTED: list[tuple[str, str]] = []
 
 
 def parse_profile(text: str):
-    """`FIRST:LAST` as a window."""
+    """Parses `FIRST:LAST` as a profile window."""
     from duplex_jax.train.loop import Profile
 
     if not text:
@@ -48,14 +48,14 @@ def parse_profile(text: str):
 
 
 def as_packed(config: "Config", given: Collection[str]) -> "Config":
-    """A config with the row length and template of the packed data that it trains on.
+    """The config with the row length and template of its packed training data.
 
     Args:
-        config: the run.
+        config: the run's settings.
         given: names of fields that flags have set; these are not changed.
 
     Raises:
-        UserError: packed data that contradict a flag, or each other.
+        UserError: packed data contradict a flag, or each other.
     """
     from duplex_jax.data.dataset import MANIFEST, read_manifest
 
@@ -64,7 +64,7 @@ def as_packed(config: "Config", given: Collection[str]) -> "Config":
         for group, field, packed in (("data", "length", manifest.length), ("model", "template", manifest.template)):
             node, name = getattr(config, group), f"{group}.{field}"
             wanted = getattr(node, field)
-            if packed == wanted or not wanted:  # a model's own template is compared when its tokenizer is read
+            if packed == wanted or not wanted:  # a model's own template is checked when its tokenizer is loaded
                 continue
             if name in given or path != paths[0]:
                 where = f"--config.{name}" if name in given else f"{name} of {paths[0]}"
@@ -78,9 +78,9 @@ def as_packed(config: "Config", given: Collection[str]) -> "Config":
 
 
 def main(argv: list[str]) -> int | None:
-    """Builds config and mesh, joins the other processes, trains."""
+    """Builds config and mesh, joins the other processes, and trains."""
     app.no_arguments(argv)
-    if not flags.FLAGS["verbosity"].present:  # Orbax tells every step of every save
+    if not flags.FLAGS["verbosity"].present:  # Orbax logs every stage of a save
         logging.set_verbosity(logging.WARNING)
     from duplex_jax import parallel
     from duplex_jax.train import config as configs
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int | None:
     profile = parse_profile(_PROFILE.value)
     config = as_packed(config, {name for name, _ in _DOTTED})
     machine.start(spec, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    app.use_compilation_cache()  # a run that goes on compiles nothing anew
+    app.use_compilation_cache()  # so that a resumed run need not compile again
     import jax
 
     from duplex_jax.train.loop import train

@@ -1,4 +1,4 @@
-"""What `duplex-jax chat` shows: slices as rows of two lanes, folded to the width of a terminal."""
+"""The output of `duplex-jax chat`: slices as rows of two lanes, wrapped to the width of the terminal."""
 
 import contextlib
 import re
@@ -21,18 +21,18 @@ _COLUMNS = ("slice", "user", "assistant", "seconds")
 
 
 def visible(text: str | None) -> str:
-    """A slice on one line: control characters, which a terminal would obey, are spelt out."""
+    """A slice on one line, with control characters, which a terminal would obey, escaped."""
     return IDLE if text is None else re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: repr(c[0])[1:-1], text)
 
 
 class Lanes:
     """Rows of slices: the user's words on the left, the assistant's on the right.
 
-    On a terminal they fold to its width, in colour unless `NO_COLOR` is set; elsewhere each slice is one line.
+    On a terminal they are wrapped to its width and coloured unless `NO_COLOR` is set; elsewhere each slice is one line.
 
     Args:
-        fold_silence: a run of silent slices becomes one row, on a terminal.
-        conversations: rows say which conversation they are of.
+        fold_silence: on a terminal, show a run of silent slices as one row.
+        conversations: whether rows show the number of their conversation.
     """
 
     def __init__(self, fold_silence: bool = True, conversations: bool = False):
@@ -42,11 +42,11 @@ class Lanes:
         self._silent: dict[int, list[Slice]] = defaultdict(list)
 
     def header(self) -> None:
-        """Shows the names of the columns."""
+        """Prints the column headings."""
         self._row(*_COLUMNS, dim=True)
 
     def add(self, user: str | None, result: "Slice", conversation: int = 0) -> None:
-        """Shows a slice; a silent one perhaps later."""
+        """Shows a slice; a silent one possibly later."""
         if self._fold and user is None and result.text is None:
             self._silent[conversation].append(result)
             return
@@ -54,7 +54,7 @@ class Lanes:
         self._show(result.index, visible(user), visible(result.text), result.seconds, conversation)
 
     def end(self) -> None:
-        """Shows what was not shown yet."""
+        """Shows pending rows."""
         for conversation in sorted(self._silent):
             self._flush(conversation)
 
@@ -87,7 +87,7 @@ class Lanes:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C within the block stops nothing by itself; what it gives tells whether it was pressed."""
+    """Within this context Ctrl-C does not interrupt; the yielded function returns whether it was pressed."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:

@@ -1,1 +1,1 @@
-"""Meshes by name: how many devices carry each axis, on which hardware."""
+"""Named meshes: the hardware, and the number of devices along each axis."""

@@ -1,4 +1,4 @@
-"""One CPU: the laptop runs, the tests, and SmolLM2-135M."""
+"""One CPU, for laptops, tests and SmolLM2-135M."""
 
 from duplex_jax.parallel import CPU, MeshSpec
 

@@ -1,4 +1,4 @@
-"""Eight pretended CPU devices in one process, FSDP 4 x TP 2: how a layout is tried without hardware."""
+"""Eight emulated CPU devices in one process, FSDP 4 x TP 2, for trying a layout without the hardware."""
 
 from duplex_jax.parallel import CPU, MeshSpec
 

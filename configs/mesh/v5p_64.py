@@ -1,4 +1,4 @@
-"""A v5p-64 slice: 32 chips on 8 hosts (a v5p name counts cores, two a chip), FSDP 32."""
+"""A v5p-64 slice: 32 chips on 8 hosts (a v5p name counts cores, two per chip), FSDP 32."""
 
 from duplex_jax.parallel import V5P, MeshSpec
 

@@ -95,8 +95,11 @@ def load_model(
 
 
 def duplex_metadata(model: LoadedModel) -> dict[str, Any]:
-    """The `duplex` field of `config.json`: the template, the ids that end a slice and, if they differ from the default,
-    the bias on idle and whether the model was trained on slices."""
+    """The `duplex` field of `config.json`.
+
+    It names the template, the ids that end a slice and, if they differ from the default, the bias on idle and whether
+    the model was trained on slices.
+    """
     template = model.template
     row = {"template": template.name, "idle_token_id": template.idle_id, "end_token_id": template.end_id}
     row |= {"idle_bias": template.idle_bias} if template.idle_bias else {}

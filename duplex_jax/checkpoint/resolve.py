@@ -144,8 +144,10 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
 
 
 def _in_slices(named: _Duplex, has_duplex: bool, template: str, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on slices. If its files do not say so, a template or token that only such models have
-    decides."""
+    """Whether a model was trained on slices.
+
+    If its files do not say so, a template or token that only such models have decides.
+    """
     if not has_duplex:
         return "<idle>" in tokenizer.special
     return named.in_slices if named.in_slices is not None else named.template == template == "compact"
