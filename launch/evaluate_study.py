@@ -1,4 +1,4 @@
-"""`duplex-jax evaluate study serve|report`: a browser-based user study of two anonymous models, with a questionnaire and statistics."""
+"""`duplex-jax evaluate study serve|report`: a user study of two anonymous models in the browser, and its statistics."""
 
 from pathlib import Path
 from typing import Any

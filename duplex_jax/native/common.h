@@ -1,6 +1,6 @@
-// What the kernels for the CPU share: vectors, threads, memory, and the functions of a layer that are small.
+// Common parts of the CPU kernels: vectors, threads, memory, and the small functions of a layer.
 //
-// Vectors are GCC's, so that the same source serves AVX-512, AVX2 and NEON.
+// Vectors use GCC's extension, so that the same source works for AVX-512, AVX2 and NEON.
 
 #pragma once
 
@@ -41,7 +41,7 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
 
-// Columns of a panel of packed weights, and rows of a tile: its sums fill the registers.
+// Columns of a panel of packed weights, and columns and rows of a tile, whose sums fill the registers.
 constexpr int kPanel = 64;
 constexpr int kTile = kLanes == 16 ? 64 : 2 * kLanes;
 constexpr int kVecs = kTile / kLanes;
@@ -57,17 +57,17 @@ inline void pause() {
 #endif
 }
 
-// Runs the parts of a job on all cores. Helpers look for the next job for a while before they sleep: jobs come every
-// few microseconds, and to be woken takes fifty.
+// Runs the parts of a job on all cores. Helpers spin for a while before they sleep: jobs come every few microseconds,
+// and waking a thread takes fifty.
 class Pool {
  public:
   static Pool& Get() {
-    static Pool* pool = new Pool;  // never destroyed: its threads may outlive main
+    static Pool* pool = new Pool;  // never destroyed, because its threads may outlive main
     return *pool;
   }
 
-  // Calls part(0) ... part(parts - 1), in any order, and returns when all are done. Not reentrant; callers queue up.
-  // `work` is about how many numbers are read or multiplied in all: to share out little takes longer than to do it.
+  // Calls part(0) ... part(parts - 1) in any order and returns when all are done. Not reentrant; callers wait in line.
+  // `work` is the approximate number of values read or multiplied: small jobs are faster on one thread.
   void Run(int64_t parts, int64_t work, const std::function<void(int64_t)>& part) {
     if (helpers_ == 0 || parts <= 1 || work < (1 << 15)) {
       for (int64_t i = 0; i < parts; ++i) part(i);
@@ -134,13 +134,13 @@ class Pool {
   int64_t parts_ = 0;
 };
 
-// Where the time of all calls went, in nanoseconds: a benchmark reads it before and after.
+// Time of all calls by part, in nanoseconds; benchmarks read it before and after.
 enum Part { kProducts, kAttention, kSmall, kHead, kParts };
 inline std::array<std::atomic<int64_t>, kParts> spent{};
 
 class Watch {
  public:
-  // What passed since the watch was made, or since the last lap, was spent on this.
+  // Adds the time since the last lap, or since construction, to a part.
   void Lap(Part part) {
     auto now = Clock::now();
     spent[part] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
@@ -152,7 +152,7 @@ class Watch {
   Clock::time_point last_ = Clock::now();
 };
 
-// Memory of a call, as it comes.
+// Uninitialised memory for one call.
 class Floats {
  public:
   explicit Floats(int64_t n) : data_(new float[std::max<int64_t>(n, 1)]) {}
@@ -163,7 +163,7 @@ class Floats {
   std::unique_ptr<float[]> data_;
 };
 
-// Loads of what weights and entries are stored as.
+// Loads of the storage types of weights and entries.
 
 inline Vec Load(const float* p) {
   Vec v;
@@ -171,7 +171,7 @@ inline Vec Load(const float* p) {
   return v;
 }
 
-// Of narrow numbers by the instructions' names: __builtin_convertvector makes four of one, and four fifths of the time.
+// Narrow types use intrinsics: __builtin_convertvector emits four instructions here and takes 80% of the run time.
 
 inline Vec Load(const uint16_t* p) {  // bfloat16
 #if defined(__AVX512F__)
@@ -199,9 +199,9 @@ inline Vec Load(const int8_t* p) {
 }
 
 inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
-inline Vec Splat(float x) { return x - Vec{}; }  // less zero is x itself, -0 included, and costs nothing
+inline Vec Splat(float x) { return x - Vec{}; }  // x - 0 is x, even for -0, and costs nothing
 
-// The compiler would rather broadcast from memory again for each product, which then waits for loads.
+// Keeps a vector in a register; otherwise the compiler broadcasts it from memory for each product.
 inline Vec InRegister(Vec v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
@@ -213,8 +213,8 @@ inline Vec InRegister(Vec v) {
   return v;
 }
 
-// Calls body(height, first) on tiles of at most kRows of n rows, the height as a constant. They are of about equal height:
-// a low one would wait for its own sums.
+// Calls body(height, first) on tiles of n rows, the height being a constant of at most kRows. Tiles have about equal
+// height, because low ones would be bound by the latency of their sums.
 template <typename Body>
 inline void ForTiles(int64_t n, Body body) {
   int64_t first = 0;
@@ -232,9 +232,9 @@ inline void ForTiles(int64_t n, Body body) {
   }
 }
 
-// Sums of R rows of x with kLanes * V columns of a panel [depth, 64]. Rows of x lie `stride` apart, or, packed, their
-// numbers of the same depth side by side.
-constexpr int64_t kAhead = 12;  // in depth, of what is fetched from the second cache into the first
+// Dot products of R rows of x with kLanes * V columns of a panel [depth, 64]. Rows of x are `stride` apart or, if
+// packed, interleaved by depth.
+constexpr int64_t kAhead = 12;  // prefetch distance from L2 to L1, in rows of the panel
 template <int R, int V, bool kPacked, typename W>
 inline void Tile(const W* w, const float* x, int64_t stride, int64_t depth, Vec (&sums)[R][V]) {
   for (auto& row : sums)
@@ -252,7 +252,7 @@ inline void Tile(const W* w, const float* x, int64_t stride, int64_t depth, Vec 
   }
 }
 
-// exp, to about one unit in the last place: 2^n times a polynomial, |x - n ln 2| <= ln 2 / 2 (Cephes' coefficients).
+// exp to about one unit in the last place: 2^n times a polynomial, |x - n ln 2| <= ln 2 / 2 (Cephes' coefficients).
 inline Vec Exp(Vec x) {
   x = x < Splat(-87.0f) ? Splat(-87.0f) : x;
   x = x > Splat(88.0f) ? Splat(88.0f) : x;
@@ -288,7 +288,7 @@ inline float Max(Vec v) {
 #endif
 }
 
-// Four vectors at a time, so that one need not wait for the one before.
+// Four vectors at a time, to hide the latency of additions.
 
 inline float Sum(const float* x, int64_t n) {
   Vec sums[4] = {};
@@ -310,7 +310,7 @@ inline float Max(const float* x, int64_t n, float most) {
   return most;
 }
 
-// Calls body(i, vector) on every kLanes floats of n, the rest padded with zeros, and stores what it gives.
+// Calls body(i, vector) on kLanes of n floats at a time, at the end on single ones, and stores its results.
 template <typename Body>
 inline void Map(const float* from, float* to, int64_t n, Body body) {
   int64_t i = 0;
@@ -318,7 +318,7 @@ inline void Map(const float* from, float* to, int64_t n, Body body) {
   for (; i < n; ++i) to[i] = body(i, Splat(from[i]))[0];
 }
 
-// Rows of tokens, some at a time on each core.
+// Calls body(token) for n tokens on all cores; `width` is the approximate work per token.
 template <typename Body>
 void ForTokens(int64_t n, int64_t width, Body body) {
   constexpr int64_t kBlock = 16;

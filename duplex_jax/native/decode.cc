@@ -1,16 +1,16 @@
-// Products and attention of decoding on a CPU, called by XLA through its foreign function interface.
+// CPU kernels for decoding (matrix products, attention), called by XLA through its foreign function interface.
 //
-// A decode step multiplies a few rows with every weight of the model and reads every cached entry once, so it is bound
-// by memory. XLA runs a product of one row on one thread and packs the matrix anew for a few rows; these kernels read
-// packed weights in order, on every thread, and of the cache only what a row holds.
+// A decode step multiplies a few rows by all weights of the model and reads all cached entries once, so it is bound by
+// memory. XLA computes a product of one row on one thread, and repacks the matrix for a few rows; these kernels read
+// packed weights in order on all threads, and only each row's own cache entries.
 
 #include "common.h"
 
 namespace duplex {
 namespace {
 
-// Products. Weights lie in panels [panels, D, 64], so that a thread reads one stretch of memory; int8 ones have a scale
-// for each column.
+// Products. Weights are in panels [panels, D, 64], so that a thread reads contiguous memory; int8 weights have a scale
+// per column.
 
 template <typename W, int R>
 void Rows(const W* w, const float* x, int64_t stride, int64_t depth, const float* scales, float* out, int64_t width,
@@ -31,7 +31,7 @@ void Rows(const W* w, const float* x, int64_t stride, int64_t depth, const float
   }
 }
 
-// Rows of x lie `stride` apart.
+// Rows of x are `stride` apart.
 template <typename W>
 void Product(const W* w, const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t width,
              const float* scales, float* out) {
@@ -46,7 +46,7 @@ void Product(const W* w, const float* x, int64_t stride, int64_t rows, int64_t d
   });
 }
 
-// A weight as it came: panels of its type, and scales for int8.
+// A weight: panels of its type, and scales if int8.
 struct Weight {
   const void* data;
   ffi::DataType type;
@@ -56,17 +56,10 @@ struct Weight {
 ffi::Error Multiply(const Weight& w, const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t width,
                     float* out) {
   switch (w.type) {
-    case ffi::F32:
-      Product(static_cast<const float*>(w.data), x, stride, rows, depth, width, nullptr, out);
-      break;
-    case ffi::BF16:
-      Product(static_cast<const uint16_t*>(w.data), x, stride, rows, depth, width, nullptr, out);
-      break;
-    case ffi::S8:
-      Product(static_cast<const int8_t*>(w.data), x, stride, rows, depth, width, w.scales, out);
-      break;
-    default:
-      return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or int8");
+    case ffi::F32: Product(static_cast<const float*>(w.data), x, stride, rows, depth, width, nullptr, out); break;
+    case ffi::BF16: Product(static_cast<const uint16_t*>(w.data), x, stride, rows, depth, width, nullptr, out); break;
+    case ffi::S8: Product(static_cast<const int8_t*>(w.data), x, stride, rows, depth, width, w.scales, out); break;
+    default: return ffi::Error::InvalidArgument("weights must be float32, bfloat16 or int8");
   }
   return ffi::Error::Success();
 }
@@ -84,8 +77,7 @@ ffi::Error MatmulImpl(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::Buffer<ffi
   return error;
 }
 
-// The cache of a layer: keys [B, K, H, S] and values [B, K, S, H], as float32, bfloat16, or int8 with a scale for each
-// entry [B, K, S].
+// The cache of a layer: keys [B, K, H, S] and values [B, K, S, H] as float32, bfloat16, or int8 with scales [B, K, S].
 template <typename C>
 struct Entries {
   C *k, *v;
@@ -100,7 +92,7 @@ struct Entries {
 
 inline void Keep(float* to, float x, float) { *to = x; }
 inline void Keep(int8_t* to, float x, float scale) { *to = static_cast<int8_t>(std::nearbyint(x / scale)); }
-inline void Keep(uint16_t* to, float x, float) {  // to the nearest, ties to even
+inline void Keep(uint16_t* to, float x, float) {  // rounds to nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   *to = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
@@ -115,7 +107,7 @@ inline float Read(uint16_t x) {
   return y;
 }
 
-// One token's key and value of one head into a slot.
+// Writes one token's key and value of one head into a slot.
 template <typename C>
 void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, const float* k, const float* v) {
   float k_scale = 1, v_scale = 1;
@@ -135,19 +127,19 @@ void Append(const Entries<C>& cache, int64_t row, int64_t head, int64_t slot, co
   }
 }
 
-constexpr int64_t kKeys = 1024;   // keys whose scores are held at once
-constexpr int64_t kQueries = 48;  // queries of a task
-constexpr int kFew = 3;           // queries that keys are read for as they lie
+constexpr int64_t kKeys = 1024;   // keys whose scores are kept at once
+constexpr int64_t kQueries = 48;  // queries per task
+constexpr int kFew = 3;           // most queries for which keys are not packed
 
-// What a task makes of its queries and its part of the keys: a softmax not divided yet.
+// A task's result for its queries and its part of the keys: an unnormalised softmax.
 struct Partial {
   float *out, *top, *total;  // [queries, H], [queries], [queries]
 };
 
-// Keys [first, first + n) of one head as float32 panels [ceil(n / 64), H, 64]: many queries multiply with them.
+// Packs keys [first, first + n) of one head as float32 panels [ceil(n / 64), H, 64], for many queries.
 template <typename C>
 void PackKeys(const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* panels) {
-  constexpr int64_t kSpan = 4 * kPanel;  // panels lie a multiple of 4 KiB apart: more at once would push each other out
+  constexpr int64_t kSpan = 4 * kPanel;  // panels are multiples of 4 KiB apart: more would evict each other
   for (int64_t begin = 0; begin < n; begin += kSpan)
     for (int64_t h = 0; h < head_dim; ++h) {
       const C* from = keys + h * slots + first;
@@ -161,7 +153,7 @@ void PackKeys(const C* keys, int64_t head_dim, int64_t slots, int64_t first, int
     }
 }
 
-// Scores [Q, kKeys] of Q queries with n keys in panels.
+// Scores [Q, kKeys] of Q queries with n packed keys.
 template <int Q>
 void PanelScores(const float* q, const float* panels, int64_t head_dim, int64_t n, float* scores) {
   for (int64_t s = 0; s < n; s += kPanel, panels += head_dim * kPanel)
@@ -173,9 +165,8 @@ void PanelScores(const float* q, const float* panels, int64_t head_dim, int64_t 
     }
 }
 
-// The same of few queries, with keys [first, first + n) as they lie. Few queries wait for memory: keys lie far apart from
-// one dimension to the next, so each is read in one stretch, eight dimensions at a time, and sums stay in the cache of the
-// core.
+// The same for few queries with unpacked keys [first, first + n). This is bound by memory: eight dimensions, which are
+// far apart, are read at a time, each contiguously, and the sums stay in the core's cache.
 template <int Q, typename C>
 void Scores(const float* q, const C* keys, int64_t head_dim, int64_t slots, int64_t first, int64_t n, float* scores) {
   constexpr int kDims = 8;
@@ -232,8 +223,8 @@ void Weigh(const float* probs, const C* values, int64_t head_dim, int64_t n, flo
       for (int64_t s = 0; s < n; ++s) out[i * head_dim + h] += probs[i * kKeys + s] * Read(values[s * head_dim + h]);
 }
 
-// Q queries, each of which sees the keys before its own limit, over keys [first, last), at most kKeys of them; many
-// queries get them as panels.
+// Attention of Q queries, each over the keys before its own limit, to keys [first, last), at most kKeys of them, which
+// are packed for many queries.
 template <int Q, typename C>
 void Attend(const Entries<C>& cache, int64_t row, int64_t head, const float* q, const int64_t* limits, int64_t first,
             int64_t last, const float* panels, Partial into) {
@@ -273,13 +264,12 @@ void Attend(const Entries<C>& cache, int64_t row, int64_t head, const float* q, 
   Weigh<Q, C>(scores, values + first * H, H, n, into.out);
 }
 
-// Tokens of one row: where they stand among all, how many, the row of the cache, and how much that holds before them.
+// Tokens of one row: index of the first, their number, the row of the cache, and its length before them.
 struct Run {
   int64_t token, number, row, length;
 };
 
-// Attention of tokens' queries [n, N, H], already rotated and scaled, over what their rows hold, their own entries
-// included: [n, N, H].
+// Attention of queries [n, N, H], rotated and scaled, to all entries of their rows, their own included.
 template <typename C>
 void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t num_heads, const float* q, float* out) {
   int64_t H = cache.head_dim, group = num_heads / cache.heads;
@@ -288,12 +278,11 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
     int64_t head, query, queries, first, last, part, parts, place;
   };
   std::vector<Task> tasks;
-  int64_t held = 0;  // queries of all tasks
-  int64_t work = 0;
+  int64_t held = 0, work = 0;  // queries of all tasks; see Pool::Run
   for (const Run& run : runs) work += num_heads * run.number * (run.length + run.number) * H;
   for (const Run& run : runs) {
     int64_t queries = run.number * group, keys = run.length + run.number;
-    // The keys are shared out, too. How does not depend on other rows: sums are the same to the last bit beside them.
+    // Keys are split among tasks, too, independently of other rows, so that a row's sums do not depend on the batch.
     int64_t step = keys < 2 * kKeys ? kKeys / 2 : kKeys, parts = (keys + step - 1) / step;
     for (int64_t head = 0; head < cache.heads; ++head)
       for (int64_t query = 0; query < queries; query += kQueries) {
@@ -306,7 +295,7 @@ void AttendAll(const Entries<C>& cache, const std::vector<Run>& runs, int64_t nu
   }
   Floats numbers(held * (H + 2));
   float *sums = numbers.data(), *tops = sums + held * H, *totals = tops + held;
-  // A task's queries are those of one key head: `group` of each token, side by side.
+  // A task's queries belong to one key head: `group` adjacent queries of each token.
   auto token_head = [&](const Task& task, int64_t i) {
     int64_t query = task.query + i;
     return (task.run->token + query / group) * num_heads + task.head * group + query % group;
@@ -357,7 +346,7 @@ struct Layer {
   float eps, residual_scale;
 };
 
-// One layer on tokens x [n, D], in place, whose rows' entries go into the cache.
+// One layer on tokens x [n, D], in place; their keys and values are added to the cache.
 template <typename C>
 ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<Run>& runs, const float* cos,
                  const float* sin, int64_t n, float* x, Watch& watch) {
@@ -398,7 +387,7 @@ ffi::Error Block(const Layer& layer, const Entries<C>& cache, const std::vector<
   watch.Lap(kSmall);
   if (auto e = Multiply(layer.gate_up, y.data(), D, n, D, 2 * F, gates.data()); e.failure()) return e;
   watch.Lap(kProducts);
-  // SwiGLU, written over the first half of each token's gates.
+  // SwiGLU, in place of the first half of each token's gates.
   ForTokens(n, 10 * F, [&](int64_t t) {
     float* gate = &gates[t * 2 * F];
     Map(gate, gate, F, [&](int64_t i, Vec g) {
@@ -438,7 +427,7 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
   Layer layer{attn_norm.typed_data(), mlp_norm.typed_data(), AsWeight(qkv, qkv_scales), AsWeight(o, o_scales),
               AsWeight(gate_up, gate_up_scales), AsWeight(down, down_scales), D, down.dimensions()[1], num_heads, eps,
               residual_scale};
-  // Tokens that nobody asked for are left out.
+  // Tokens that belong to no row are left out.
   std::vector<Run> runs;
   std::vector<int64_t> tokens;
   for (size_t r = 0; r < counts.element_count(); ++r) {
@@ -476,44 +465,34 @@ ffi::Error BlockImpl(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Bu
 }  // namespace
 }  // namespace duplex
 
-// Nanoseconds by part, all calls of this process together.
+// Nanoseconds by part, over all calls of this process.
 extern "C" void DuplexSpent(int64_t* into) { std::copy(duplex::spent.begin(), duplex::spent.end(), into); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DuplexMatmul, duplex::MatmulImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // x [T, D]
-                                  .Arg<ffi::AnyBuffer>()          // a weight's panels
-                                  .Arg<ffi::Buffer<ffi::F32>>()   // and scales
-                                  .Ret<ffi::Buffer<ffi::F32>>());  // [T, F]
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DuplexMatmul, duplex::MatmulImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Buffer<ffi::F32>>()                        // x [T, D]
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()  // panels and scales of a weight
+        .Ret<ffi::Buffer<ffi::F32>>());                      // [T, F]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DuplexBlock, duplex::BlockImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // x [P, D]
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // cosines [P, H / 2]
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // sines
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // of R rows, where their tokens start
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // how many there are
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // rows of the cache
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // what they hold before
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // norm before attention
-                                  .Arg<ffi::AnyBuffer>()         // q, k, v
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()  // o
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // norm before SwiGLU
-                                  .Arg<ffi::AnyBuffer>()         // gate, up
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()  // down
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()  // keys, values and their scales, given back changed
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()  // x
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("num_heads")
-                                  .Attr<float>("eps")
-                                  .Attr<float>("residual_scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DuplexBlock, duplex::BlockImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Buffer<ffi::F32>>()                               // x [P, D]
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()  // cosines and sines [P, H / 2]
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()  // of R rows: start and number of tokens
+        .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()  // index in the cache, and length
+        .Arg<ffi::Buffer<ffi::F32>>()                               // norm before attention
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()         // q, k, v
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()         // o
+        .Arg<ffi::Buffer<ffi::F32>>()                               // norm before SwiGLU
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()         // gate, up
+        .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()         // down
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()                // keys and values, returned updated
+        .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()  // and their scales
+        .Ret<ffi::Buffer<ffi::F32>>()                               // x
+        .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+        .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<int64_t>("num_heads")
+        .Attr<float>("eps")
+        .Attr<float>("residual_scale"));

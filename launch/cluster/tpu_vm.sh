@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# TPU VMs by queued resources: asks for a slice, sets it up, trains on every host, starts again after a preemption.
+# Training on TPU VMs by queued resources: requests a slice, sets it up, trains on all hosts, restarts after preemption.
 #
 #   PROJECT=p ZONE=us-west4-a BUCKET=b launch/cluster/tpu_vm.sh configs/minicpm_2b_duplex.py v5e-16 bucket/minicpm \
 #       --config.data.train=bucket/data/duplex
 #
-# BUCKET is mounted as ~/bucket on every host; data and working folder lie there.
+# BUCKET is mounted as ~/bucket on every host and holds data and working folder.
 set -euo pipefail
 CONFIG=${1:?config file} MESH=${2:?mesh} WORKDIR=${3:?working folder}
 shift 3
 : "${PROJECT:?Google Cloud project}" "${ZONE:?zone with that accelerator}" "${BUCKET:?bucket with the data}"
 NAME=${NAME:-duplex-jax-$MESH}
-PAUSE=${PAUSE:-30}         # seconds between looks and tries
-MAX_TRIES=${MAX_TRIES:-5}  # set-ups or runs that may fail in a row before the slice, which is paid for, is given back
+PAUSE=${PAUSE:-30}         # seconds between polls and attempts
+MAX_TRIES=${MAX_TRIES:-5}  # consecutive failures of setup or training after which the slice is released
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 case $MESH in
   v5e-*x*) echo "tpu_vm.sh: mesh $MESH has several slices; launch/cluster/jobset.yaml starts those" >&2; exit 2 ;;
@@ -21,7 +21,7 @@ case $MESH in
   v6e-*) TYPE=$MESH RUNTIME=v2-alpha-tpuv6e ;;
   *) echo "tpu_vm.sh: mesh $MESH is of no TPU" >&2; exit 2 ;;
 esac
-SPOT=${SPOT:---spot}  # SPOT= asks for capacity that is not taken away
+SPOT=${SPOT:---spot}  # SPOT= requests capacity without preemption
 
 state() {
   gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
@@ -32,7 +32,7 @@ give_back() {
   gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet
 }
 
-# One more failure in a row; the last one gives the slice back.
+# Counts a failure; releases the slice after too many in a row.
 failed() {
   tries=$((tries + 1))
   echo "tpu_vm.sh: $1 failed ($tries of $MAX_TRIES)" >&2
@@ -42,7 +42,7 @@ failed() {
 
 set_up() {
   gcloud compute tpus tpu-vm scp --recurse configs dist "$NAME":~/ --project="$PROJECT" --zone="$ZONE" --worker=all &&
-    # The images have Python 3.10; uv brings its own.
+    # The images have Python 3.10; uv installs a newer one.
     everywhere "{ test -x ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh; } &&
       ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/duplex &&
       ~/.local/bin/uv pip install --quiet --python ~/duplex/bin/python \"\$(ls ~/dist/duplex_jax-*.whl)[tpu]\" &&
@@ -55,7 +55,7 @@ everywhere() {
 
 printf -v EXTRA '%q ' "$@"
 tries=0
-rm -rf dist && python3 -m pip wheel --quiet --no-deps --wheel-dir dist .  # this checkout; hosts install it
+rm -rf dist && python3 -m pip wheel --quiet --no-deps --wheel-dir dist .  # this checkout, to be installed on the hosts
 while true; do
   case $(state) in
     ACTIVE) ;;
@@ -71,8 +71,8 @@ while true; do
   esac
   set_up || { failed "setting up the hosts"; continue; }
   code=0
-  # Asynchronous collectives overlap FSDP's gathers with the layer before; the scoped memory is what splash attention
-  # wants for its blocks.
+  # Asynchronous collectives overlap FSDP's gathers with the previous layer; splash attention needs the scoped memory
+  # for its blocks.
   everywhere "LIBTPU_INIT_ARGS='--xla_tpu_enable_async_collective_fusion=true \
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true --xla_tpu_overlap_compute_collective_tc=true \
       --xla_enable_async_all_gather=true --xla_tpu_scoped_vmem_limit_kib=65536' \
@@ -80,8 +80,8 @@ while true; do
     ~/duplex/bin/duplex-jax train --config=$CONFIG --mesh=$MESH --workdir=$WORKDIR $EXTRA" || code=$?
   case $code in
     0 | 2 | 3) exit "$code" ;;
-    75) tries=0; sleep "$PAUSE" ;;  # told to stop and saved: go on
-    *)  # a preemption, a lost connection, or a crash: go on from the last checkpoint
+    75) tries=0; sleep "$PAUSE" ;;  # told to stop, and saved: continue
+    *)  # a preemption, a lost connection or a crash: continue from the last checkpoint
       if [ "$(state)" = ACTIVE ]; then failed "the run (exit code $code)"; else tries=0; fi ;;
   esac
 done
