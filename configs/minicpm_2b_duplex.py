@@ -3,8 +3,8 @@
 Recipe: learning rate 1e-3, WSD, 800 rows of 4,096 tokens, 10,000 steps: 32.8B tokens. The paper used 40 A100s for 36
 hours, 6,300 tokens/s per GPU. It does not give the start of the decay or the weight of idle; those here are ours.
 
-Needs: `hf:openbmb/MiniCPM-2B-sft-bf16` (5.5 GB), packed data, and a mesh. docs/performance.md lists what a step takes on
-each mesh according to `duplex-jax compile`; nothing of this run was measured on hardware.
+Needs: `hf:openbmb/MiniCPM-2B-sft-bf16` (5.5 GB), packed data, and a mesh. docs/performance.md lists what a step takes
+on each mesh according to `duplex-jax compile`; nothing of this run was measured on hardware.
 
     duplex-jax pack  --input=DATA --out=data/duplex --model=hf:openbmb/MiniCPM-2B-sft-bf16 --length=4096
     duplex-jax train --config=configs/minicpm_2b_duplex.py --mesh=a100x40 --workdir=out/minicpm-2b-duplex \\
