@@ -105,7 +105,7 @@ def start(argv: tuple[str, ...], inputs: Path, place: Path) -> subprocess.Popen[
 
 
 def finish(argv: tuple[str, ...], inputs: Path, place: Path) -> None:
-    code = start(argv, inputs, place).wait(timeout=900)
+    code = start(argv, inputs, place).wait(timeout=3600)
     log = place.with_suffix(".log").read_text()
     # A run whose every byte was in place when it was killed says so, and changes nothing.
     assert code == 0 or ((code == 2 and "is there already" in log) or "exists already" in log), log
@@ -148,7 +148,10 @@ def state(place: Path) -> dict[str, Any]:
 
 
 def touched(place: Path, before: set[Path]) -> bool:
-    return set(place.rglob("*")) != before
+    try:
+        return set(place.rglob("*")) != before
+    except FileNotFoundError:  # a folder went while it was listed
+        return True
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -189,7 +192,10 @@ def test_a_job_that_is_killed_ends_as_one_that_is_not(inputs: Path, tmp_path: Pa
     for seed in SEEDS:
         source, place = random.Random(f"{name} {seed}"), fresh(job, inputs, tmp_path / str(seed))
         for _ in range(1 + seed % 2):
-            kills += killed(job, inputs, place, source.uniform(0, writing))
+            if killed(job, inputs, place, source.uniform(0, writing)):
+                kills += 1
+            else:
+                writing /= 2  # the machine has become faster than it was for the run that was measured
         finish(job.argv, inputs, place)
         found = state(place)
         assert not differences(found, wanted), place.with_suffix(".log").read_text()
