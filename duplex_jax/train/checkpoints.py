@@ -1,20 +1,21 @@
 """A run's checkpoints: written asynchronously, pruned by policy, and used only if complete.
 
 A checkpoint holds the train state (Orbax, every leaf with its sharding) and a record: the resolved config, the data
-position as one integer, and the run's origin. `sums.json`, written last, lists the size of each file: a checkpoint
-without it, or with a missing or truncated file, is ignored.
+position as one integer, and the run's origin. `sums.json`, written last, lists the size and the SHA-256 digest of each
+file: a checkpoint without it, or with a missing or changed file, is ignored.
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from duplex_jax.checkpoint.orbax import quiet
 from duplex_jax.errors import UserError
-from duplex_jax.files import check_space
+from duplex_jax.files import atomic_write, check_space
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"
@@ -112,6 +113,8 @@ class Store:
         )
         self._pending: Any = None
         self._pending_step = -1
+        self._sealer = ThreadPoolExecutor(1, "sums")  # digests of large files take a while
+        self._sealing: Future[None] | None = None
         self._broken = False
         _hush_orbax()
 
@@ -139,21 +142,33 @@ class Store:
         Raises:
             UserError: the write failed, for instance because the disk is full.
         """
+        self._commit()
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            try:
+                sealing.result()
+            except Exception as e:
+                raise self._failed(e, self._pending_step) from e
+
+    def poll(self) -> None:
+        """Marks a finished write as complete without waiting for an unfinished one; called at every step."""
+        if self._pending is not None and not self._checkpointer.is_saving_in_progress():
+            self._commit()
+        elif self._sealing is not None and self._sealing.done():
+            self.finish()
+
+    def _commit(self) -> None:
+        """Waits for the files in progress and begins to mark the checkpoint as complete."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
             pending.result()
             self._checkpointer.wait()
-            if jax.process_index() == 0:
-                _seal(self.folder / str(self._pending_step))
         except Exception as e:
             raise self._failed(e, self._pending_step) from e
-
-    def poll(self) -> None:
-        """Marks a finished write as complete without waiting for an unfinished one; called at every step."""
-        if self._pending is not None and not self._checkpointer.is_saving_in_progress():
-            self.finish()
+        if jax.process_index() == 0:
+            self._sealing = self._sealer.submit(_seal, self.folder / str(self._pending_step))
 
     def _failed(self, e: Exception, step: int) -> UserError:
         free = shutil.disk_usage(self.folder).free / 2**20
@@ -178,6 +193,14 @@ class Store:
                     found.append(int(path.name))
         return sorted(found, reverse=True)
 
+    def _intact(self) -> list[int]:
+        """`steps`, beginning with the newest checkpoint whose files have the contents that were written."""
+        steps = self.steps()
+        while steps and (problem := damage(path := self.folder / str(steps[0]), contents=True)):
+            logging.warning("%s: passed over: %s", path, problem)
+            del steps[0]
+        return steps
+
     def record(self, step: int) -> Record:
         """Metadata of the checkpoint at `step`."""
         return read_record(self.folder / str(step))
@@ -188,7 +211,7 @@ class Store:
         Raises:
             UserError: a checkpoint is complete, but its state is of another model or optimiser.
         """
-        for step in _of_first_process(self.steps() if jax.process_index() == 0 else []):
+        for step in _of_first_process(self._intact() if jax.process_index() == 0 else []):
             path = self.folder / str(step)
             state, error = None, ""
             try:
@@ -210,6 +233,7 @@ class Store:
         """Finishes the write in progress."""
         if not self._broken:
             self.finish()
+        self._sealer.shutdown()
         try:
             self._checkpointer.close()
         except Exception:  # a failed write was already reported by `finish`
@@ -281,24 +305,37 @@ def _files(path: Path) -> dict[str, int]:
     }
 
 
+def _digest(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def _seal(path: Path) -> None:
-    partial = path / f".{SUMS}"
-    partial.write_text(json.dumps(_files(path)))
-    os.replace(partial, path / SUMS)
+    sums = {name: [size, _digest(path / name)] for name, size in _files(path).items()}
+    with atomic_write(path / SUMS) as f:
+        json.dump(sums, f)
 
 
-def damage(path: Path) -> str:
-    """Why a checkpoint folder is incomplete, or an empty string."""
+def damage(path: Path, contents: bool = False) -> str:
+    """Why a checkpoint folder is incomplete or damaged, or an empty string.
+
+    Args:
+        path: the folder.
+        contents: compare digests too, which reads every file. Checkpoints written before there were digests have none.
+    """
     try:
         wanted = json.loads((path / SUMS).read_text())
     except (OSError, ValueError):
         return f"it has no {SUMS}, so its writing was not finished"
     have = _files(path)
-    for name, size in wanted.items():
+    for name, sums in wanted.items():
+        size, digest = sums if isinstance(sums, list) else (sums, None)
         if name not in have:
             return f"{name} is missing"
         if have[name] != size:
             return f"{name} has {have[name]} bytes and not {size}"
+        if contents and digest is not None and _digest(path / name) != digest:
+            return f"{name} is not as it was written"
     return ""
 
 
@@ -325,6 +362,8 @@ def find(where: str, flag: str) -> tuple[Path, int]:
     step = int(at) if at else max(steps)
     if step not in steps:
         raise UserError(f"{flag}={where}: no whole checkpoint of step {step}; there are {sorted(steps)}")
+    if problem := damage(folder / str(step), contents=True):
+        raise UserError(f"{flag}={where}: {folder / str(step)}: {problem}; give another of {sorted(steps)}")
     return folder / str(step), step
 
 
