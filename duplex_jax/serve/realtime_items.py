@@ -183,4 +183,4 @@ class Conversation:
 
     def _characters(self) -> int:
         parts = (part for item in self._items.values() for part in item["content"])
-        return sum(len(part.get("text") or part.get("transcript") or "") for part in parts)
+        return sum(len(value) for part in parts for value in part.values() if isinstance(value, str))

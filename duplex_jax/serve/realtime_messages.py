@@ -192,7 +192,7 @@ class Item(Incoming):
     object: Any = None
     status: Any = None
     role: Literal["user", "assistant", "system"] | None = None
-    content: list[Part] | None = None
+    content: Annotated[list[Part], Field(max_length=128)] | None = None
     call_id: Any = None
     name: Any = None
     arguments: Any = None

@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from duplex_jax.serve.realtime_items import Conversation
 from duplex_jax.timeline import SlicePair
 from duplex_jax.tokenizer import decode
 from tests.serve.serving import Client, run, serving
@@ -150,6 +151,8 @@ def test_cancel_silences_until_the_user_speaks():
           for name in ("temperature", "top_p", "idle_bias", "slice_seconds", "seed")),
         ({"type": "session.update", "session": {"audio": {"input": {"format": {"type": "audio/pcmu"}}}}}, "24000"),
         ({"type": "conversation.item.create", "item": {"type": "function_call"}}, "takes messages"),
+        ({"type": "conversation.item.create", "item": {**user("hi"), "content": user("hi")["content"] * 129}},
+         "item.content: is"),
         ({"type": "conversation.item.truncate", "item_id": "x", "audio_end_ms": 1}, "no message of the assistant"),
         ({"type": "input_audio_buffer.append", "audio": "AAA="}, "without audio"),
         ({"type": "response.cancel"}, "no active response"),
@@ -322,6 +325,15 @@ def test_truncation_goes_no_further_than_what_was_said():
                 assert left == kept or (kept is None and len(left) < len(text) and text.startswith(left))
 
     run(test)
+
+
+def test_items_are_forgotten_by_their_size_too():
+    """Whatever their parts carry: an item of two words may hold all the bytes of a message."""
+    items = Conversation(lambda kind, **fields: None)
+    for i in range(20):
+        part = {"type": "input_text", "text": "hi there", "audio": "A" * 200_000}
+        items.add({"id": f"item_{i}", "content": [part]})
+    assert [i for i in range(20) if f"item_{i}" in items] == [15, 16, 17, 18, 19]
 
 
 def test_a_conversation_outlives_its_oldest_items():
