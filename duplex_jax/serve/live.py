@@ -304,12 +304,13 @@ class LiveSession:
         Raises:
             UserError: a turn-based session has none.
         """
-        async with self._seat.lock:
-            if self._seat.aside is not None:
-                return self._seat.aside
-            if not isinstance(self._seat.session, DuplexSession):
-                raise UserError("only a duplex session has a snapshot")
-            return await self.hub.call(self._seat.session.snapshot, False)
+        if self._seat.aside is None:  # else it needs no row, though it may be waiting for one
+            async with self._seat.lock:
+                if isinstance(self._seat.session, DuplexSession):
+                    return await self.hub.call(self._seat.session.snapshot, False)
+        if self._seat.aside is None:
+            raise UserError("only a duplex session has a snapshot")
+        return self._seat.aside
 
     @property
     def slices(self) -> int:

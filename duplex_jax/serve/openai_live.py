@@ -94,8 +94,10 @@ class OpenAILive:
             await converse(self._connection, self._handle, self._refuse)
         finally:
             if self._entry is not None:
-                await self._keep()
-                await self._sessions.end(self._entry)
+                try:
+                    await self._keep()
+                finally:
+                    await self._sessions.end(self._entry)
             if self._player is not None:
                 await self._player.close()
             await self._connection.close()
@@ -151,7 +153,6 @@ class OpenAILive:
     async def _close(self, message: Mapping[str, Any]) -> None:
         read(Plain, message)
         self._live()
-        await self._keep()
         self._end("close_requested")
 
     def _end(self, reason: str) -> None:
@@ -161,7 +162,7 @@ class OpenAILive:
 
     async def _keep(self) -> None:
         """Keeps the session as it is for forks, where it is to be stored."""
-        if self._entry is None or not self._config.store or self._closed:
+        if self._entry is None or not self._config.store:
             return
         try:
             self._store.put(self._entry.id, await self._state())

@@ -91,6 +91,49 @@ def test_a_client_that_drops_while_its_session_opens_costs_no_row():
     run(test)
 
 
+def test_a_live_session_whose_client_drops_leaves_the_queue_and_can_be_forked():
+    """Its snapshot is kept for forks, for which it needs no row."""
+
+    async def test() -> None:
+        async with serving(rows=1) as (server, place), Client.connect(place) as other:
+            hub, config = server.sessions.hub, {"model": "tiny", "store": True, "duplex": {"slice_seconds": 0.1}}
+            async with Client.connect(place, "/v1/live/sessions") as client:
+                await client.send(type="session.start", session=config)
+                id = (await client.next("session.started"))["session"]["id"]
+                await server.sessions._entries[id].live.set_aside()
+                await other.start()
+                await client.send(type="duplex.text.append", text="hello")
+                await soon(lambda: hub.waiting)
+                client.ws._response.close()
+            await soon(lambda: id not in server.sessions._entries and not hub.waiting)
+            assert (await health(place))["rows"] == {"sessions": 1, "engine": 1}
+            await other.send(type="end")
+            await other.next("ended")
+            async with Client.connect(place, f"/v1/live/sessions/{id}/fork") as fork:
+                await fork.send(type="session.start", session={})
+                assert (await fork.next("session.started", "error"))["type"] == "session.started"
+            await soon(lambda: hub.free == 1)
+
+    run(test)
+
+
+def test_a_live_session_that_cannot_be_kept_for_forks_gives_its_row_back(monkeypatch: pytest.MonkeyPatch):
+    async def test() -> None:
+        async with serving(rows=1) as (server, place):
+            async with Client.connect(place, "/v1/live/sessions") as client:
+                await client.send(type="session.start", session={"model": "tiny", "store": True})
+                await client.next("session.started")
+
+                def fails(*args: Any) -> Any:
+                    raise MemoryError
+
+                monkeypatch.setattr(DuplexSession, "snapshot", fails)
+            await soon(lambda: server.sessions.hub.free == 1)
+            assert (await health(place))["rows"] == {"sessions": 0, "engine": 0}
+
+    run(test)
+
+
 def test_a_row_is_given_back_wherever_its_taker_is_cancelled():
     async def test() -> None:
         hub = Hub(engine_of(tiny_model(), 1))
