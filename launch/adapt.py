@@ -96,6 +96,9 @@ class Journal:
         if self._path.exists():
             try:
                 self._state = json.loads(self._path.read_text(encoding="utf-8"))
+                for name in ("settings", "done", "seconds"):
+                    if not isinstance(self._state[name], dict):
+                        raise TypeError(f"{name} is no object")
                 before = self._state["settings"]
             except (OSError, ValueError, KeyError, TypeError) as e:
                 raise UserError(f"{self._path}: cannot be read ({e}); give another --out") from e

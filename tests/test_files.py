@@ -61,6 +61,36 @@ def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path, there: bool,
     raise AssertionError("never ran to its end")
 
 
+@pytest.mark.parametrize("what", ["file", "folder", "folder that replaces one"])
+def test_a_name_comes_behind_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    """A rename may reach the disk before the bytes; after a loss of power the name then stands for an empty file."""
+    real_sync, events = os.fsync, list[str]()
+
+    def renamed() -> bool:
+        return (out / "a").exists() if what != "file" else out.exists()
+
+    def sync(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        events.append(f"{'after' if renamed() else 'before'}: {name}")
+        real_sync(descriptor)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", sync)
+    if what == "file":
+        with files.atomic_path(out) as aside:
+            aside.write_text("new")
+            name = aside.name
+        assert events == [f"before: {name}", f"after: {tmp_path.name}"]
+        return
+    if what == "folder that replaces one":
+        out.mkdir()
+        (out / "old").touch()
+    with files.atomic_folder(out, overwrite=True) as aside:
+        (aside / "a").write_text("new")
+        name = aside.name
+    assert events == ["before: a", f"before: {name}", f"after: {tmp_path.name}"]
+
+
 def test_a_second_run_cannot_sweep_what_is_not_locked_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Between the making of a temporary file and its lock another run may take it for one that was left."""
     real, swept = files._lock, []

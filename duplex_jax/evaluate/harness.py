@@ -274,7 +274,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
             try:
                 score = LogLikelihood(row["all"][place], row["words"][place], row["too_long"])
                 answers.append((score, bool(row["greedy"][place])))
-            except (KeyError, IndexError) as e:
+            except (KeyError, IndexError, TypeError) as e:
                 raise UserError(f"{records[name[0]].path}: item {name[1]} lacks {e}; give a new --out") from None
             self.cache_hook.add_partial("loglikelihood", request.args, answers[-1])
         return answers

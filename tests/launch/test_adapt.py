@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from duplex_jax.checkpoint.registry import load_model, save_model
+from duplex_jax.errors import UserError
+from launch.adapt import Journal
 from tests.tiny import tiny_model
 
 WORDS = ("river", "garden", "engine", "market", "planet", "violin", "harbour", "library")
@@ -27,6 +29,13 @@ def folder(tmp_path: Path) -> Path:
     ]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}, "done": {}}', '{"settings": [], "done": {}}'])
+def test_a_journal_that_is_none_is_one_line(tmp_path: Path, text: str):
+    (tmp_path / "adapt.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapt\.json: cannot be read \(.*\); give another --out"):
+        Journal(tmp_path, {})
 
 
 def adapt(folder: Path, *flags: str) -> subprocess.Popen:
