@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from benchmarks import llama
 from benchmarks.decode import check_stores
 from benchmarks.peers import QUESTION, USER_TOKENS, conversation, without_end
 from benchmarks.profile import Profile, parts_line
-from duplex_jax.checkpoint.registry import load_model
+from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from duplex_jax.decode import floor
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.rows import Request
@@ -30,6 +30,9 @@ from duplex_jax.errors import UserError
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 
 OURS, THEIRS = "ours", "llama.cpp"
+
+Side = Callable[[], list[list[int]]]
+"""Runs one slice of all sessions; returns the sampled tokens of each."""
 
 
 def bench_batch(
@@ -58,57 +61,16 @@ def bench_batch(
         raise UserError("sessions and repeats must be 1 or more, history 2 or more")
     check_stores(precision, entries)
     loaded = load_model(model, dtype="float32")
-    slots = history + USER_TOKENS + MAX_SLICE_TOKENS
     ids = conversation(loaded.template, history)
     user = loaded.tokenizer.encode(QUESTION)[:USER_TOKENS]
 
-    engine = Engine(
-        loaded.model, without_end(loaded.template), rows=sessions, capacity=max(slots, 256),
-        dtype="float32", weights=precision, entries=entries,
-    )  # fmt: skip
-    first = engine.open(sampling=Sampling(temperature=0))
-    engine.append(first, ids)
-    engine.encode(first, history - 1)
-    rows = [first, *(engine.fork(first) for _ in range(sessions - 1))]
-
-    def ours() -> list[list[int]]:
-        for row in rows:
-            engine.truncate(row, history - 1, ids[-1:])
-        return list(engine.advance({row: Request(user, allow_idle=False) for row in rows}).values())
-
-    sides = {OURS: ours}
+    sides = {OURS: _our_side(loaded, ids, user, sessions, precision, entries)}
     left_out = {}
     if llama.missing():
         left_out[THEIRS] = "llama_cpp not installed: pip install llama-cpp-python"
     else:
-        peer = llama.Llama(loaded, precision, sessions, slots)
-        peer.encode(0, ids[:-1])
-        for sequence in range(1, sessions):
-            peer.copy(0, sequence)
-
-        def theirs() -> list[list[int]]:
-            for sequence in range(sessions):
-                peer.cut(sequence, history - 1)
-            found = peer.decode([(s, history - 1, [ids[-1], *user]) for s in range(sessions)]).argmax(-1)
-            said = [found.tolist()]
-            for i in range(MAX_SLICE_TOKENS - 1):
-                place = history + len(user) + i
-                said.append(peer.decode([(s, place, [said[-1][s]]) for s in range(sessions)]).argmax(-1).tolist())
-            return [list(words) for words in zip(*said, strict=True)]
-
-        sides[THEIRS] = theirs
-    said: dict[str, list[list[int]]] = {name: side() for name, side in sides.items()}
-    print("warmed up", file=sys.stderr, flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    profiles = {name: Profile() for name in sides}
-    for repeat in range(repeats):
-        for name, side in sides.items():
-            time.sleep(0.05)  # lets the other side's threads go idle
-            began = time.perf_counter()
-            with profiles[name].one():
-                said[name] = side()
-            seconds[name].append(time.perf_counter() - began)
-        print(f"slice {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+        sides[THEIRS] = _llama_side(loaded, ids, user, sessions, precision)
+    seconds, said, profiles = _timed(sides, repeats)
     words = {name: list(itertools.chain(*rows)) for name, rows in said.items()}
     found: list[dict[str, Any]] = [
         {
@@ -122,7 +84,7 @@ def bench_batch(
     ceilings = floor.measure()
     least = floor.slice_floor(
         loaded.config, ceilings, history, USER_TOKENS + 1, MAX_SLICE_TOKENS, sessions, precision, entries
-    )  # fmt: skip
+    )
     rates = {row["side"]: row["tokens_per_second"] for row in found}
     return {
         "model": model, "sessions": sessions, "history": history, "precision": precision, "entries": entries,
@@ -130,6 +92,68 @@ def bench_batch(
         "rows": found, "ratio": rates[OURS] / rates[THEIRS] if THEIRS in rates else None, "left_out": left_out,
         "floor_seconds": least, "parts": profiles[OURS].parts, "ceilings": dataclasses.asdict(ceilings),
     }  # fmt: skip
+
+
+def _our_side(model: LoadedModel, ids: list[int], user: list[int], sessions: int, precision: str, entries: str) -> Side:
+    """One engine step over all sessions after the history `ids`."""
+    engine = Engine(
+        model.model, without_end(model.template), rows=sessions, capacity=max(_slots(ids), 256),
+        dtype="float32", weights=precision, entries=entries,
+    )  # fmt: skip
+    first = engine.open(sampling=Sampling(temperature=0))
+    engine.append(first, ids)
+    engine.encode(first, len(ids) - 1)
+    rows = [first, *(engine.fork(first) for _ in range(sessions - 1))]
+
+    def step() -> list[list[int]]:
+        for row in rows:
+            engine.truncate(row, len(ids) - 1, ids[-1:])
+        return list(engine.advance({row: Request(user, allow_idle=False) for row in rows}).values())
+
+    return step
+
+
+def _llama_side(model: LoadedModel, ids: list[int], user: list[int], sessions: int, precision: str) -> Side:
+    """The same with llama.cpp: one batch of all users' tokens, then one token of each session at a time."""
+    peer = llama.Llama(model, precision, sessions, _slots(ids))
+    peer.encode(0, ids[:-1])
+    for sequence in range(1, sessions):
+        peer.copy(0, sequence)
+
+    def step() -> list[list[int]]:
+        for sequence in range(sessions):
+            peer.cut(sequence, len(ids) - 1)
+        found = peer.decode([(s, len(ids) - 1, [ids[-1], *user]) for s in range(sessions)]).argmax(-1)
+        said = [found.tolist()]
+        for i in range(MAX_SLICE_TOKENS - 1):
+            place = len(ids) + len(user) + i
+            said.append(peer.decode([(s, place, [said[-1][s]]) for s in range(sessions)]).argmax(-1).tolist())
+        return [list(words) for words in zip(*said, strict=True)]
+
+    return step
+
+
+def _slots(ids: list[int]) -> int:
+    return len(ids) + USER_TOKENS + MAX_SLICE_TOKENS
+
+
+def _timed(
+    sides: Mapping[str, Side], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[list[int]]], dict[str, Profile]]:
+    """For each side the seconds of its slices, the last sampled tokens, and where the time went."""
+    said = {name: side() for name, side in sides.items()}
+    print("warmed up", file=sys.stderr, flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    profiles = {name: Profile() for name in sides}
+    for repeat in range(repeats):
+        for name, side in sides.items():
+            time.sleep(0.05)  # lets the other side's threads go idle
+            began = time.perf_counter()
+            with profiles[name].one():
+                said[name] = side()
+            seconds[name].append(time.perf_counter() - began)
+        print(f"slice {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+    return seconds, said, profiles
 
 
 def table(report: Mapping[str, Any]) -> list[str]:

@@ -169,12 +169,7 @@ def run(
     others, left_out = _others(model, longest, precision, compiled, gguf, say)
     peers += others
 
-    for history in histories:
-        say(f"warming up at {history} tokens")
-        for peer in peers:
-            if not peer.slow or history == histories[0]:
-                peer.prepare(longest[:history])
-                peer.step(user)
+    _warm_up(peers, histories, longest, user, say)
     # A re-encoding slice is also compiled before timing, after entries that already exist.
     for history in reversed(histories):
         prefiller.truncate(reencoding.row, 0, longest[:history])
@@ -189,9 +184,20 @@ def run(
         if row["peer"] == OurStep.name:
             row["floor_seconds"] = floor.slice_floor(
                 config, ceilings, row["history"], USER_TOKENS + 1, said, weights=precision, entries=entries
-            )  # fmt: skip
+            )
             row["parts"] = results[row["history"], OurStep.name].profile.parts
     return report | {"precision": precision, "entries": entries, "ceilings": dataclasses.asdict(ceilings)}
+
+
+def _warm_up(
+    peers: Sequence[Peer], histories: Sequence[int], longest: list[int], user: list[int], say: Callable[[str], None]
+) -> None:
+    for history in histories:
+        say(f"warming up at {history} tokens")
+        for peer in peers:
+            if not peer.slow or history == histories[0]:
+                peer.prepare(longest[:history])
+                peer.step(user)
 
 
 def _others(

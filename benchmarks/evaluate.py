@@ -66,7 +66,7 @@ class _Ours:
         model = self._model
         self._engine = self._engine or Engine(
             model.model, model.template, rows=self._batch, capacity=self._capacity, dtype="float32"
-        )  # fmt: skip
+        )
         waiting = list(enumerate(queries))[::-1]
         live: dict[TurnSession, tuple[int, list[int]]] = {}
         said: dict[int, list[int]] = {}

@@ -34,7 +34,7 @@ _OPEN = frozenset(
     might must very really more most some any no not i you he she we they who which what how there it's i'm um uh like
     """.split()
 )
-# These begin a clause.
+# Words that begin a clause.
 _CLAUSE = frozenset(
     """
     and but so because if when while which who that though although since until i i'm i've i'll he she it it's they we
@@ -95,16 +95,16 @@ def pause_filler(rng: random.Random) -> str:
 
 
 def pauses(words: Sequence[str], marks: Sequence[str], written: bool, rate: float, rng: random.Random) -> list[int]:
-    """The words before which the user pauses, as indices in rising order.
+    """Ascending indices of the words before which the user pauses.
 
-    Speakers pause in front of a new clause, or behind a word that promises another one, more often than elsewhere.
+    Pauses are more frequent before a new clause and after a word that announces another one.
 
     Args:
         words: the message.
-        marks: the punctuation behind each word.
-        written: whether the listener sees the marks; then nobody pauses behind a full stop.
-        rate: pauses for every five words, about.
-        rng: draws the places.
+        marks: the punctuation after each word.
+        written: whether the listener sees the punctuation; if so, there are no pauses after a full stop.
+        rate: approximate number of pauses per five words.
+        rng: random generator.
     """
     places, last = list[int](), 0
     for i in range(1, len(words)):

@@ -71,17 +71,17 @@ _REPLY = (
 ).split("|")
 _SLOTS = {
     "thing": "the first one|the second one|the small one|the red one|the cheaper one|the other one|the blue one|both|"
-             "tea|a salad|rice|soup|an early flight|the bus|the longer way|the weekend|Monday|Friday|next month|"
-             "two tickets|a window seat|the garden|bread and cheese|a taxi|the morning|a shorter name".split("|"),
+    "tea|a salad|rice|soup|an early flight|the bus|the longer way|the weekend|Monday|Friday|next month|"
+    "two tickets|a window seat|the garden|bread and cheese|a taxi|the morning|a shorter name".split("|"),
     "who": "my sister|my brother|my wife|my husband|my boss|my teacher|my neighbor|my parents|my son|my daughter|"
-           "a friend|my doctor|the whole family|my team".split("|"),
+    "a friend|my doctor|the whole family|my team".split("|"),
     "name": "Anna Tom Maria David Lucy Peter Nina Carlos Emma Ben".split(),
     "time": "noon|five|six thirty|ten in the morning|half past eight|a quarter to nine|midnight".split("|"),
     "number": [str(n) for n in range(11, 900, 7)],
     "small": "two three four five six seven eight nine ten twelve".split(),
     "street": "Park Street|Main Street|Hill Road|King Street|Station Road|Garden Lane|River Road".split("|"),
     "noun": "phone bike lamp computer jacket printer radio umbrella key camera bag watch coat ticket".split(),
-}  # fmt: skip
+}
 _COUNTRIES = (
     "France Italy Spain Peru Japan Egypt Canada Norway Greece India China Kenya Cuba Poland Austria Ireland Portugal "
     "Sweden Denmark Finland Brazil Mexico Chile Turkey Thailand Hungary Belgium Iceland Morocco Australia Vietnam"

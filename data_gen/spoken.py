@@ -15,19 +15,19 @@ QUESTION_PROMPT = "You are a helpful AI assistant. Answer every question in one 
 # Statements come after examples, because without them a small model merely repeats the statement.
 PROMPT = "You are a helpful voice assistant. You answer in one or two short, plain sentences, as people speak."
 EXAMPLES = (
-    ("Good morning.",
-     "Good morning! How are you today?"),
-    ("Why do cats purr?",
-     "Cats purr when they feel safe and comfortable, and sometimes to calm themselves when they are hurt."),
-    ("I lost my umbrella on the bus.",
-     "Oh no, that's annoying. Call the bus company, because they may have found it."),
-    ("How do I clean a window?",
-     "Wipe it with warm water and a little vinegar, and then dry it with an old newspaper. That leaves no streaks."),
-    ("My team won the match!",
-     "Congratulations, that's wonderful! You must be very proud."),
-    ("Okay, thanks a lot.",
-     "You're welcome. Just ask if you need anything else."),
-)  # fmt: skip
+    ("Good morning.", "Good morning! How are you today?"),
+    (
+        "Why do cats purr?",
+        "Cats purr when they feel safe and comfortable, and sometimes to calm themselves when they are hurt.",
+    ),
+    ("I lost my umbrella on the bus.", "Oh no, that's annoying. Call the bus company, because they may have found it."),
+    (
+        "How do I clean a window?",
+        "Wipe it with warm water and a little vinegar, and then dry it with an old newspaper. That leaves no streaks.",
+    ),
+    ("My team won the match!", "Congratulations, that's wonderful! You must be very proud."),
+    ("Okay, thanks a lot.", "You're welcome. Just ask if you need anything else."),
+)
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "–": "-", "—": " - ", "\u00a0": " "})
 _LIST = re.compile(r"^\s*(?:[-*•·]|\(?[0-9a-zA-Z][.)]|step \d)\s|[:;]\s*$|\b1\.\s", re.MULTILINE | re.IGNORECASE)
 _MARKUP = re.compile(r"[`*_#|<>{}\[\]()~^\\=@•]|https?:|www\.|\b\w+\.(?:com|org|net)\b|^\s*(?:user|assistant):", re.I)

@@ -32,7 +32,7 @@ from launch.dotted import take_dotted
 STAGES = ("write", "timelines", "pack", "train", "measure", "export")
 
 _MODEL = app.path_flag("model", None, "The chat model: a folder, a file, hf:owner/name, or a known name.")
-_OUT = app.path_flag("out", None, "Folder of everything; a run that was stopped goes on there.")
+_OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
 _HOURS = flags.DEFINE_float(
     "hours", None, "Hours for writing and training together; replaces --tokens.", lower_bound=0.01
 )

@@ -294,7 +294,7 @@ class MindFlags:
             "mind", None, "Base URL of an OpenAI-compatible API: its model gives the words, the duplex model decides "
             "when to speak. The key comes from OPENAI_API_KEY. Needs pip install 'duplex-jax[llm]'.", **here
         )  # fmt: skip
-        self._model = flags.DEFINE_string("mind_model", None, "The model's name at --mind.", **here)
+        self._model = flags.DEFINE_string("mind_model", None, "Name of the model at --mind.", **here)
         self._filler_after = flags.DEFINE_float(
             "mind_filler_after", None, "Seconds of waiting for --mind after which the duplex model says a slice of its "
             "own; silence by default.", 0.0, **here

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MESH = app.path_flag("mesh", None, "Check the devices of this mesh; by default those that JAX finds.")
 _WORKDIR = app.path_flag("workdir", None, "Save and restore there; by default in a temporary folder.")
-_MODEL = app.path_flag("model", "smollm2-135m-duplex", "Whose slice is timed; empty for none.")
+_MODEL = app.path_flag("model", "smollm2-135m-duplex", "Model whose slice is timed; empty to skip.")
 
 _PACKAGES = ("duplex-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu", "jax-cuda13-plugin",
              "jax-cuda12-plugin")  # fmt: skip

@@ -135,9 +135,7 @@ def _ask(
         rows = min(_ROWS.value, len(data.chosen))
         return Engine(model.model, model.template, rows=rows, capacity=_CAPACITY.value)
 
-    samplings = {
-        bias: Sampling(sampling.temperature, sampling.top_p, sampling.top_k, bias) for bias in biases
-    }  # fmt: skip
+    samplings = {bias: Sampling(sampling.temperature, sampling.top_p, sampling.top_k, bias) for bias in biases}
     forced = runs.Records(out / "forced.jsonl")
     with Progress("conversations, forced", len(data.chosen)) as progress:
         runs.ask_forced(engine, data, list(samplings.values()), _SYSTEM.value, forced, progress.add)

@@ -241,7 +241,7 @@ class Replica:
         directory: Any = ray.remote(Directory)
         self._directory = directory.options(
             name=DIRECTORY, namespace=DIRECTORY, get_if_exists=True, num_cpus=0, lifetime="detached"
-        ).remote()  # fmt: skip
+        ).remote()
         # Without a key nobody outside may reach it, so replicas on other machines cannot either.
         host = ray.util.get_node_ip_address() if options.api_key_file else "127.0.0.1"
         self._listener = Listener(build_server(options, lambda text: None, self._prefix), host)

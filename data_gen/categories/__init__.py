@@ -65,4 +65,3 @@ CATEGORIES: dict[str, Category] = {
     "opening": Category(opening.make, 0.1, extra=True),
 }
 PAPER = tuple(name for name, category in CATEGORIES.items() if not category.extra)
-EXTRAS = tuple(name for name, category in CATEGORIES.items() if category.extra)

@@ -23,9 +23,7 @@ from jax import lax
 from duplex_jax.model.config import ModelConfig
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scales", "v_scales"], meta_fields=[]
-)  # fmt: skip
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "k_scales", "v_scales"], meta_fields=[])
 @dataclasses.dataclass
 class KVCache:
     """Keys `[B, K, H, S]` and values `[B, K, S, H]` of each of L layers; in a step's buffer, S is its number of slots.

@@ -318,7 +318,7 @@ class Engine:
             program = self._program("score", self._read(row.cached), self.cache)
             self.cache, logits = program(
                 self.backend.weights, self.cache, row.index, self._padded(chunk), len(chunk), row.cached
-            )  # fmt: skip
+            )
             yield np.asarray(logits)[max(0, begin - row.cached) : len(chunk)]
             row.cached += len(chunk)
 
