@@ -99,13 +99,13 @@ def bench_decode(
     if gguf and not Path(gguf).is_file():
         raise UserError(f"gguf={gguf}: no such file")
     loaded = load_model(model, dtype="float32")
-    report = run(loaded, lengths, repeats, slow_repeats, _say, precision, entries, compiled, gguf)
+    report = run(loaded, lengths, repeats, slow_repeats, _print_status, precision, entries, compiled, gguf)
     if png:
         plot(report, png)
     return report
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -95,7 +95,7 @@ def _engine(rows: int) -> "Engine":
     with app.ends_at_once():
         app.use_compilation_cache()
         name = _MODEL.value or DEFAULT_MODELS[_MODE.value]
-        _say(f"loading {name}")
+        _status(f"loading {name}")
         model = load_model(name, dtype="auto", template=_TEMPLATE.value, unread=True)
         refuse_typed_markers(model.template)
         return Engine(
@@ -106,12 +106,12 @@ def _engine(rows: int) -> "Engine":
 
 def _warm_up(engine: "Engine", length: int) -> None:
     """Compiles, for contexts of up to `length` tokens or 1,024, before a view that shows times."""
-    _say("compiling; later starts are faster")
+    _status("compiling; later starts are faster")
     with app.ends_at_once():
         engine.warm_up(min(length, 1024))
 
 
-def _say(text: str) -> None:
+def _status(text: str) -> None:
     """Prints a status message, separate from the output."""
     if sys.stderr.isatty():
         print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
@@ -176,7 +176,7 @@ def _replay_file(timelines: list[Timeline], options: "Replay") -> None:
         with atomic_write(_OUT.value) as f:
             for number in sorted(done):
                 f.write(dump_line(done[number]))
-        _say(f"wrote {_OUT.value}")
+        _status(f"wrote {_OUT.value}")
 
 
 def _stdin_lines() -> Iterator[str]:
@@ -239,7 +239,7 @@ def _replay_remotely(timelines: list[Timeline]) -> None:
         done.append(dataclasses.replace(timeline, pairs=session.timeline, events=[]))
     if _OUT.value:
         write_timelines(_OUT.value, done)
-        _say(f"wrote {_OUT.value}")
+        _status(f"wrote {_OUT.value}")
 
 
 def _open(engine: "Engine", options: "Replay") -> "DuplexSession":

@@ -126,7 +126,7 @@ class Engine:
             EngineFull: no row is free.
             UserError: `ids` leave too little room for a conversation.
         """
-        return self._rows.take(ids, sampling, seed)
+        return self._rows.allocate(ids, sampling, seed)
 
     @contextlib.contextmanager
     def opening(self, ids: Sequence[int] = (), sampling: Sampling | None = None, seed: int = 0) -> Iterator[Row]:
@@ -152,7 +152,7 @@ class Engine:
 
     def close(self, row: Row) -> None:
         """Frees a row. Closing it twice is harmless."""
-        self._rows.give_back(row)
+        self._rows.release(row)
 
     def fork(self, row: Row, seed: int | None = None) -> Row:
         """Opens a second row with the same context by copying the cached entries.

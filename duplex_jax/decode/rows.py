@@ -93,7 +93,7 @@ class Rows:
         """How many rows are free."""
         return len(self._free)
 
-    def take(self, ids: Sequence[int], sampling: Sampling | None, seed: int) -> Row:
+    def allocate(self, ids: Sequence[int], sampling: Sampling | None, seed: int) -> Row:
         """Allocates a row for a context that begins with `ids`.
 
         Raises:
@@ -120,7 +120,7 @@ class Rows:
                 f"of {self._capacity} may stay for good"
             )
 
-    def give_back(self, row: Row) -> None:
+    def release(self, row: Row) -> None:
         """Frees a row and its shadow. Doing so twice is harmless."""
         if row in self.open:
             self.open.remove(row)

@@ -118,9 +118,9 @@ class DuplexSession:
         Raises:
             UserError: the user's slice is empty or does not fit the cache.
         """
-        part, said = self._part(user), list(words) or [self.template.idle_id]
+        part, said = self._user_part(user), list(words) or [self.template.idle_id]
         self.engine.append(self._row, [*part, *said])
-        self._take(user, part, said)
+        self._record_step(user, part, said)
         self._make_room(len(part) + len(said))
 
     def instead(self, words: Sequence[int]) -> None:
@@ -321,7 +321,7 @@ class DuplexSession:
 
     # Updating the context in a step.
 
-    def _part(self, user: str | None) -> list[int]:
+    def _user_part(self, user: str | None) -> list[int]:
         """The ids of a user slice; drops old pairs if there is no room for them yet."""
         if user == "":
             raise UserError(f"the user's slice {self.slices} is empty; silence is None (in a file, <idle>)")
@@ -356,13 +356,13 @@ class DuplexSession:
     def _answer_room(self) -> int:
         return self.engine.max_slice_tokens + len(self.template.closing([]))
 
-    def _take(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
+    def _record_step(self, user: str | None, part: Sequence[int], said: list[int]) -> str | None:
         """Records what a step appended, `part` and then `said`; returns the assistant's words, or None."""
         start = len(self._row.ids) - len(said) - len(part)
         pair = Pair(self.slices, start, start + len(part), user, said, self._carry)
         words, self._carry = self._text(pair.carry, self._words(said))
         self.timeline.append(SlicePair(user, words or None))
-        self._book(pair)
+        self._close_pair(pair)
         return words or None
 
     def _text(self, carry: bytes, words: Sequence[int]) -> tuple[str, bytes]:
@@ -375,7 +375,7 @@ class DuplexSession:
             return b""
         return self._text(pair.carry, self._words(pair.said))[1]
 
-    def _book(self, pair: Pair) -> None:
+    def _close_pair(self, pair: Pair) -> None:
         """Closes the pair at the end of the context, and forgets it if it exceeds `keep_idle` silent pairs."""
         self.engine.append(self._row, self.template.closing(pair.said))
         self._pairs.append(pair)
@@ -402,13 +402,13 @@ class DuplexSession:
         del self._pairs[first:]
         words = kept(pair)
         self.engine.truncate(self._row, pair.decision + len(words), [] if words else [self.template.idle_id])
-        self._book(dataclasses.replace(pair, said=words or [self.template.idle_id]))
+        self._close_pair(dataclasses.replace(pair, said=words or [self.template.idle_id]))
         for pair in rest:
             said = [self.template.idle_id] if self._words(pair.said) else pair.said
             part = self.template.user_part(pair.user)
             start = len(self._row.ids)
             self.engine.append(self._row, [*part, *said])
-            self._book(Pair(pair.index, start, start + len(part), pair.user, said, b""))
+            self._close_pair(Pair(pair.index, start, start + len(part), pair.user, said, b""))
         self._carry = self._left_over()
 
     # Endless sessions: whole old pairs are dropped before the cache is full.
@@ -475,14 +475,14 @@ def _shape(engine: Engine) -> list[int]:
 def step_sessions(slices: Mapping[DuplexSession, str | None]) -> dict[DuplexSession, Slice]:
     """One interval of several sessions of one engine as one batch; see `DuplexSession.step`."""
     began = time.perf_counter()
-    asked = {s: s._part(user) for s, user in slices.items() if not (s.dormant and user is None)}
+    asked = {s: s._user_part(user) for s, user in slices.items() if not (s.dormant and user is None)}
     texts: dict[DuplexSession, tuple[str | None, list[int]]] = {}
     if asked:
         engine = next(iter(asked)).engine
         answers = engine.advance({s._row: Request(part) for s, part in asked.items()})
         for session, part in asked.items():
             said = answers[session._row]
-            texts[session] = session._take(slices[session], part, said), said
+            texts[session] = session._record_step(slices[session], part, said), said
             session._make_room(len(part) + len(said))
     for session in slices.keys() - asked.keys():
         session.timeline.append(SlicePair(None, None))

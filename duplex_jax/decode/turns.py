@@ -144,7 +144,7 @@ class TurnSession:
             self._prompt = ids[same:]
         return self._prompt
 
-    def _take(self, said: Sequence[int]) -> list[int]:
+    def _record_step(self, said: Sequence[int]) -> list[int]:
         """Records what a step sampled; returns its words' ids."""
         engine, row, ends = self.engine, self._row, self.engine.template.turn_ends
         words = [i for i in said if i not in ends][: self._left]
@@ -167,7 +167,7 @@ def step_turns(sessions: Iterable[TurnSession]) -> dict[TurnSession, list[int]]:
         return {}
     asked = {s._row: Request(s._feed(), allow_idle=False) for s in sessions}
     answers = sessions[0].engine.advance(asked)
-    return {s: s._take(answers[s._row]) for s in sessions}
+    return {s: s._record_step(answers[s._row]) for s in sessions}
 
 
 class SliceTurns:

@@ -66,7 +66,7 @@ class Tracing(contextlib.AbstractContextManager):
         """Ends the trace after the window's last step."""
         if self._since is not None and self._profile is not None and done >= self._profile.last:
             jax.profiler.stop_trace()
-            say(f"trace of steps {self._since} to {done} in {self._folder}")
+            print_once(f"trace of steps {self._since} to {done} in {self._folder}")
             self._since = None
 
     def __exit__(self, *_: Any) -> None:
@@ -143,7 +143,7 @@ def train(config: Config, spec: parallel.MeshSpec, workdir: Path, profile: Profi
             run.store.finish()
             if run.plan.config.checkpoint.export:
                 export(run.plan, run.state, run.frozen, run.template, workdir / EXPORT, run.record())
-                say(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
+                print_once(f"wrote {workdir / EXPORT}: duplex-jax chat --model={workdir}")
     return code
 
 
@@ -159,7 +159,7 @@ def _prepare(config: Config, spec: parallel.MeshSpec, workdir: Path) -> _Run:
     sources = [dataset.open_rows(path, template, config.data.length) for path in config.data.train]
     held_out = [dataset.open_rows(path, template, config.data.length) for path in config.data.eval]
     start, model = load_start(config, template)
-    say("\n".join(to_lines(config)))  # after the checks, so that an error is the only output
+    print_once("\n".join(to_lines(config)))  # after the checks, so that an error is the only output
     parallel.check_model(spec, model)
     plan = steps.Plan(config, model, mesh, spec, control_ids(template, config), template.idle_id)
     abstract = steps.abstract_state(plan)
@@ -172,13 +172,13 @@ def _prepare(config: Config, spec: parallel.MeshSpec, workdir: Path) -> _Run:
     restored = store.restore(abstract)
     if restored is None and branch is not None:
         restored = checkpoints.load_state(branch, abstract)
-        say(f"decay starts from {branch}")
+        print_once(f"decay starts from {branch}")
     position = 0
     if restored is not None:
         state, record = restored
         position = record.position
         warn_of_changes(record, config, spec)
-        say(f"goes on from step {record.step}, row {position:,} of the data")
+        print_once(f"goes on from step {record.step}, row {position:,} of the data")
 
     A, B, T = plan.batch_shape
     places = parallel.local_places(parallel.sharding(mesh, ("batch", "length")), (B, T))
@@ -240,7 +240,7 @@ def _run_steps(run: _Run, metrics: Metrics, tracing: Tracing, stopper: "Stopper"
             what = f"{what}; rows {'; '.join(rows)}"
             if config.trouble.action == "stop" or bad_in_a_row >= config.trouble.most:
                 logging.error("%s", what)
-                say(f"stopped: {what} (--config.trouble.action=skip passes such steps over)")
+                print_once(f"stopped: {what} (--config.trouble.action=skip passes such steps over)")
                 return EXIT_TROUBLE
             logging.warning("%s; skipped", what)
         elif last or run.step % config.log.every == 0 or run.step == first + 1:
@@ -256,12 +256,12 @@ def _run_steps(run: _Run, metrics: Metrics, tracing: Tracing, stopper: "Stopper"
         if stop and not last:
             run.store.finish()
             again = f"start the same command again to go on (exit code {EXIT_AGAIN})"
-            say(f"told to stop: saved step {run.step}; {again}")
+            print_once(f"told to stop: saved step {run.step}; {again}")
             return EXIT_AGAIN
     return 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Prints on the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)

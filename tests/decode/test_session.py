@@ -380,10 +380,10 @@ def test_a_rewind_gives_up_dropping(large_engine: Engine):
 def scripted(session: DuplexSession, *slices: bytes) -> None:
     """Slices as if the model had sampled these bytes."""
     for text in slices:
-        row, part = session._row, session._part("go on")
+        row, part = session._row, session._user_part("go on")
         said = [*text, END] if text else [session.template.idle_id]
         row.ids += [*part, *said]
-        session._take("go on", part, said)
+        session._record_step("go on", part, said)
 
 
 def test_a_character_in_two_slices(engine: Engine):

@@ -58,12 +58,12 @@ def _take_instead(session: DuplexSession, user: str | None, answer: str | None) 
     """Replaces the newest slice by `answer`, if rounding could have made it; whether it did."""
     step = session._row.steps - 1
     session.rewind(len(session.timeline) - 1)
-    part = session._part(user)
+    part = session._user_part(user)
     ids = _within_rounding(session, [*session.ids, *part], step, [], answer)
     if ids is None:
         return False
     session.engine.append(session._row, [*part, *ids])
-    assert session._take(user, part, ids) == answer
+    assert session._record_step(user, part, ids) == answer
     return True
 
 
