@@ -1,4 +1,4 @@
-"""Asking a model for its behaviour on a held-out data set: replays and forced decisions, kept as they come."""
+"""Obtains a model's behaviour on a held-out data set, replays and forced decisions, and stores it as it comes."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ from duplex_jax.evaluate.forced import forced_decisions
 from duplex_jax.files import atomic_write, check_writable
 from duplex_jax.timeline import BE_QUIET, QUERY_END, SlicePair, Timeline, from_row, parse_line, to_row
 
-# Silent pairs behind a conversation, so that an answer that begins a slice late is heard.
+# Silent pairs added after a conversation, so that an answer that begins one slice late is captured.
 TAIL = 1
 UNCATEGORISED = "uncategorised"
 Ask = Callable[[int], None]
@@ -39,12 +39,12 @@ Ask = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A data set to score on.
+    """A data set to evaluate on.
 
     Attributes:
-        timelines: all of them; a conversation's number is its place here.
-        sha256: of its lines.
-        chosen: numbers of those that are scored.
+        timelines: all timelines; a conversation's number is its index here.
+        sha256: hash of its lines.
+        chosen: numbers of those that are evaluated.
     """
 
     timelines: list[Timeline]
@@ -56,14 +56,14 @@ class HeldOut:
 
 
 def read_held_out(path: str | Path, limit: int = 0) -> HeldOut:
-    """Reads timelines from a file, or from all JSONL files below a folder.
+    """Reads timelines from a file, or from all JSONL files in a folder.
 
     Args:
         path: the file or folder.
-        limit: take so many: the first of each category, then the second of each, and so on; 0 for all.
+        limit: most timelines used: the first of each category, then the second of each, and so on; 0 for all.
 
     Raises:
-        UserError: nothing there, a line that is no timeline, or no timeline with events.
+        UserError: there is no data, a line is not a timeline, or no timeline has events.
     """
     digest = hashlib.sha256()
     timelines = []
@@ -84,17 +84,17 @@ def read_held_out(path: str | Path, limit: int = 0) -> HeldOut:
 
 
 def has_events(timeline: Timeline) -> bool:
-    """Whether free-running figures can be had: something says where queries end."""
+    """Whether free-running metrics are possible, which need labelled ends of queries."""
     return any(event.kind in (QUERY_END, BE_QUIET) for event in timeline.events)
 
 
 def conversation_seed(seed: int, number: int) -> int:
-    """Of a conversation's random draws: the same whichever others are asked for, in whatever order."""
+    """Seed of a conversation, independent of which others are run and in what order."""
     return zlib.crc32(f"{seed}/{number}".encode())
 
 
 def weights_hash(params: Any) -> str:
-    """A short hash of a tree of weights, from a sample of each: another training run gives another."""
+    """A short hash of a tree of weights, from a sample of each, to tell training runs apart."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         flat = np.asarray(leaf).reshape(-1)
@@ -105,7 +105,7 @@ def weights_hash(params: Any) -> str:
 
 
 def model_settings(name: str, model: LoadedModel) -> dict[str, Any]:
-    """What results depend on in a model, for `check_settings`."""
+    """The properties of a model that results depend on, for `check_settings`."""
     template = model.template
     return {
         "model": name, "weights": weights_hash(model.params), "template": template.name,
@@ -114,13 +114,12 @@ def model_settings(name: str, model: LoadedModel) -> dict[str, Any]:
 
 
 class Records:
-    """A JSONL file that grows by a line for each conversation that is done: what is there is never asked again.
+    """A JSONL file that grows by one line per finished conversation, so that none is run twice.
 
-    A last line that was cut off is forgotten. The folder is made where there is none. Without a path they are in
-    memory alone.
+    A truncated last line is dropped. The folder is created if missing. Without a path the records are only in memory.
 
     Raises:
-        UserError: the place cannot be written, or a line is not what was written there.
+        UserError: the file cannot be written, or a line is invalid.
     """
 
     def __init__(self, path: Path | None = None):
@@ -153,10 +152,10 @@ class Records:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keeps the settings that results depend on in `settings.json`, and refuses a folder of other ones.
+    """Stores the settings that results depend on in `settings.json`; rejects a folder with different ones.
 
     Raises:
-        UserError: names what differs.
+        UserError: settings differ; the message names them.
     """
     path = folder / "settings.json"
     if path.exists():
@@ -180,12 +179,12 @@ def ask_replays(
     """Replays the user's side of every chosen conversation that `records` lacks.
 
     Args:
-        engine: gives the engine, where it is needed.
+        engine: returns the engine; called only if needed.
         data: what to replay.
-        options: how; its seed is not used.
-        seed: with a conversation's number it makes that conversation's seed.
-        records: gets a timeline a conversation, `meta.tokens` the tokens of each slice, `meta.seconds` their time.
-        done: called with how many slices were asked for.
+        options: how to replay it; its seed is not used.
+        seed: with a conversation's number, determines that conversation's seed.
+        records: receives one timeline per conversation; `meta.tokens` has each slice's tokens, `meta.seconds` its time.
+        done: called with the number of slices done.
     """
     missing = [n for n in data.chosen if n not in records.rows]
     if not missing:
@@ -212,15 +211,15 @@ def ask_forced(
     engine: Callable[[], Engine], data: HeldOut, samplings: Sequence[Sampling], system: str | None,
     records: Records, done: Ask,
 ) -> None:  # fmt: skip
-    """Asks for the forced decisions of every chosen conversation that `records` lacks.
+    """Computes the forced decisions of every chosen conversation that `records` lacks.
 
     Args:
-        engine: gives the engine, where it is needed.
-        data: what to ask about.
-        samplings: which differ in their `idle_bias` alone.
+        engine: returns the engine; called only if needed.
+        data: the conversations.
+        samplings: settings that differ only in `idle_bias`.
         system: a system prompt.
-        records: gets `silent`, by `idle_bias` the probability of silence at each pair.
-        done: called with how many conversations are done.
+        records: receives `silent`: by `idle_bias`, the probability of silence at each pair.
+        done: called with the number of conversations done.
     """
     biases = [str(s.idle_bias) for s in samplings]
     missing = [n for n in data.chosen if not set(biases) <= records.rows.get(n, {}).get("silent", {}).keys()]
@@ -240,13 +239,13 @@ def counts_of(
     silent: Callable[[int], Sequence[float | None]],
     slice_seconds: float,
 ) -> dict[int, list[Counts]]:
-    """Counts of each chosen conversation, by number: one for each output, the forced ones in the first.
+    """Counts of each chosen conversation, by number: one for each output, with forced decisions in the first.
 
     Args:
         data: the references.
-        outputs: of a conversation, one for each seed.
-        silent: its forced decisions.
-        slice_seconds: of the clock.
+        outputs: returns a conversation's outputs, one per seed.
+        silent: returns its forced decisions.
+        slice_seconds: seconds per slice.
     """
     result = {}
     for number in data.chosen:
@@ -273,10 +272,10 @@ def degenerate_counts(data: HeldOut, name: str, slice_seconds: float) -> dict[in
 def recorded_counts(
     data: HeldOut, replays: Iterable[Records], forced: Records, idle_bias: float, slice_seconds: float
 ) -> dict[int, list[Counts]]:
-    """Counts from what was asked.
+    """Counts from recorded replays and forced decisions.
 
     Raises:
-        UserError: a record is no replay of its conversation.
+        UserError: a record does not match its conversation.
     """
     replays = list(replays)
 

@@ -1,36 +1,35 @@
-"""Runs programs that a language model wrote, and says whether each came to its end (HumanEval, MBPP).
+"""Runs programs written by a language model and reports whether each one completed (HumanEval, MBPP).
 
-Every program gets an interpreter of its own (standard library alone, no site-packages, hash seed 0), started anew and
+Every program gets its own interpreter (standard library only, no site-packages, hash seed 0), started from scratch and
 not forked from the caller, whose threads hold JAX. It runs as one process, with threads but without children, in an
 empty folder that is removed afterwards.
 
-What keeps it in, from the kernel's means that need no privileges; the first two must be in force, or nothing is run:
+It is confined by kernel features that need no privileges; unless the first two are in force, nothing is run:
 
-- Network: a filter of system calls (seccomp) denies every socket, local ones too; where allowed, also a network
+- Network: a system call filter (seccomp) denies all sockets, including local ones; if permitted, also a network
   namespace without interfaces.
-- Files: Landlock lets it read what an interpreter reads (the library, shared objects) and write in its folder alone;
-  where allowed, also every file system is mounted read-only for it and its folder lies in memory, with a bound on its
-  whole size. At least one of the two. Modes, owners and times of files are denied by the filter.
-- Processes: the filter denies new processes, other programs, and signals to any process but itself; where allowed, it
-  is also the first process of a process namespace, with whose end all in it ends.
-- What it takes: time of the processor and on the clock, address space, the size of each file, descriptors, output; no
-  core dumps. Threads are bounded by a number where user namespaces are allowed and the caller is not root, and by
-  memory and time alone elsewhere.
-- What it inherits: no environment, no descriptors, no capabilities, stdin empty.
+- Files: Landlock permits reading what an interpreter needs (the library, shared objects) and writing in its own folder
+  only; if permitted, also all file systems are mounted read-only and the folder is in memory, with a limit on its total
+  size. At least one of the two is required. The filter denies changing modes, owners and times of files.
+- Processes: the filter denies new processes, other programs, and signals to other processes; if permitted, the program
+  is also the first process of a process namespace, which ends with it.
+- Resources: CPU time and wall time, address space, size of each file, descriptors, output; no core dumps. The number of
+  threads is limited if user namespaces are permitted and the caller is not root; otherwise only memory and time limit
+  them.
+- Inheritance: no environment, no descriptors, no capabilities, empty stdin.
 
-What this does not protect from: faults of the kernel (this is no virtual machine); what leaks through time and load of
-the machine; reading what the interpreter's library folders hold and, where Landlock is missing, all that the user may
-read (though it has no way to send it anywhere); without read-only mounts, many files that fill the disk until its time
-is over.
+It does not protect against kernel bugs (this is not a virtual machine), side channels through the machine's time and
+load, or reading the interpreter's library folders and, without Landlock, all files that the user can read (although the
+program cannot send them anywhere). Without read-only mounts many files can fill the disk until the time is up.
 
-A program passes only if its last line was reached: then a random token is written that the guard outside knows. Leaving
-early by `sys.exit(0)` or `os._exit(0)` is no pass. Where a test has the form `assert CALL == LITERAL` (all but 15 of
-HumanEval's 164 problems and all but one of MBPP's 974 have no other), the literal never enters the program's process:
-the value goes out as plain data and is compared by the guard, so neither `__eq__`, subclasses, tracing, changed tests
-nor a token that was found in memory make a wrong answer right. Other tests (`assert abs(f(x) - y) < 1e-6`, loops, plain
-truth) run inside the program's process, and a program that changes what `==` or `assert` mean there, or searches its
-own memory for the token (`gc`, `ctypes`), can pretend. Nor is a program kept from telling answers by heart, or from
-trying whether an input is one of the tests.
+A program passes only if its last line is reached, which writes a random token that the guard outside knows; leaving
+early by `sys.exit(0)` or `os._exit(0)` does not pass. If a test has the form `assert CALL == LITERAL` (all but 15 of
+HumanEval's 164 problems and all but one of MBPP's 974 have only such tests), the literal never enters the program's
+process: the value is sent out as plain data and compared by the guard, so neither `__eq__`, subclasses, tracing,
+changed tests nor a token found in memory can make a wrong answer pass. Other tests (`assert abs(f(x) - y) < 1e-6`,
+loops, plain truth values) run inside the program's process, and a program that redefines `==` or `assert` there, or
+searches its own memory for the token (`gc`, `ctypes`), can cheat. A program can also contain memorised answers, or
+check whether an input is one of the tests.
 """
 
 import ast
@@ -57,10 +56,10 @@ THREADS = 64
 class Outcome:
     """How a program ended.
 
-    reason: `passed`; `failed`, it raised something or is no Python; `exit`, it left before its last line; `time`,
-        `memory` or `output`, it took more than it was given; `signal`, it crashed; `error`, it could not be run, which
+    reason: `passed`; `failed`: it raised an exception or is not valid Python; `exit`: it left before its last line;
+        `time`, `memory` or `output`: it exceeded a limit; `signal`: it crashed; `error`: it could not be run, which
         says nothing about the program.
-    detail: the last line that it wrote to stderr, or a few words; 500 characters at most.
+    detail: its last line on stderr, or a short explanation; at most 500 characters.
     """
 
     passed: bool
@@ -76,23 +75,24 @@ def _folder() -> Iterator[str]:
     finally:
         try:
             shutil.rmtree(path)
-        except (OSError, RecursionError):  # folders without rights, or more of them than Python goes down
+        except (OSError, RecursionError):  # folders without permissions, or nested too deeply
             for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
                 subprocess.run([*command, "--", path], check=False, capture_output=True)
 
 
 @dataclass(frozen=True)
 class Program:
-    """Python text, and the literals that its tests expect: `__answer__(i, value)` in it stands for an assertion that
-    `value` equals the i-th."""
+    """Python text, and the literals that its tests expect.
+
+    In the text, `__answer__(i, value)` asserts that `value` equals literal number i.
+    """
 
     source: str
     expected: tuple[str, ...] = ()
 
 
 def with_tests(code: str, tests: str) -> Program:
-    """Code with tests behind it; assertions of the form `CALL == LITERAL`, outside of loops and conditions, are
-    compared by the guard."""
+    """Code followed by its tests; the guard compares top-level assertions of the form `CALL == LITERAL`."""
     try:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError):
@@ -125,17 +125,17 @@ def _is_literal(node: ast.expr) -> bool:
 def _guarded(
     program: Program, seconds: float, wall: float, memory_mib: int, disk_mib: int, output_mib: int
 ) -> list[str]:
-    """Three lines of the guard: what was in force, the reason of the end, a detail."""
+    """Runs the guard; returns its three lines: protections in force, reason of the end, detail."""
     with _folder() as folder:
         limits = [str(x) for x in (seconds, wall, memory_mib, disk_mib, output_mib, THREADS)]
-        source = program.source.encode("utf-8", "replace")  # text of a model may hold half a character
+        source = program.source.encode("utf-8", "replace")  # a model's text may contain a partial character
         run = subprocess.run(
             [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(GUARD), str(len(source)), folder, *limits],
             input=source + json.dumps(program.expected).encode(),
             capture_output=True,
             env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
             cwd=folder,
-            start_new_session=True,  # no terminal
+            start_new_session=True,  # detached from the terminal
             timeout=wall + 60,
         )
         lines = run.stdout.decode("utf-8", "replace").split("\n")
@@ -147,12 +147,12 @@ def _guarded(
 
 @functools.cache
 def protections() -> dict[str, tuple[str, ...]]:
-    """What keeps a program from the network, files and processes on this machine, found by running one.
+    """What confines a program on this machine as to network, files and processes, determined by running one.
 
-    Nothing is run where `network` or `files` is empty.
+    Nothing is run if `network` or `files` is empty.
 
     Raises:
-        UserError: it cannot be found out, as no process can be started or no folder made.
+        UserError: it cannot be determined, because no process can be started or no folder created.
     """
     names: list[str] = []
     if sys.platform == "linux":
@@ -169,14 +169,14 @@ def protections() -> dict[str, tuple[str, ...]]:
         "processes": ("seccomp", "process namespace"),
     }
     found = {what: tuple(by for by in means if by in names) for what, means in walls.items()}
-    return found if "seccomp" in names else {**found, "network": ()}  # a namespace has other ways out: local sockets
+    return found if "seccomp" in names else {**found, "network": ()}  # a namespace alone leaves local sockets
 
 
 def check_sandbox() -> None:
-    """Refuses, before any time is spent, a machine on which programs cannot be shut in.
+    """Checks, before any work is done, that programs can be confined on this machine.
 
     Raises:
-        UserError: nothing keeps a program from the network or from files; or as `protections`.
+        UserError: network or files are not protected; or as for `protections`.
     """
     found = protections()
     missing = [
@@ -203,18 +203,18 @@ def run_program(
     disk_mib: int = 64,
     output_mib: int = 16,
 ) -> Outcome:
-    """Runs Python text as `__main__` and says whether its last line was reached without an exception.
+    """Runs Python text as `__main__` and reports whether its last line was reached without an exception.
 
     Args:
-        program: with its tests.
-        seconds: time of the processor.
-        wall_seconds: time on the clock; twice `seconds` and one more unless given.
-        memory_mib: address space in MiB.
-        disk_mib: the size of each file that it writes, and of all together where its folder lies in memory, in MiB.
-        output_mib: what it may print, in MiB; nothing of it is kept but the last line of stderr.
+        program: the program with its tests.
+        seconds: CPU time limit.
+        wall_seconds: wall time limit; by default twice `seconds` plus one.
+        memory_mib: address space limit in MiB.
+        disk_mib: size limit of each written file, and of all together if its folder is in memory, in MiB.
+        output_mib: output limit in MiB; only the last line of stderr is kept.
 
     Raises:
-        UserError: as `check_sandbox`, or a limit is not above zero.
+        UserError: as for `check_sandbox`, or a limit is not positive.
     """
     wall = 2 * seconds + 1 if wall_seconds is None else wall_seconds
     if min(seconds, wall, memory_mib, disk_mib, output_mib) <= 0:
@@ -231,10 +231,10 @@ def run_program(
 
 
 def run_programs(programs: Sequence[str | Program], workers: int | None = None, **limits: float) -> list[Outcome]:
-    """`run_program` for each, `workers` at a time (unless given, as many as there are processors); in their order.
+    """`run_program` for each program, `workers` at a time (by default one per CPU); returns outcomes in order.
 
     Raises:
-        UserError: as `run_program`.
+        UserError: as for `run_program`.
     """
     check_sandbox()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:

@@ -1,8 +1,8 @@
-"""Shuts one program in and watches it; `sandbox.run_program` starts it in an interpreter of its own.
+"""Confines and watches one program; `sandbox.run_program` starts it in its own interpreter.
 
-The guard leaves for new namespaces where the kernel lets it, forks, and the child gives up what it does not need before
-it runs the program: file systems, descriptors, capabilities, system calls. The guard stays outside and keeps the time.
-What is said to be in force is what the child has just put on, never what the machine should be able to do.
+The guard enters new namespaces if the kernel permits it, then forks. The child drops what it does not need before it
+runs the program: file systems, descriptors, capabilities, system calls. The guard stays outside and enforces the time
+limit. Protections are reported from what the child has just enabled, not from what the machine should support.
 """
 
 import ast
@@ -27,7 +27,7 @@ from typing import Any
 TAIL = 4096  # bytes of stderr that are kept
 ANSWERS = 1 << 20  # bytes of the program's answers that are read
 
-# System calls by their numbers on x86-64 and on 64-bit ARM; - where there is none.
+# System call numbers on x86-64 and on 64-bit ARM; - where there is none.
 CALLS = """
     fork 57 -, vfork 58 -, execve 59 221, execveat 322 281,
     socket 41 198, connect 42 203, accept 43 202, sendto 44 206, sendmsg 46 211, bind 49 200, listen 50 201,
@@ -51,10 +51,10 @@ CALLS = """
     settimeofday 164 170, adjtimex 159 171, clock_settime 227 112, clock_adjtime 305 266, sethostname 170 161,
     setdomainname 171 162, iopl 172 -, ioperm 173 -, modify_ldt 154 -
 """
-# Those of which some uses are needed: the filter looks at their arguments.
+# Calls of which some uses are needed; the filter inspects their arguments.
 PARTLY = {"clone": (56, 220), "kill": (62, 129), "tgkill": (234, 131), "prctl": (157, 167), "fcntl": (72, 25),
           "ioctl": (16, 29), "prlimit64": (302, 261)}  # fmt: skip
-CLONE3, NEWEST = 435, 450  # calls newer than what is known here do not exist for the program
+CLONE3, NEWEST = 435, 450  # the program gets ENOSYS for calls newer than these
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF, MOUNT_SETATTR = 444, 445, 446, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the table, name in the filter
@@ -66,7 +66,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(result: int, what: str) -> int:
-    """The result of a C function; OSError where that is -1."""
+    """The result of a C function; raises OSError if it is -1."""
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
@@ -81,10 +81,10 @@ def system_call(number: int, *arguments: int | bytes | None) -> int:
     return call(libc.syscall(ctypes.c_long(number), *given), f"system call {number}")
 
 
-# --- the filter of system calls ---
+# --- the system call filter ---
 
 
-# A step is an operation, how many steps to skip where it holds and where it does not, and a value (linux/filter.h).
+# A step is an operation, the numbers of steps to skip if it is true and if it is false, and a value (linux/filter.h).
 
 
 def load(offset: int) -> Step:
@@ -100,31 +100,31 @@ def give(action: int) -> Step:
 
 
 def argument(i: int) -> Step:
-    return load(16 + 8 * i)  # its low half: all that is looked at here is an int, or flags in the low half
+    return load(16 + 8 * i)  # its low half, which holds all ints and flags that are inspected
 
 
 def only(i: int, values: Sequence[int]) -> list[Step]:
-    """Allows the call if its argument i is one of the values."""
+    """Allows the call only if argument i is one of the values."""
     tests = [equal(v, len(values) - n, 0) for n, v in enumerate(values)]
     return [argument(i), *tests, give(ERRNO | EPERM), give(ALLOW)]
 
 
 def never(i: int, values: Sequence[int]) -> list[Step]:
-    """Denies the call if its argument i is one of the values."""
+    """Denies the call if argument i is one of the values."""
     tests = [equal(v, len(values) - n, 0) for n, v in enumerate(values)]
     return [argument(i), *tests, give(ALLOW), give(ERRNO | EPERM)]
 
 
 def filter_program(denied: dict[str, int], rules: dict[int, list[Step]]) -> bytes:
-    """A BPF program that denies calls by their numbers, judges others by rules, and allows the rest.
+    """A BPF program that denies some calls by number, applies rules to others, and allows the rest.
 
     Raises:
-        OSError: the numbers of this processor's system calls are not known.
+        OSError: this processor's system call numbers are not known.
     """
     if os.uname().machine not in ARCHITECTURES or sys.maxsize < 2**32:
         raise OSError(ENOSYS, f"system calls of {os.uname().machine} are not known")
     steps = [load(4), equal(ARCHITECTURES[os.uname().machine][1], 1, 0), give(KILL), load(0)]
-    # Also the other set of numbers of x86-64 lies above the newest.
+    # x86-64's second set of numbers is also above the newest one.
     steps += [(0x25, 0, 1, NEWEST), give(ERRNO | ENOSYS), equal(CLONE3, 0, 1), give(ERRNO | ENOSYS)]
     for number in sorted(denied.values()):
         steps += [equal(number, 0, 1), give(ERRNO | EPERM)]
@@ -134,7 +134,7 @@ def filter_program(denied: dict[str, int], rules: dict[int, list[Step]]) -> byte
 
 
 def numbers() -> tuple[dict[str, int], dict[str, int]]:
-    """The system calls that are denied, and those that are denied in part."""
+    """The system calls that are denied, and those that are partly denied."""
     column = ARCHITECTURES.get(os.uname().machine, (0, 0))[0]
     table = {name: n for name, *n in (line.split() for line in CALLS.split(","))}
     return ({name: int(n[column]) for name, n in table.items() if n[column] != "-"},
@@ -142,10 +142,10 @@ def numbers() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def install_filter(program: bytes) -> None:
-    """Puts a filter on this process and all that it starts. Without privileges that needs no_new_privs, set here too.
+    """Installs a filter on this process and its children. Without privileges this needs no_new_privs, which it sets.
 
     Raises:
-        OSError: the kernel has no filters.
+        OSError: the kernel does not support filters.
     """
     buffer = ctypes.create_string_buffer(program, len(program))
     head = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
@@ -154,7 +154,7 @@ def install_filter(program: bytes) -> None:
 
 
 def filter_calls() -> None:
-    """One process without others, sockets, or powers over anything outside; it may have threads and signal itself."""
+    """Restricts this process to itself: no sockets, no other processes; threads and signals to itself are permitted."""
     denied, partly = numbers()
     me = os.getpid()
     rules = {
@@ -163,8 +163,8 @@ def filter_calls() -> None:
         "tgkill": only(0, [me]),
         "prlimit64": only(0, [0, me]),
         "prctl": never(0, [PR_SET_PDEATHSIG, PR_SET_DUMPABLE]),
-        "fcntl": never(1, [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by another way
-        "ioctl": never(1, [0x8901, 0x8902, 0x5412, 0x541C]),  # the same; TIOCSTI, TIOCLINUX: typing for the user
+        "fcntl": never(1, [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: indirect signals
+        "ioctl": never(1, [0x8901, 0x8902, 0x5412, 0x541C]),  # the same; TIOCSTI, TIOCLINUX: fake keyboard input
     }
     install_filter(filter_program(denied, {partly[name]: rule for name, rule in rules.items()}))
 
@@ -173,7 +173,7 @@ def filter_calls() -> None:
 
 
 def readable() -> list[str]:
-    """What an interpreter reads: its library, shared objects, time zones."""
+    """What an interpreter needs to read: its library, shared objects, time zones."""
     paths = [os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib"),
              "/lib", "/lib64", "/usr/lib", "/usr/lib64",
              "/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache", "/dev/urandom"]  # fmt: skip
@@ -181,19 +181,19 @@ def readable() -> list[str]:
 
 
 def landlock(folder: str) -> None:
-    """Reading where an interpreter must, writing in the folder and to /dev/null, nothing elsewhere.
+    """Permits reading what an interpreter needs, and writing to the folder and to /dev/null only.
 
-    The bits are those of linux/landlock.h: 1 is writing a file, 2 reading one, 3 listing a folder, 3 to 12 speak of
-    what is in a folder; 13 (moving between folders), 14 (truncating) and 15 (devices) came with later versions.
+    The bits are those of linux/landlock.h: 1 is writing a file, 2 reading one, 3 listing a folder; 3 to 12 concern the
+    contents of folders; 13 (moving between folders), 14 (truncating) and 15 (devices) came with later versions.
 
     Raises:
-        OSError: the kernel has no Landlock.
+        OSError: the kernel does not support Landlock.
     """
     version = system_call(LANDLOCK_CREATE_RULESET, None, 0, 1)
     every = (1 << (13 + (version >= 2) + (version >= 3))) - 1 | (version >= 5) << 15
-    attributes = struct.pack("=QQQ", every, 3, 3)  # also TCP, and signals and sockets to what is outside
+    attributes = struct.pack("=QQQ", every, 3, 3)  # also TCP, and signals and sockets to outside processes
     rules = system_call(LANDLOCK_CREATE_RULESET, attributes, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    of_files = every & ~(0b1111111111 << 3) & ~(1 << 13)  # a file's rule may not speak of folders
+    of_files = every & ~(0b1111111111 << 3) & ~(1 << 13)  # a file's rule must not have folder bits
     for path, access in [*((path, 0b1100) for path in readable()), ("/dev/null", 0b0110), (folder, every)]:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if not os.path.isdir(path):
@@ -216,10 +216,10 @@ def set_mounts(path: str, recursive: bool, on: int, off: int) -> None:
 
 
 def read_only_mounts(folder: str, disk_mib: int) -> None:
-    """Makes all file systems read-only and without devices, and puts a small one in memory at the folder.
+    """Makes all file systems read-only and without devices, and mounts a small one in memory at the folder.
 
     Raises:
-        OSError: there is no mount namespace of our own, or the kernel is older than 5.12.
+        OSError: there is no private mount namespace, or the kernel is older than 5.12.
     """
     read_only, no_setuid, no_devices = 1, 2, 4
     set_mounts("/", True, read_only | no_setuid | no_devices, 0)
@@ -233,9 +233,9 @@ def read_only_mounts(folder: str, disk_mib: int) -> None:
 
 
 def leave() -> list[str]:
-    """Leaves for new namespaces, as an ordinary user or else with root's powers; the names of those that were allowed.
+    """Enters new namespaces, as an ordinary user or else with root's rights; returns the names of those permitted.
 
-    Users come first: as another user namespace's member a process can look into no process of the caller's.
+    The user namespace comes first: in another user namespace a process cannot inspect the caller's processes.
     """
     user, mounts, network, processes, ipc = 0x10000000, 0x00020000, 0x40000000, 0x20000000, 0x08000000
     uid, gid = os.geteuid(), os.getegid()
@@ -245,7 +245,7 @@ def leave() -> list[str]:
         except OSError:
             continue
         if flags & user:
-            with contextlib.suppress(OSError):  # without a map we are nobody, which is just as well
+            with contextlib.suppress(OSError):  # without a mapping the user is nobody, which is fine
                 for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                     with open(f"/proc/self/{name}", "w") as file:
                         file.write(text)
@@ -263,24 +263,24 @@ def drop_capabilities() -> None:
 
 
 def shut_in(folder: str, disk_mib: int, memory_mib: int, seconds: float, threads: int, names: list[str]) -> list[str]:
-    """Gives up what the program must not have; the names of all that is in force then."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not longer than the guard
+    """Drops everything that the program must not have; returns the names of all protections in force."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with the guard
     if "mount namespace" in names:
         with contextlib.suppress(OSError):
             read_only_mounts(folder, disk_mib)
             names = [*names, "read-only mounts"]
     os.chdir(folder)
-    cpu = math.ceil(seconds) + 1  # the guard looks sooner, and at a better clock: this one counts whole ticks
+    cpu = math.ceil(seconds) + 1  # a fallback: the guard stops earlier, by a finer clock
     limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: memory_mib << 20, resource.RLIMIT_FSIZE: disk_mib << 20,
               resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_MEMLOCK: 0}  # fmt: skip
-    if "user namespace" in names:  # else the limit counts the user's other processes too
+    if "user namespace" in names:  # otherwise the limit would include the user's other processes
         limits[resource.RLIMIT_NPROC] = threads
     for kind, limit in limits.items():
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
     drop_capabilities()
-    prctl(PR_SET_DUMPABLE, 0)  # handlers of core dumps heed no limit
+    prctl(PR_SET_DUMPABLE, 0)  # core dump handlers ignore the limit
     for name, step in (("landlock", functools.partial(landlock, folder)), ("seccomp", filter_calls)):
         with contextlib.suppress(OSError):
             step()
@@ -289,10 +289,10 @@ def shut_in(folder: str, disk_mib: int, memory_mib: int, seconds: float, threads
 
 
 def plain(value: Any) -> str:
-    """A value as a Python literal, by what built-in types say of it: an overridden method changes nothing.
+    """A value as a Python literal, formatted by the built-in types' own methods, so that overrides have no effect.
 
     Raises:
-        TypeError: it is no plain data.
+        TypeError: it is not plain data.
     """
     if value is None or isinstance(value, bool):
         return repr(value)
@@ -324,14 +324,14 @@ def plain(value: Any) -> str:
 
 
 def answer(report: int, write: Callable[[int, bytes], int], number: int, value: object) -> None:
-    """Says what the program gives where a test expects plain data; the guard compares."""
+    """Reports the program's value for a test that expects plain data; the guard compares it."""
     data = f"{number} {plain(value)}".encode("utf-8", "backslashreplace") + b"\n"
     while data:
         data = data[write(report, data) :]
 
 
 def are_right(answers: Sequence[bytes], expected: Sequence[str]) -> bool:
-    """Whether every expectation was met, each time that it was asked about."""
+    """Whether every expectation was met each time it was tested."""
     met = set()
     for line in answers:
         number, _, text = line.decode("utf-8", "replace").partition(" ")
@@ -345,10 +345,10 @@ def are_right(answers: Sequence[bytes], expected: Sequence[str]) -> bool:
 
 
 def steps(report: int, source: bytes) -> Iterator[Callable[[], object]]:
-    """The program, and what says that it came to its end: the same random token a second time.
+    """The program, followed by a step that reports completion by writing the random token a second time.
 
-    The token lies in no variable of a frame that the program could walk up to, only in the second of these functions,
-    which the loop holds and does not name.
+    The token is in no variable of a frame that the program could walk up to, only in the second of these functions,
+    which the loop holds without naming it.
     """
     token = os.urandom(16).hex().encode()
     os.write(report, token + b"\n")
@@ -360,8 +360,8 @@ def steps(report: int, source: bytes) -> Iterator[Callable[[], object]]:
 
 
 def run(report: int, source: bytes) -> None:
-    """Runs the program; says on the descriptor how it ended."""
-    show, end, write = sys.__excepthook__, os._exit, os.write  # the program may put others in their places
+    """Runs the program; reports on the descriptor how it ended."""
+    show, end, write = sys.__excepthook__, os._exit, os.write  # the program may replace these
     try:
         for step in steps(report, source):
             step()
@@ -385,19 +385,21 @@ def run(report: int, source: bytes) -> None:
 
 
 def watch(child: int, pipes: list[int], seconds: float, wall: float, most: int) -> tuple[bytes, str, bytes]:
-    """Waits for the end of the child and brings it about where it must; what it reported, a reason if one is known
-    already or how it ended, and the end of its stderr.
+    """Waits until the child ends, or ends it.
+
+    Returns:
+        What it reported, the reason of its end or how it ended, and the end of its stderr.
     """
     report, out, err = pipes
     kept = {report: b"", out: b"", err: b""}
     taken, reason, ended = 0, "", False
     deadline = time.monotonic() + wall
-    clock = ctypes.c_int()  # of the child's time on the processor
-    timed = libc.clock_getcpuclockid(child, ctypes.byref(clock)) == 0  # else the limit of the kernel must do
+    clock = ctypes.c_int()  # the child's CPU clock
+    timed = libc.clock_getcpuclockid(child, ctypes.byref(clock)) == 0  # otherwise the kernel's limit applies
     poll = select.poll()
     for fd in pipes:
         poll.register(fd, select.POLLIN)
-    poll.register(sys.stdout.fileno(), 0)  # tells when nobody listens any more
+    poll.register(sys.stdout.fileno(), 0)  # detects when nobody reads any more
     left = set(pipes)
     while True:
         ready = [fd for fd, _ in poll.poll(0 if ended else 1000 * min(0.02, max(0, deadline - time.monotonic())))]
@@ -417,9 +419,9 @@ def watch(child: int, pipes: list[int], seconds: float, wall: float, most: int) 
             late = time.monotonic() > deadline or (timed and time.clock_gettime(clock.value) > seconds)
             reason = "output" if taken > most else "time" if late else ""
             if reason:
-                os.kill(child, signal.SIGKILL)  # in a process namespace the first one's death is that of all
+                os.kill(child, signal.SIGKILL)  # in a process namespace this kills all
         if not ended:
-            # Without a pipe left nothing tells of the child's end: look every now and then.
+            # Without an open pipe nothing signals the child's end, so it is polled.
             pid, status, usage = os.wait4(child, 0 if reason else os.WNOHANG)
             ended = pid == child
             if not left and not ended:
@@ -432,7 +434,7 @@ def watch(child: int, pipes: list[int], seconds: float, wall: float, most: int) 
 
 
 def read(most: int = -1) -> bytes:
-    """So many bytes of stdin, and no more than these; all that is left by default."""
+    """Reads exactly this many bytes from stdin; by default all that is left."""
     data = b""
     while len(data) != most and (more := os.read(0, 1 << 16 if most < 0 else min(1 << 16, most - len(data)))):
         data += more
@@ -440,10 +442,10 @@ def read(most: int = -1) -> bytes:
 
 
 def main(length: str, folder: str, *limits: str) -> None:
-    """Reads a program from stdin; prints what was in force, the reason of its end, and its last words, a line each.
+    """Reads a program from stdin; prints the protections in force, the reason of its end, and its last words.
 
-    Behind the program come the literals that its tests expect. They are read when the child is there already: nothing
-    in its memory tells them.
+    The literals that the tests expect follow the program on stdin. They are read after the fork, so that they are not
+    in the child's memory.
     """
     source = read(int(length))
     seconds, wall, memory_mib, disk_mib, output_mib, threads = limits
@@ -484,7 +486,7 @@ def main(length: str, folder: str, *limits: str) -> None:
     elif reason.startswith("code "):
         reason, detail = "exit", f"ended with {reason} before its last line"
     elif reason.startswith("signal "):
-        reason, detail = "signal", f"ended by {reason}"  # an abort ends by 11 in a process namespace
+        reason, detail = "signal", f"ended by {reason}"  # an abort ends with signal 11 in a process namespace
     sys.stdout.buffer.write("\n".join((in_force.decode(), reason, detail)).encode("utf-8", "replace"))
 
 

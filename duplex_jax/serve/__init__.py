@@ -1,1 +1,1 @@
-"""The real-time server: many live sessions behind one engine, on a slice clock, over four protocols."""
+"""The real-time server: many live sessions on one engine and a slice clock, over several protocols."""

@@ -1,4 +1,4 @@
-"""Who may come in, and what holds for every request: names, origins, keys, deadlines and headers."""
+"""Access control and rules for every request: host names, origins, keys, deadlines and headers."""
 
 import asyncio
 import dataclasses
@@ -19,15 +19,15 @@ from duplex_jax.serve.connection import WireLimits
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Problem = Callable[[int, str], web.Response]
-"""Makes an error response of a status and a message."""
+"""Makes an error response from a status and a message."""
 
 RUNNING: dict[str, Any] = {
-    "handler_cancellation": True,  # a request whose client has left stops
-    "keepalive_timeout": 20.0,  # the deadline of a request's headers, too
+    "handler_cancellation": True,  # cancels a request whose client has left
+    "keepalive_timeout": 20.0,  # also the deadline of a request's headers
     "shutdown_timeout": 2.0,
     "access_log": None,
 }
-"""How aiohttp runs an application of ours: arguments of `web.run_app` and `web.AppRunner`."""
+"""How our applications are run: arguments of `web.run_app` and `web.AppRunner`."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,13 +43,13 @@ _HOST = re.compile(r"[\w.:\[\]-]+", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may come in.
+    """Who may connect.
 
     Attributes:
-        keys: any of these as `Authorization: Bearer KEY`; with none, no key is needed.
-        origins: pages of other servers that may connect, as `https://name:port`; `*` for all.
-        hosts: names that clients may use for this server besides those of the loopback interface; `*` for all. With
-            `0.0.0.0` or `::`, any IP address and the machine's own name too.
+        keys: accepted keys, sent as `Authorization: Bearer KEY`; if empty, no key is needed.
+        origins: other servers whose pages may connect, as `https://name:port`; `*` for all.
+        hosts: host names for this server besides those of the loopback interface; `*` for all. With `0.0.0.0` or `::`,
+            also any IP address and the machine's own name.
     """
 
     keys: tuple[str, ...] = ()
@@ -59,8 +59,8 @@ class Access:
     def knows(self, host: str) -> bool:
         """Whether a `Host` header names this server.
 
-        A page of another server reaches this one under its own name once that name resolves to this machine (DNS
-        rebinding), and the browser takes both for the same origin.
+        Otherwise a page of another server whose name is made to resolve to this machine (DNS rebinding) could reach
+        this server under that name, and the browser would treat both as the same origin.
         """
         if not _HOST.fullmatch(host):
             return False
@@ -79,11 +79,11 @@ class Access:
             return name in own or name.endswith(".localhost")
 
     def lets_in(self, origin: str) -> bool:
-        """Whether pages of another server may ask this one and read its answers."""
+        """Whether pages of another server may send requests to this one and read its answers."""
         return bool({"*", origin} & set(self.origins))
 
     def refusal(self, request: web.Request) -> tuple[int, str] | None:
-        """Status and reason where a request may not come in."""
+        """Status and reason if a request is refused, else None."""
         origin = request.headers.get(hdrs.ORIGIN)
         if origin and not self.lets_in(origin) and not _is_origin_of(origin, request.host):
             return 403, f"origin {origin[:80]} is not allowed; --allowed_origins lists those that are"
@@ -95,7 +95,7 @@ class Access:
 
 
 def _is_origin_of(origin: str, host: str) -> bool:
-    """Whether a page is this server's own, or of another port of this machine, as the paper's page is."""
+    """Whether a page comes from this server, or from another port of this machine, like the paper's page."""
     try:
         own, page = urlsplit(f"//{host}"), urlsplit(origin)
         return page.netloc == host or (_is_loopback(page.hostname) and _is_loopback(own.hostname))
@@ -108,7 +108,7 @@ def _is_loopback(name: str | None) -> bool:
 
 
 def _given(request: web.Request) -> list[bytes]:
-    """Keys that a request brings; a browser's websocket can send one only as a subprotocol."""
+    """The keys in a request; a browser's websocket can send one only as a subprotocol."""
     scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     given = [key.strip()] if scheme.lower() == "bearer" else []
     for protocol in request.headers.get(hdrs.SEC_WEBSOCKET_PROTOCOL, "").split(","):
@@ -117,10 +117,10 @@ def _given(request: web.Request) -> list[bytes]:
 
 
 def read_keys(path: str | Path) -> tuple[str, ...]:
-    """API keys of a file, one a line; lines with `#` in front are comments.
+    """Reads API keys from a file, one per line; lines that begin with `#` are comments.
 
     Raises:
-        UserError: it cannot be read, or holds none.
+        UserError: it cannot be read, or has no keys.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -134,14 +134,14 @@ def read_keys(path: str | Path) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """The one middleware of a server: every request passes it, and every response.
+    """The server's middleware, which handles every request and every response.
 
     Attributes:
-        access: who may come in.
+        access: who may connect.
         wire: limits of a request's body.
         is_public: whether a request needs no key and may come from any page.
-        problem: makes an error as the server's clients read it.
-        refused: told each status with which a request was turned away.
+        problem: makes an error response in the protocol's format.
+        refused: called with the status of each refused request.
     """
 
     access: Access
@@ -151,7 +151,7 @@ class Gate:
     refused: Callable[[int], None] = lambda status: None
 
     def apply_to(self, app: web.Application) -> None:
-        """Makes it an application's middleware."""
+        """Installs itself as an application's middleware."""
 
         @web.middleware
         async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -163,13 +163,13 @@ class Gate:
     async def _pass(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
         if asks and self._page(request):
-            return web.Response(status=204, headers=_PREFLIGHT)  # asked by the browser, without a key
+            return web.Response(status=204, headers=_PREFLIGHT)  # sent by the browser, without a key
         refusal = self._refusal(request)
         if refusal is not None:
             self.refused(refusal[0])
             return self.problem(*refusal)
         try:
-            if request.body_exists:  # all of it, so that no handler waits for a body that never ends
+            if request.body_exists:  # read completely, so that no handler waits for an endless body
                 async with asyncio.timeout(self.wire.body_seconds):
                     await request.read()
         except TimeoutError:
@@ -180,7 +180,7 @@ class Gate:
             return self.problem(413, f"the body is over {self.wire.message_bytes} bytes")
         try:
             return await handler(request)
-        except ConnectionError:  # the client left before it could be answered; nobody reads this
+        except ConnectionError:  # the client is gone, so nobody reads this
             return self.problem(400, "the client has left")
         except web.HTTPClientError as e:
             response = self.problem(e.status, e.text or e.reason)
@@ -193,7 +193,7 @@ class Gate:
             return self.problem(500, "the server failed at this request")
 
     def _page(self, request: web.Request) -> str | None:
-        """The origin of another server's page that was let in, which may read the answer."""
+        """The origin of an accepted page of another server, which may read the answer, or None."""
         origin = request.headers.get(hdrs.ORIGIN)
         return origin if origin and self.access.lets_in(origin) and self.access.knows(request.host) else None
 
@@ -210,9 +210,9 @@ class Gate:
 
 
 def page_policy(host: str) -> str:
-    """The Content-Security-Policy of a page at `host`: it talks to its own server alone, and nobody frames it.
+    """The Content-Security-Policy of a page at `host`: it may contact only its own server, and cannot be framed.
 
-    Not every browser takes `'self'` for websockets, too.
+    The host is named because not every browser applies `'self'` to websockets.
     """
     return (
         f"default-src 'self'; connect-src 'self' ws://{host} wss://{host}; media-src 'self' blob:; "

@@ -19,10 +19,10 @@ from duplex_jax.serve.sessions import Sessions
 
 
 def page_file(request: web.Request, folder: str, name: str) -> web.Response:
-    """A file of a page in the browser, out of a folder of the package's assets.
+    """A file of a web page, from a folder of the package's assets.
 
     Raises:
-        HTTPNotFound: there is none of this name.
+        HTTPNotFound: there is no such file.
     """
     kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
     file = resources.files("duplex_jax") / "assets" / folder / name
@@ -37,12 +37,12 @@ class Server:
     """Everything behind one port.
 
     Args:
-        sessions: the book of sessions, with its hub.
-        model: the name of the model, as clients see it.
-        access: who may come in.
+        sessions: the sessions, with their hub.
+        model: the model's name for clients.
+        access: who may connect.
         wire: limits of connections; by default an address may have four for each of its sessions, and 64.
-        slice_seconds: k where a client does not say.
-        make_voice: hearing and speaking for a session; None where the server has neither.
+        slice_seconds: default of k, seconds per slice.
+        make_voice: makes speech recognition and synthesis for a session; None if the server has neither.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Server:
         self.slice_seconds, self.make_voice = slice_seconds, make_voice
         self.metrics, self.sockets, self.store = Metrics(sessions), Sockets(self.wire), Store()
         self.ordinary_port = ORDINARY_PORT
-        """Where the paper's client finds turn-based conversations."""
+        """Port of turn-based conversations for the paper's client."""
         self._draining = False
 
     def app(self) -> web.Application:
@@ -97,7 +97,7 @@ class Server:
         await self.sessions.close()
 
     async def _root(self, request: web.Request) -> web.StreamResponse:
-        # The demo's client asks for no path of its own: a websocket at the root is one of its.
+        # The demo's client requests no path: a websocket at the root is one of its.
         return await (self._demo(request) if _upgrades(request) else self._page(request))
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
@@ -178,7 +178,7 @@ def _upgrades(request: web.Request) -> bool:
 
 
 def _is_public(request: web.Request) -> bool:
-    """The page and the state of the server need no key."""
+    """Whether a request needs no key: the page and the server's state do not."""
     return (
         request.path == "/healthz"
         or request.path.startswith("/page/")

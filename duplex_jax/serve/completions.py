@@ -1,4 +1,4 @@
-"""OpenAI's chat completions over the same weights: turn by turn, streamed or whole."""
+"""OpenAI's chat completions API with the same weights: turn-based, streamed or complete."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 MOST_STOPS = 4
 MOST_TOKENS = 512
-"""Tokens of an answer where a request says nothing."""
+"""Default maximum length of an answer in tokens."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -52,7 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "moderation": (),
 }
-"""Fields of the protocol that this server does not do, and the values that ask for nothing."""
+"""Fields of the API that are not supported, with the values that request nothing."""
 
 
 class Part(Incoming):
@@ -82,14 +82,14 @@ class Message(Incoming):
 
 
 class StreamOptions(Incoming):
-    """What a stream carries beside the answer."""
+    """What a stream contains besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class Body(Incoming):
-    """A request. Null is as if a field were not there."""
+    """A request. A null field is treated as missing."""
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
@@ -101,7 +101,7 @@ class Body(Incoming):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # These change nothing about an answer.
+    # These do not affect the answer.
     user: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
@@ -113,7 +113,7 @@ class Body(Incoming):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a request asks for, checked."""
+    """A validated request."""
 
     messages: list[tuple[str, str]]
     sampling: Sampling
@@ -126,10 +126,10 @@ class Asked:
 
 
 def parse(body: Mapping[str, Any], model: str) -> Asked:
-    """A request's body.
+    """Validates a request's body.
 
     Raises:
-        UserError: a field that is missing, of another type, unknown or not supported; names it.
+        UserError: a field is missing, of the wrong type, unknown or not supported; the message names it.
     """
     for name, neutral in NEUTRAL.items():
         value = body.get(name)
@@ -161,12 +161,14 @@ def parse(body: Mapping[str, Any], model: str) -> Asked:
 
 
 class _Answer:
-    """An answer that is being made, in a row of its own. A model that was trained on slices gets the conversation as
-    slices and answers until it is silent; any other gets its chat template and answers up to its end token.
+    """An answer in progress, in its own row.
+
+    A model that was trained on slices gets the conversation as slices and answers until it is silent; any other model
+    gets its chat template and answers up to its end token.
 
     Args:
-        engine: makes it.
-        asked: how.
+        engine: the engine.
+        asked: the request.
 
     Raises:
         EngineFull: no row is free.
@@ -176,7 +178,7 @@ class _Answer:
     def __init__(self, engine: Engine, asked: Asked):
         template, self._query = engine.template, asked.messages[-1][1]
         self.most, self.prompt = asked.max_tokens, 0
-        """Tokens that the answer may take, and those in front of it."""
+        """Most tokens of the answer, and number of tokens before it."""
         self._session: SliceTurns | TurnSession
         if template.in_slices:
             notes = [text for role, text in asked.messages if role == "system"]
@@ -189,16 +191,16 @@ class _Answer:
         if room < 1:
             raise UserError(f"messages: {len(prompt)} tokens; the context holds {engine.capacity}, answer included")
         self.most, self.prompt = min(self.most, room), len(prompt)
-        # The row's ids are this conversation's alone: a beginning that stays has a limit, a prompt has not.
+        # A system prompt given to the session has a length limit; a prompt given as ids does not.
         self._session = TurnSession(engine, seed=asked.seed, sampling=asked.sampling)
         self._session.go_on(prompt, self.most)
 
     def close(self) -> None:
-        """Gives the row back."""
+        """Closes the engine's row."""
         self._session.close()
 
     def parts(self) -> Iterator[tuple[list[int], str | None]]:
-        """Ids as they are sampled, and at the end why it ended; every step is work for the engine's thread."""
+        """Sampled ids, and at the end why it ended; every step must run on the engine's thread."""
         left = self.most
         for words in self._words():
             left -= len(words)
@@ -218,7 +220,7 @@ class _Answer:
 
 
 async def _texts(hub: Hub, asked: Asked, answer: _Answer, count: list[int]) -> AsyncGenerator[tuple[str, str | None]]:
-    """Text as it comes, up to a stop text; holds back what may become one."""
+    """Text as it comes, up to a stop string; holds back text that may become one."""
     tokenizer = hub.engine.template.tokenizer
     held = max((len(s) for s in asked.stop), default=1) - 1
     data, pending = b"", ""
@@ -244,9 +246,9 @@ class Completions:
     """`POST /v1/chat/completions`.
 
     Args:
-        sessions: where a row comes from.
-        model: the name it answers under.
-        write_seconds: that a part of a stream may wait for its reader, who is let go behind that.
+        sessions: provides rows.
+        model: the name that it answers to.
+        write_seconds: how long a part of a stream may wait for its reader, who is then disconnected.
     """
 
     def __init__(self, sessions: Sessions, model: str, write_seconds: float = WireLimits.write_seconds):
@@ -270,7 +272,7 @@ class Completions:
         common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
         count = [0]
         texts = _texts(self._hub, asked, answer, count)
-        first = await anext(texts)  # what is wrong with the request shows here, before a stream has begun
+        first = await anext(texts)  # errors in the request surface here, before a stream begins
 
         def usage() -> dict[str, int]:
             tokens = {"prompt_tokens": answer.prompt, "completion_tokens": count[0]}
@@ -314,7 +316,7 @@ class Completions:
                     await send(common | {"object": "chat.completion.chunk", "choices": [], "usage": usage()})
             except (ConnectionError, web.HTTPException):
                 raise
-            except Exception as e:  # the status was sent long ago
+            except Exception as e:  # the status has already been sent
                 _log.exception("an answer broke off")
                 await send({"error": error("server_error", f"the answer broke off ({type(e).__name__})")})
             await write(b"[DONE]")
@@ -330,10 +332,10 @@ async def _all(
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
-    """The JSON object of a request.
+    """The JSON object in a request's body.
 
     Raises:
-        Refusal: it is none, or not written as UTF-8.
+        Refusal: it is not a JSON object in UTF-8.
     """
     charset = (request.charset or "utf-8").lower()
     if charset not in ("utf-8", "utf8", "us-ascii", "ascii"):
@@ -345,10 +347,10 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 
 def error(kind: str, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error object as OpenAI's clients read it."""
+    """An error object in the format of OpenAI's API."""
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
 def problem(status: int, kind: str, message: str, code: str | None = None, param: str | None = None) -> web.Response:
-    """An error as the answer to a request."""
+    """An error response."""
     return web.json_response({"error": error(kind, message, code, param)}, status=status)

@@ -1,4 +1,4 @@
-"""Websockets: what comes in is limited, what goes out never blocks, and a stalled or idle client is let go."""
+"""Websocket connections: input is limited, output never blocks, and stalled or idle clients are disconnected."""
 
 import asyncio
 import dataclasses
@@ -16,25 +16,25 @@ from duplex_jax.serve.tasks import to_the_end
 _log = logging.getLogger(__name__)
 
 _AHEAD = 8
-"""Messages that are read before the client's last one has been dealt with."""
+"""Messages that are read ahead while the client's last one is being handled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WireLimits:
-    """What one connection may do.
+    """Limits of a connection.
 
     Attributes:
-        message_bytes: of one message, or of a request's body.
-        messages_per_second: on average.
+        message_bytes: size of a message, or of a request's body.
+        messages_per_second: average rate.
         burst: messages at once.
-        waiting: outgoing messages that a slow reader may let wait.
-        waiting_bytes: characters of those, where more than one waits.
-        idle_seconds: between heartbeats; a client that answers none is let go.
+        waiting: outgoing messages that may wait for a slow reader.
+        waiting_bytes: their characters, if more than one waits.
+        idle_seconds: time between heartbeats; a client that does not answer one is disconnected.
         unused_seconds: how long a websocket without a session may send nothing.
         sockets: websockets of the whole server.
         sockets_per_client: websockets of one address.
-        body_seconds: that a request's body may take.
-        write_seconds: that a part of a streamed answer may wait for its reader.
+        body_seconds: time for receiving a request's body.
+        write_seconds: how long a part of a streamed answer may wait for its reader.
     """
 
     message_bytes: int = 256 * 1024
@@ -52,12 +52,12 @@ class WireLimits:
 
 @dataclasses.dataclass(eq=False)
 class Caller:
-    """Whom a session or a request counts for.
+    """The client to which a session or a request is attributed.
 
     Attributes:
-        address: what the limits of one client are counted by.
-        gone: set once its connection is lost; None where nobody tells.
-        sessions: that it holds by this connection.
+        address: identifies the client for its limits.
+        gone: set once its connection is lost; None if that is not tracked.
+        sessions: number of sessions that it holds through this connection.
     """
 
     address: str
@@ -75,8 +75,8 @@ class Connection:
 
     Args:
         ws: the prepared response.
-        limits: of this connection.
-        address: of its client.
+        limits: limits of this connection.
+        address: address of its client.
     """
 
     def __init__(self, ws: web.WebSocketResponse, limits: WireLimits, address: str):
@@ -85,7 +85,7 @@ class Connection:
         self.heard_at = time.monotonic()
         """When the client last sent something."""
         self._out: asyncio.Queue[str | None] = asyncio.Queue(limits.waiting)
-        self._out_size = 0  # characters of what waits in it
+        self._out_size = 0  # characters that wait in it
         self._in: asyncio.Queue[str | bytes | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(_AHEAD)
         self._goodbye = (int(WSCloseCode.OK), "")
@@ -95,15 +95,15 @@ class Connection:
 
     @property
     def response(self) -> web.WebSocketResponse:
-        """What aiohttp's handler gives back."""
+        """The return value for aiohttp's handler."""
         return self._ws
 
     def send(self, message: Mapping[str, Any] | str) -> None:
-        """Queues a message; a reader that has let too many wait is disconnected."""
+        """Queues a message; disconnects a reader for whom too many wait."""
         if self._finished:
             return
         text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
-        # UTF-8 has no halves of surrogate pairs.
+        # UTF-8 cannot encode half of a surrogate pair.
         text = text.encode("utf-8", "replace").decode()
         if self._out_size and self._out_size + len(text) > self._limits.waiting_bytes:
             self._abandon()
@@ -115,7 +115,7 @@ class Connection:
             self._abandon()
 
     def _abandon(self) -> None:
-        """The reader is stuck: no closing handshake will get through either."""
+        """Drops the connection of a stuck reader, whom a closing handshake would not reach either."""
         self._finished = True
         self._writer.cancel()
         transport = self._ws._req.transport if self._ws._req is not None else None
@@ -130,16 +130,16 @@ class Connection:
             self._finished = True
             await self._ws.close(code=self._goodbye[0], message=self._goodbye[1].encode()[:120])
         except ConnectionError:
-            pass  # the client has gone
+            pass  # the client is gone
         except Exception:
-            if not self._ws.closed:  # what cannot be sent ends the connection, audibly
+            if not self._ws.closed:  # a message that cannot be sent ends the connection with an error
                 _log.exception("a message could not be sent")
                 self._abandon()
         finally:
             self._finished = True
 
     def hang_up(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
-        """Says goodbye once what waits is sent; `messages` ends then."""
+        """Closes the connection after sending what waits; then `messages` ends."""
         self._goodbye = (code, reason)
         try:
             self._out.put_nowait(None)
@@ -147,7 +147,7 @@ class Connection:
             self._abandon()
 
     async def _read(self) -> None:
-        """Reads ahead a little, so that a client that goes is noticed while it is waited for something else."""
+        """Reads ahead a little, to notice a lost client while waiting for something else."""
         limits, tokens, since = self._limits, float(self._limits.burst), time.monotonic()
         try:
             async for message in self._ws:
@@ -167,19 +167,19 @@ class Connection:
             self.lost()
 
     def lost(self) -> None:
-        """The client has gone: whoever waits on its behalf need not."""
+        """Marks the client as gone, so that nothing waits on its behalf."""
         gone = self.caller.gone
         if gone is not None and not gone.done():
             gone.set_result(None)
 
     async def messages(self) -> AsyncIterator[str | bytes]:
-        """What the client sends, until it goes or breaks a limit."""
+        """The client's messages, until it leaves or exceeds a limit."""
         while (data := await self._in.get()) is not None:
             self._room.release()
             yield data
 
     async def close(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
-        """Sends what waits and says goodbye; takes seconds at most."""
+        """Sends what waits and closes the connection; takes a few seconds at most."""
         if not self._finished:
             self.hang_up(code, reason)
         await asyncio.wait([self._writer], timeout=3)
@@ -189,10 +189,10 @@ class Connection:
 
 
 class Sockets:
-    """The open websockets of a server: so many in all and of one address, and none that idles for ever.
+    """The open websockets of a server, limited in total and per address; closes those that stay unused.
 
     Args:
-        limits: of each.
+        limits: limits of each connection.
     """
 
     def __init__(self, limits: WireLimits):
@@ -202,11 +202,11 @@ class Sockets:
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to look after them; call it in the event loop."""
+        """Starts the supervision; must be called in the event loop."""
         self._keeper = asyncio.create_task(self._keep(), name="sockets")
 
     async def close(self) -> None:
-        """Says goodbye to all of them."""
+        """Closes all of them."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -219,10 +219,10 @@ class Sockets:
         talk: Callable[[Connection], Coroutine[Any, Any, None]],
         protocols: tuple[str, ...] = (),
     ) -> web.StreamResponse:
-        """Answers an upgrade, and lets `talk` have the connection until it is over.
+        """Answers an upgrade, and runs `talk` on the connection until it ends.
 
         Raises:
-            HTTPTooManyRequests: there are too many already.
+            HTTPTooManyRequests: there are too many websockets.
         """
         address, limits = Caller.of(request).address, self.limits
         if self._of.total() >= limits.sockets:
@@ -238,14 +238,14 @@ class Sockets:
             connection = Connection(ws, limits, address)
             self._open.add(connection)
             try:
-                # aiohttp cancels its handler where the transport is lost: what came in before is still dealt with.
+                # aiohttp cancels its handler when the transport is lost; messages received before are still handled.
                 await to_the_end(talk(connection), connection.lost)
             finally:
                 self._open.discard(connection)
             return connection.response
         finally:
             self._of[address] -= 1
-            self._of += Counter()  # forgets addresses that have none
+            self._of += Counter()  # drops addresses without websockets
 
     async def _keep(self) -> None:
         while True:

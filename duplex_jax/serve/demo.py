@@ -1,11 +1,11 @@
-"""The plain-text protocol of the paper's own demo servers, so that its web client works unchanged.
+"""The plain-text protocol of the paper's demo servers, so that its web client works unchanged.
 
-There are two of them. The duplex one listens on port 8765: every message is a user slice (`<idle>` for silence), and
-what the assistant says comes back as one text, silence as nothing, with line ends for full stops, which its client
-speaks sentence by sentence. The ordinary one listens on port 8766: every message is a query, its answer comes in
-pieces as it is made, as it is, and `<!end!>` follows it. `<!new_session!>` and `<!new_ordinary_session!>` begin a new
-conversation, duplex or turn-based, on either port. `<!too_long!>` comes only where a turn-based conversation is over:
-a duplex session has no end.
+There are two. The duplex server listens on port 8765: every message is a user slice (`<idle>` for silence), and the
+assistant's words come back as one text, nothing for silence, with line ends instead of full stops, which the client
+speaks sentence by sentence. The ordinary server listens on port 8766: every message is a query, its answer is streamed
+unchanged, and `<!end!>` follows it. On either port `<!new_session!>` and `<!new_ordinary_session!>` begin a new duplex
+or turn-based conversation. `<!too_long!>` ends a turn-based conversation whose context is full; duplex sessions are
+unlimited.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ NEW_SESSION, NEW_ORDINARY_SESSION = "<!new_session!>", "<!new_ordinary_session!>
 TOO_LONG, END = "<!too_long!>", "<!end!>"
 
 MOST_TOKENS = 1024
-"""Of an ordinary answer."""
+"""Most tokens of an ordinary answer."""
 
 ORDINARY_PORT = 8766
-"""Where the client looks for the ordinary server."""
+"""Port on which the client expects the ordinary server."""
 
 
 class Demo:
@@ -36,11 +36,11 @@ class Demo:
 
     Args:
         connection: its websocket.
-        sessions: where its sessions live.
-        client: whom they count for.
-        ordinary: the conversation is turn-based until the client asks for another one.
-        sampling: of the answers.
-        seed: of the first session; the next one has the next seed.
+        sessions: the server's sessions.
+        client: the client to which sessions are attributed.
+        ordinary: whether the conversation is turn-based until the client requests another one.
+        sampling: sampling settings.
+        seed: seed of the first session; each further one adds 1.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Demo:
         self._over = False
 
     async def run(self) -> None:
-        """Until the client goes."""
+        """Handles messages until the client disconnects."""
         try:
             await converse(self._connection, self._handle, self._refuse)
         finally:
@@ -68,11 +68,11 @@ class Demo:
             await self._connection.close()
 
     def _refuse(self, error: UserError) -> None:
-        """That server has no word for what was wrong with a message, but for a place that is taken."""
+        """Reports an error; the protocol has a message only for a full server."""
         if isinstance(error, Full):
             self._connection.send("All places are taken; try again later.")
         elif self._mode == NEW_ORDINARY_SESSION:
-            self._connection.send(END)  # the client waits for it
+            self._connection.send(END)  # the client waits for this
 
     async def _handle(self, data: str | bytes) -> bool:
         message = data.strip() if isinstance(data, str) else ""
@@ -82,7 +82,7 @@ class Demo:
             self._mode, self._over = message, False
             await self._end()
             return True
-        if self._over:  # as that server does, until a new session is asked for
+        if self._over:  # like the demo server, until a new session is requested
             self._tell_over()
             return True
         check_values({"message": message})
@@ -92,7 +92,7 @@ class Demo:
         if self._entry is None:
             await self._begin()
         assert self._entry is not None
-        # A client that sends faster than it is answered: silences that wait become one.
+        # If a client sends faster than it is answered, silences that wait are merged.
         if message == IDLE and (self._waiting or self._mode == NEW_ORDINARY_SESSION):
             return True
         self._entry.live.slice(None if message == IDLE else message)
@@ -139,5 +139,5 @@ class Demo:
                 self._tell_over()
             case Trouble(code="slice_refused"):
                 self._waiting = max(0, self._waiting - 1)
-                if ordinary:  # a query that does not fit; the next one may
+                if ordinary:  # the query does not fit, but the next one may
                     self._tell_over()

@@ -1,4 +1,4 @@
-"""The hub: many sessions step in few batches on one thread, and take turns for the rows of one engine."""
+"""The hub: steps many sessions in few batches on one thread, and queues for the rows of one engine."""
 
 import asyncio
 import collections
@@ -19,10 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class InRow(Protocol):
-    """What lives in a row of the engine: a session, or an answer that is being made."""
+    """What occupies a row of the engine: a session, or an answer in progress."""
 
     def close(self) -> None:
-        """Gives the row back to the engine."""
+        """Returns the row to the engine."""
         ...
 
 
@@ -31,7 +31,7 @@ S = TypeVar("S", bound=InRow)
 
 
 class Full(UserError):
-    """No row is free and no more newcomers may wait for one, or one client has too much already."""
+    """No row is free and too many wait for one, or one client has too many."""
 
 
 class Gone(UserError):
@@ -41,8 +41,8 @@ class Gone(UserError):
 class Lease(Generic[S]):
     """A row of the engine, owned by whoever opened a session in it, until `close`.
 
-    Whatever happens to the task that opens or closes it, the row comes back: the engine's thread does one thing after
-    the other, so what gives a row back comes behind what takes it.
+    The row is always returned, whatever happens to the task that opens or closes it: the engine's thread runs jobs in
+    order, so a row's release comes after its allocation.
     """
 
     def __init__(self, hub: "Hub"):
@@ -53,24 +53,24 @@ class Lease(Generic[S]):
 
     @property
     def session(self) -> S:
-        """What lives in the row."""
+        """The session in the row."""
         assert self._session is not None
         return self._session
 
     @property
     def holds_row(self) -> bool:
-        """Whether the engine's row is taken; to be asked on the engine's thread."""
+        """Whether the engine's row is taken; must be called on the engine's thread."""
         return self._session is not None
 
     def give_back(self) -> "asyncio.Future[None]":
-        """Begins to close the session and to give its row to the next in the queue; twice does no harm."""
+        """Starts to close the session and to pass its row to the next in the queue; idempotent."""
         if self._given_back is None:
             self._given_back = self._hub._submit(self._empty)
             self._given_back.add_done_callback(self._emptied)
         return self._given_back
 
     async def close(self) -> None:
-        """Closes the session and gives its row back."""
+        """Closes the session and returns its row."""
         await asyncio.shield(self.give_back())
 
     def _fill(self, make: Callable[[], S]) -> None:
@@ -91,7 +91,7 @@ class Lease(Generic[S]):
 
 @dataclasses.dataclass(eq=False)
 class _Asked:
-    """A step that somebody waits for."""
+    """A requested step and its future."""
 
     session: DuplexSession
     user: str | None
@@ -99,27 +99,27 @@ class _Asked:
 
 
 class Hub:
-    """Owns an engine and the one thread that may touch it.
+    """Owns an engine and the only thread that may touch it.
 
-    Steps that are asked for while a batch runs make up the next batch, so a batch grows with the load. Whatever else
-    touches a session goes through `call` and happens between two batches.
+    Steps requested while a batch runs form the next batch, so batches grow with the load. All other access to a session
+    goes through `call` and happens between two batches.
 
     Args:
-        engine: whose rows sessions take.
-        gather: seconds that a batch waits for others, so that clients in lockstep share one.
-        waiting: newcomers that may wait for a row.
+        engine: the engine whose rows sessions take.
+        gather: seconds that a batch waits for further steps, so that synchronous clients share one.
+        waiting: most newcomers that may wait for a row.
     """
 
     def __init__(self, engine: Engine, gather: float = 0.005, waiting: int = 64):
         self.engine = engine
         self.steps = 0
-        """Batches so far."""
+        """Number of batches so far."""
         self.stepped = 0
-        """Slices so far."""
+        """Number of slices so far."""
         self.busy_seconds = 0.0
         """Time spent in batches."""
         self.last_seconds = 0.0
-        """How long the newest batch took."""
+        """Duration of the latest batch."""
         self._gather, self._most_waiting = gather, waiting
         self._asked: list[_Asked] = []
         self._wake = asyncio.Event()
@@ -130,11 +130,11 @@ class Hub:
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to serve; call it in the event loop."""
+        """Starts to serve; must be called in the event loop."""
         self._loop = asyncio.create_task(self._run(), name="hub")
 
     async def close(self) -> None:
-        """Ends; steps that were asked for fail."""
+        """Stops; pending steps fail."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
@@ -147,12 +147,12 @@ class Hub:
 
     @property
     def free(self) -> int:
-        """Rows that nobody has."""
+        """Number of free rows."""
         return self._free
 
     @property
     def waiting(self) -> int:
-        """Newcomers that wait for a row."""
+        """Number of newcomers that wait for a row."""
         return sum(not f.done() for f in self._queue)
 
     async def open(
@@ -165,10 +165,10 @@ class Hub:
         """Opens a session as soon as a row is free, first come, first served.
 
         Args:
-            make: opens it, on the engine's thread; takes one row of the engine.
-            on_wait: told the place in the queue, from 1, where there is no row at once.
-            gone: set where nobody waits for the session any more.
-            returning: a session that had a row before, which waits however many others do.
+            make: opens it on the engine's thread; takes one row of the engine.
+            on_wait: called with the place in the queue, from 1, if no row is free.
+            gone: set when nobody waits for the session any more.
+            returning: whether the session had a row before; such sessions are not subject to the queue's limit.
 
         Raises:
             Full: too many newcomers wait already.
@@ -206,14 +206,14 @@ class Hub:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._give_row()  # it had been handed over in the meantime
+                self._give_row()  # the row had been assigned in the meantime
             raise
         finally:
             if gone is not None:
                 gone.remove_done_callback(leave)
 
     def _give_row(self) -> None:
-        """Gives a row to the next in the queue."""
+        """Passes a row to the next in the queue."""
         while self._queue:
             future = self._queue.popleft()
             if not future.done():
@@ -222,15 +222,15 @@ class Hub:
         self._free += 1
 
     async def count_rows(self) -> tuple[int, int]:
-        """Rows that sessions of this hub hold, and rows that are taken in the engine; they differ where one is lost."""
+        """Rows held by this hub's sessions, and rows taken in the engine; they differ if one was lost."""
         return await self.call(lambda: (sum(lease.holds_row for lease in self._leases), len(self.engine.rows)))
 
     # Work on the engine's thread.
 
     async def call(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs `work` between two batches, on the engine's thread.
+        """Runs `work` between two batches on the engine's thread.
 
-        It is run to its end even where the caller is cancelled.
+        It runs to completion even if the caller is cancelled.
         """
         return await asyncio.shield(self._submit(work, *args))
 
@@ -238,7 +238,7 @@ class Hub:
         return asyncio.get_running_loop().run_in_executor(self._worker, work, *args)
 
     async def each(self, items: Iterator[T]) -> Any:
-        """The items of an iterator whose every step is work on the engine, others in between; an async generator."""
+        """An async generator over an iterator whose steps run on the engine's thread, with other work in between."""
         end = object()
         try:
             while (item := await self.call(next, items, end)) is not end:
@@ -249,10 +249,10 @@ class Hub:
                 await self.call(close)
 
     async def step(self, session: DuplexSession, user: str | None) -> Slice:
-        """One interval of a session, in a batch with whatever else is due.
+        """One interval of a session, in a batch with other pending steps.
 
         Raises:
-            UserError: the slice does not fit; nothing was changed.
+            UserError: the slice does not fit; nothing has changed.
         """
         asked = _Asked(session, user, asyncio.get_running_loop().create_future())
         self._asked.append(asked)
@@ -295,10 +295,10 @@ class Hub:
 
 
 def _step(slices: dict[DuplexSession, str | None]) -> dict[DuplexSession, Slice | Exception]:
-    """One batch; what is wrong with one session's slice is that session's affair alone."""
+    """One batch; an error in one session's slice does not affect the others."""
     try:
         return dict(step_sessions(slices))
-    except UserError as e:  # refused before anything was changed
+    except UserError as e:  # refused before anything changed
         if len(slices) == 1:
             return dict.fromkeys(slices, e)
     except Exception as e:

@@ -1,4 +1,4 @@
-"""What a server tells Prometheus about itself; nobody's words are in it."""
+"""Prometheus metrics of the server, without any conversation content."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 class Metrics(Collector):
-    """Counts slices and their lateness, and reads gauges off the sessions where it is asked."""
+    """Counts slices and their lateness; reads gauges from the sessions on demand."""
 
     def __init__(self, sessions: Sessions):
         self._sessions = sessions
@@ -43,11 +43,11 @@ class Metrics(Collector):
             self._missed.inc()
 
     def refuse(self, status: int) -> None:
-        """Counts a request that was turned away."""
+        """Counts a refused request."""
         self._refused.labels("key" if status == 401 else "origin").inc()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Gauges as they are now."""
+        """The gauges' current values."""
         gauge = GaugeMetricFamily("duplex_sessions", "Sessions by state", labels=["state"])
         for state, count in self._sessions.counts().items():
             gauge.add_metric([state], count)
@@ -58,5 +58,5 @@ class Metrics(Collector):
         yield GaugeMetricFamily("duplex_batches", "Batches so far", hub.steps)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """The metrics in Prometheus's text format."""
         return generate_latest(self._registry)

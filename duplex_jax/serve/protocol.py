@@ -24,7 +24,7 @@ VoiceFactory = Callable[[], Voice]
 
 
 class Past(Incoming):
-    """One turn of a conversation that was held before."""
+    """One turn of an earlier conversation."""
 
     role: Literal["user", "assistant"]
     content: str
@@ -51,10 +51,10 @@ class Start(Incoming):
     snapshot: str | None = None
 
     def settings(self, default_seconds: float) -> Settings:
-        """What the session is begun with.
+        """The session's settings.
 
         Raises:
-            UserError: a number that is out of range; names it.
+            UserError: a number is out of range; the message names it.
         """
         return Settings(
             mode=self.mode,
@@ -69,7 +69,7 @@ class Start(Incoming):
 
 
 class Resume(Incoming):
-    """Takes up a session whose connection was lost."""
+    """Resumes a session whose connection was lost."""
 
     type: str
     session: str
@@ -91,7 +91,7 @@ class UserSlice(Incoming):
 
 
 class Sound(Incoming):
-    """The user's sound as base64."""
+    """The user's audio as base64."""
 
     type: str
     pcm: str
@@ -106,14 +106,14 @@ class Heard(Incoming):
 
 
 class Played(Incoming):
-    """How much of the sound was heard."""
+    """How much of the audio was heard."""
 
     type: str
     samples: int
 
 
 class Plain(Incoming):
-    """A message that is its type alone."""
+    """A message without fields besides its type."""
 
     type: str
 
@@ -129,11 +129,11 @@ MESSAGES: dict[str, type[Incoming]] = {
     "played": Played,
     **dict.fromkeys(_PLAIN, Plain),
 }
-"""The client's messages by their type."""
+"""The client's messages by type."""
 
 
 def to_message(event: events.Event) -> dict[str, Any] | None:
-    """An event of a session as the protocol says it; None where it says nothing of it."""
+    """A session's event as a protocol message; None if the protocol does not report it."""
     match event:
         case events.Spoken():
             message = {"type": "slice", "slice": event.index, "user": event.user, "assistant": event.assistant,
@@ -158,11 +158,11 @@ class Duplex:
 
     Args:
         connection: its websocket.
-        sessions: where its session lives.
-        client: whom it counts for.
-        about: what `started` says of the server, such as the model's name.
-        slice_seconds: k where the client does not say.
-        make_voice: hearing and speaking, where the server has them.
+        sessions: the server's sessions.
+        client: the client to which the session is attributed.
+        about: server information for `started`, such as the model's name.
+        slice_seconds: default of k, seconds per slice.
+        make_voice: makes speech recognition and synthesis, if the server has them.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Duplex:
         self._fatal = False
 
     async def run(self) -> None:
-        """Until the client goes; its session is kept for a while unless it said `end`."""
+        """Handles messages until the client disconnects; keeps the session for a while unless `end` was sent."""
         try:
             await converse(self._connection, self._handle, self._refuse)
         finally:
@@ -201,7 +201,7 @@ class Duplex:
             self._connection.hang_up()
 
     async def _handle(self, data: str | bytes) -> bool:
-        """Does what one message asks for; False where it ends the connection."""
+        """Handles one message; returns False if it ends the connection."""
         if isinstance(data, bytes):
             await self._session().listen(from_bytes(data))
             return not self._fatal
@@ -239,7 +239,7 @@ class Duplex:
         return self._entry.live
 
     async def _within(self, session: LiveSession, message: Incoming) -> dict[str, Any] | None:
-        """What a message within a session does, and what is said to it."""
+        """Handles a message within a session; returns the reply, if any."""
         match message:
             case Text():
                 if session.settings.clock == "client":

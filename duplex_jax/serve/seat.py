@@ -1,4 +1,4 @@
-"""Where a live session is: in a row of the engine, or on the host while others need the row."""
+"""The place of a live session: a row of the engine, or the host while others need the row."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,10 @@ from duplex_jax.serve.tasks import to_the_end
 
 
 class Seat:
-    """The place of one session. Only a duplex session can be set aside.
+    """The place of one session. Only a duplex session can be moved to the host.
 
     Args:
-        hub: whose rows it takes.
+        hub: the hub whose rows it takes.
     """
 
     def __init__(self, hub: Hub):
@@ -26,9 +26,9 @@ class Seat:
         self.aside: Snapshot | None = None
         """The session while it has no row."""
         self.resting = False
-        """Whether it was set aside in silence, which goes on without the model."""
+        """Whether it was set aside during silence, which continues without the model."""
         self.lock = asyncio.Lock()
-        """Held by whoever uses or moves the session."""
+        """Held while the session is used or moved."""
         self._ended: asyncio.Future[None] | None = None
 
     async def open(
@@ -43,17 +43,17 @@ class Seat:
 
     @property
     def session(self) -> Any:
-        """The session, if it has a row; else None."""
+        """The session if it has a row, else None."""
         return self._lease and self._lease.session
 
     @contextlib.asynccontextmanager
     async def duplex(self) -> AsyncIterator[DuplexSession]:
-        """The session in its row, for the caller alone."""
+        """Exclusive access to the session in its row."""
         async with self.lock:
             yield await self.come_back()
 
     async def come_back(self) -> DuplexSession:
-        """Takes a row again where the session has none; the caller holds the lock.
+        """Takes a row again if the session has none; the caller holds the lock.
 
         Raises:
             UserError: the session has ended, or is turn-based.
@@ -71,10 +71,11 @@ class Seat:
         return self._lease.session
 
     async def set_aside(self, resting: bool) -> None:
-        """Moves the session to the host and gives its row back.
+        """Moves the session to the host and releases its row.
 
         Args:
-            resting: silence goes on there, without the model; else the very next slice brings it back.
+            resting: whether silence continues there without the model; otherwise the next slice brings the session
+                back.
         """
         await to_the_end(self._set_aside(resting))
 
@@ -89,7 +90,7 @@ class Seat:
     async def close(self) -> None:
         """Ends the session, wherever it is."""
         if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)  # whoever waits for a row on its behalf need not
+            self._ended.set_result(None)  # stops waiting for a row on its behalf
         await to_the_end(self._close())
 
     async def _close(self) -> None:

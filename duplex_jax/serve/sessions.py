@@ -1,4 +1,4 @@
-"""Every live session of a server: who may begin one, who waits, who rests, who may take one up again."""
+"""The registry of a server's live sessions: admission, queueing, resting, and resumption."""
 
 import asyncio
 import base64
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one server grants.
+    """Limits of a server.
 
     Attributes:
-        per_client: sessions and requests of one address at a time.
-        session_seconds: how long a session may last.
-        parked_seconds: how long a session waits for a client that has gone.
-        rest_after: seconds of silence on both sides after which a session may be set aside for a newcomer.
-        parked: sessions whose clients have gone that are kept at most.
+        per_client: simultaneous sessions and requests of one address.
+        session_seconds: maximum duration of a session.
+        parked_seconds: how long a session waits for a client that disconnected.
+        rest_after: seconds of mutual silence after which a session may be set aside for a newcomer.
+        parked: most sessions that wait for disconnected clients.
     """
 
     per_client: int = 8
@@ -47,21 +47,21 @@ class Limits:
 
 
 class NotFound(UserError):
-    """No such session, or another's."""
+    """There is no such session, or it belongs to another client."""
 
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """A session in the book.
+    """A session in the registry.
 
     Attributes:
-        id: public.
-        token: lets its client take it up again.
-        address: whom it counts for.
+        id: public id.
+        token: secret that lets its client resume it.
+        address: the client address to which it is attributed.
         live: the session.
-        began: when.
-        caller: the connection that has it; None while it waits for its client.
-        parked_at: since when it waits.
+        began: when it began.
+        caller: the connection that holds it; None while it waits for its client.
+        parked_at: since when it has been waiting.
         lock: held while it changes hands.
     """
 
@@ -75,7 +75,7 @@ class Entry:
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
     def give_to(self, caller: Caller | None) -> None:
-        """Books which connection has it."""
+        """Records which connection holds it."""
         if self.caller is not None:
             self.caller.sessions -= 1
         if caller is not None:
@@ -84,14 +84,14 @@ class Entry:
 
 
 class Sessions:
-    """The book of sessions.
+    """The registry of sessions.
 
     Args:
-        hub: steps them.
-        limits: what is granted.
-        key: signs snapshots; whoever has it may make contexts of any tokens.
-        prefix: in front of every session's id.
-        mind: gives the words of every session's answers.
+        hub: the hub that steps them.
+        limits: the server's limits.
+        key: signs snapshots; whoever has it can create contexts of arbitrary tokens.
+        prefix: prefix of every session's id.
+        mind: a chat model that provides the words of all sessions' answers.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Sessions:
         self._by_client: Counter[str] = Counter()
         self._keeper: asyncio.Task[None] | None = None
         self.on_step: Callable[[LiveSession, Spoken], None] = lambda session, spoken: None
-        """Told every slice of every session."""
+        """Called with every slice of every session."""
 
     def start(self) -> None:
-        """Begins to serve; call it in the event loop."""
+        """Starts to serve; must be called in the event loop."""
         self.hub.start()
         self._keeper = asyncio.create_task(self._keep(), name="sessions")
 
@@ -122,7 +122,7 @@ class Sessions:
         await self.hub.close()
 
     def counts(self) -> dict[str, int]:
-        """Sessions with a row, set aside and without a client, and newcomers that wait."""
+        """Numbers of sessions with a row, set aside and without a client, and of waiting newcomers."""
         entries = self._entries.values()
         return {
             "active": sum(e.live.has_row for e in entries),
@@ -142,11 +142,11 @@ class Sessions:
         past: Sequence[tuple[str, str]] = (),
         on_wait: Callable[[int], None] | None = None,
     ) -> Entry:
-        """A new session, anew or from a signed snapshot, with past turns in it, as soon as a row is free.
+        """Begins a session, new or from a signed snapshot, with optional past turns, as soon as a row is free.
 
         Raises:
-            Full: the client has as many as it may, or too many wait.
-            UserError: bad settings or snapshot.
+            Full: the client has too many sessions, or too many wait.
+            UserError: invalid settings or snapshot.
         """
         restored = self.unseal(snapshot) if snapshot is not None else None
         await self._enter(caller.address)
@@ -172,11 +172,11 @@ class Sessions:
         """A row for one request, which counts as a session of its client.
 
         Args:
-            caller: whose request it is.
-            make: opens what lives in the row; see `Hub.open`.
+            caller: the client.
+            make: opens what occupies the row; see `Hub.open`.
 
         Raises:
-            Full: as `begin`.
+            Full: as for `begin`.
         """
         await self._enter(caller.address)
         try:
@@ -190,18 +190,18 @@ class Sessions:
             self._leave(caller.address)
 
     async def take_up(self, id: str, token: str, emit: Callable[[Event], None], caller: Caller) -> Entry:
-        """The session of a client that comes back; a connection that has it still loses it.
+        """Resumes a session for its client; a connection that still holds it loses it.
 
         Raises:
-            NotFound: it has ended, or the token is another's.
+            NotFound: it has ended, or the token is wrong.
         """
         entry = self._entries.get(id)
         if entry is None or not hmac.compare_digest(entry.token.encode(), token.encode("utf-8", "replace")):
             raise NotFound(f"session {id[:80]!r} has ended or is another's; start a new one")
-        async with entry.lock:  # it may just be on its way out of its row
+        async with entry.lock:  # it may be leaving its row right now
             if id not in self._entries:
                 raise NotFound(f"session {id!r} has ended; start a new one")
-            if entry.caller is not None:  # its connection is lost, and nobody has noticed yet
+            if entry.caller is not None:  # its connection is lost, which was not noticed yet
                 entry.live.emit(Trouble("taken_over", "another connection has resumed this session", fatal=True))
             entry.give_to(caller)
             entry.live.emit = emit
@@ -210,8 +210,10 @@ class Sessions:
         return entry
 
     async def park(self, entry: Entry, caller: Caller) -> None:
-        """The client has gone: the clock stops, the row is given up, and the session waits on the host. Nothing is
-        done where another connection has the session."""
+        """Parks a disconnected client's session: its clock stops, its row is released, and it waits on the host.
+
+        Does nothing if another connection holds the session.
+        """
         await to_the_end(self._park(entry, caller))
 
     async def _park(self, entry: Entry, caller: Caller) -> None:
@@ -230,12 +232,12 @@ class Sessions:
             await self.end(parked[0])
 
     def _parked(self, address: str | None = None) -> list[Entry]:
-        """Sessions that wait for their clients, of one address or of all, the oldest first."""
+        """Sessions that wait for their clients, of one address or of all, oldest first."""
         waiting = [e for e in self._entries.values() if e.parked_at is not None and address in (None, e.address)]
         return sorted(waiting, key=lambda e: e.parked_at or 0.0)
 
     async def end(self, entry: Entry) -> None:
-        """Ends a session for good; twice does no harm."""
+        """Ends a session for good; idempotent."""
         if self._entries.pop(entry.id, None) is None:
             return
         self._leave(entry.address)
@@ -244,7 +246,7 @@ class Sessions:
         await to_the_end(entry.live.close())
 
     async def make_room(self) -> bool:
-        """Sets the session aside in which nobody has spoken for longest; False where none is quiet enough."""
+        """Sets aside the session that has been silent for longest; returns False if none is quiet enough."""
         now = time.monotonic()
         quiet = [
             e for e in self._entries.values() if e.live.may_rest and now - e.live.quiet_since >= self.limits.rest_after
@@ -259,10 +261,10 @@ class Sessions:
             await self.make_room()
 
     async def _enter(self, address: str) -> None:
-        """Counts a session or a request of an address; one that waits for its client gives way.
+        """Counts a session or a request of an address; if necessary, ends one of its parked sessions.
 
         Raises:
-            Full: the address has as many as it may.
+            Full: the address has too many.
         """
         while self._by_client[address] >= self.limits.per_client:
             parked = self._parked(address)
@@ -285,7 +287,7 @@ class Sessions:
                 _log.exception("sessions could not be looked after")
 
     async def _tidy(self) -> None:
-        """Ends what has lasted too long, and makes room for those that wait."""
+        """Ends sessions that exceed the maximum duration, and makes room for those that wait."""
         now, limits = time.monotonic(), self.limits
         for entry in list(self._entries.values()):
             if now - entry.began > limits.session_seconds:
@@ -297,18 +299,18 @@ class Sessions:
         if self.hub.waiting:
             await self.make_room()
 
-    # Snapshots leave the server signed: what comes back holds token ids, and no client makes control tokens.
+    # Snapshots are signed because they contain token ids, and clients must not create control tokens.
 
     async def seal(self, entry: Entry) -> str:
-        """A snapshot as text, signed, without the past: its length does not grow with the session."""
+        """A signed snapshot as text, without the past, so that its length does not grow with the session."""
         data = (await entry.live.snapshot()).to_bytes(past=False)
         return base64.b64encode(self._sign(data) + data).decode()
 
     def unseal(self, text: str) -> Snapshot:
-        """The inverse of `seal`.
+        """Inverse of `seal`.
 
         Raises:
-            UserError: not signed by this server's key.
+            UserError: it was not signed with this server's key.
         """
         try:
             data = base64.b64decode(text, validate=True)
@@ -324,10 +326,10 @@ class Sessions:
 
 
 def snapshot_key(path: str | Path) -> bytes:
-    """The key in a file; makes the file, for its owner alone, where there is none.
+    """Reads the key from a file; creates the file, readable only by its owner, if there is none.
 
     Raises:
-        UserError: it cannot be read or made, or holds no key.
+        UserError: it cannot be read or created, or has no key.
     """
     path = Path(path).expanduser()
     try:
@@ -345,7 +347,7 @@ def snapshot_key(path: str | Path) -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    """Makes a file with a new key, for its owner alone from its first moment, unless another server was faster."""
+    """Creates a file with a new key, readable only by its owner from the start, unless another server was faster."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

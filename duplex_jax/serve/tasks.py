@@ -1,4 +1,4 @@
-"""Work that a cancelled caller may not leave half done."""
+"""Work that must be completed even if its caller is cancelled."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 async def to_the_end(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None] = lambda: None) -> T:
-    """Awaits `work`; where the caller is cancelled meanwhile, `on_cancel` is called and the work is finished first."""
+    """Awaits `work`; if the caller is cancelled meanwhile, calls `on_cancel` and finishes the work first."""
     task = asyncio.create_task(work)
     try:
         return await asyncio.shield(task)
@@ -16,5 +16,5 @@ async def to_the_end(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None]
         on_cancel()
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # the caller's cancellation comes before it
+            task.exception()  # the caller's cancellation takes precedence
         raise

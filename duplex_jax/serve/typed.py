@@ -1,27 +1,27 @@
-"""What the user has typed and the clock has not taken yet."""
+"""Text that the user has typed and that waits for the next ticks."""
 
 from duplex_jax.errors import UserError
 from duplex_jax.slicing import USER_WORDS, words_of
 from duplex_jax.timeline import whole_characters
 
 MOST_WORDS = USER_WORDS[1]
-"""Words that one slice takes of what was typed; the rest waits for the next tick."""
+"""Most words of typed text per slice; the rest waits for the next tick."""
 
 MOST_WAITING = 2_000
-"""Characters that may wait for the clock."""
+"""Most characters that may wait."""
 
 
 class Typed:
-    """The words of one session that wait, oldest first."""
+    """The waiting words of one session, oldest first."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
 
     def add(self, text: str) -> None:
-        """Words for the next ticks.
+        """Adds words for the next ticks.
 
         Raises:
-            UserError: nothing but white space is no words; too much waits already; half a character.
+            UserError: the text is blank, contains a partial character, or too much is waiting already.
         """
         if not whole_characters(text):
             raise UserError("text holds half of a surrogate pair; send whole characters")
@@ -31,10 +31,10 @@ class Typed:
             raise UserError(f"{waiting} characters wait for the clock already and {len(text)} come; "
                             f"at most {MOST_WAITING} may")  # fmt: skip
         if self.words and words and not words[0][0].isspace():
-            words[0] = f" {words[0]}"  # a message begins a word of its own, though another one waits for the same tick
+            words[0] = f" {words[0]}"  # a message begins a new word even if another one waits for the same tick
         self.words += words
 
     def take(self) -> str:
-        """The words of one interval; empty where none wait."""
+        """The words of one interval; empty if none wait."""
         words, self.words = self.words[:MOST_WORDS], self.words[MOST_WORDS:]
         return "".join(words).strip()

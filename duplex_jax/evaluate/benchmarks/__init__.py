@@ -1,1 +1,1 @@
-"""Standard benchmarks: by log-likelihood in three ways (bare text, turn-based, slices), and by generation."""
+"""Standard benchmarks by log-likelihood (plain text, turn-based or slices) and by generation."""

@@ -1,19 +1,19 @@
-"""What counts of a generated answer, and whether it is right: UltraEval's rules for its generation tasks.
+"""Extracts the answer from generated text and scores it, by UltraEval's rules for its generation tasks.
 
-An extractor (`..._post`) takes an output to the part that is compared; a metric (`..._match`) compares it. Outputs run
-on behind the answer, into questions that the model makes up, for nothing stops them but their length.
+An extractor (`..._post`) reduces an output to the part that is compared; a metric (`..._match`) compares it. Outputs
+continue after the answer with questions that the model makes up, because only their length is limited.
 """
 
 import re
 
 from duplex_jax.evaluate.sandbox import Program, with_tests
 
-# What a HumanEval completion ends at: the next thing at the margin.
+# Ends of a HumanEval completion: the next top-level statement.
 _HUMANEVAL_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "<|endoftext|>")
 
 _CONCLUSION = re.compile(r"\b(?:final answer|therefore|thus|hence)\b", re.IGNORECASE)
 _MATH_SPAN = re.compile(r"(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
-# Words that say in what an answer is counted, and with `\text` single letters that would be variables without.
+# Units of answers; those of single letters only inside `\text`, because they would otherwise be variables.
 _UNITS = (
     r"square|sq|cubic|units?|inch(?:es)?|foot|feet|ft|yards?|miles?|mph|mm|cm|km|met(?:er|re)s?|kg|gm|grams?|pounds?|lbs?"
     r"|dollars?|cents?|percent|hours?|minutes?|seconds?|days?|weeks?|months?|years?|degrees?|points?|digits?|integers?"
@@ -30,7 +30,7 @@ _SUBSTITUTIONS = [
         (r"\\?[$%]|\"|\\l?dots(?![A-Za-z])|\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?", ""),
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\[dtc]frac", r"\\frac"),
-        (r"(?<![A-Za-z\\])\f?f?rac(?![A-Za-z])", r"\\frac"),  # the backslash was lost, or read with the f as a feed
+        (r"(?<![A-Za-z\\])\f?f?rac(?![A-Za-z])", r"\\frac"),  # the backslash was lost, or `\f` was read as a form feed
         (r"\\([lgn])eq(?![A-Za-z])", r"\\\1e"),
         (r"\\mbox", r"\\text"),
     )
@@ -38,15 +38,15 @@ _SUBSTITUTIONS = [
 
 
 def prefix_match(output: str, gold: str) -> bool:
-    """Whether the output begins with gold; white space around either does not count."""
+    """Whether the output begins with the gold answer, ignoring outer white space of both."""
     return output.strip().startswith(gold.strip())
 
 
 def qa_match(output: str, gold: str, option: str) -> bool:
-    """Whether the first letter named in the output's first line is gold, or the output begins with the right option.
+    """Whether the first letter in the output's first line is the gold one, or the output begins with the right option.
 
     Args:
-        output: of the model.
+        output: the model's output.
         gold: the letter in parentheses, such as `(C)`.
         option: the text of the right option.
     """
@@ -60,22 +60,23 @@ def qa_match(output: str, gold: str, option: str) -> bool:
 
 
 def exact_match(output: str, gold: str) -> bool:
-    """Whether both are the same, and not empty, once all white space is gone."""
+    """Whether both are equal, and not empty, after all white space is removed."""
     output, gold = "".join(output.split()), "".join(gold.split())
     return bool(output) and output == gold
 
 
 def bbh_post(output: str) -> str:
-    """The first paragraph, of this what stands behind the last "answer is", without a final "."."""
+    """The first paragraph, from after its last "answer is", without a final "."."""
     paragraph = re.split(r"\n\s*\n", output.strip(), maxsplit=1)[0]
     return paragraph.rpartition("answer is")[2].strip().removesuffix(".").rstrip()
 
 
 def gsm8k_post(output: str) -> str:
-    """The number behind `####`, or what takes its place where a chain of thought ends otherwise.
+    """The number after `####`, or a substitute if a chain of thought ends differently.
 
-    Without `####` it is the word behind the last `>>`, else behind the last `=`, else the last word of digits alone;
-    empty where there is none. The first `####` counts: behind it the next question begins. `$`, `,` and a final `.` go.
+    Without `####` it is the word after the last `>>`, else after the last `=`, else the last word made of digits only,
+    else empty. The first `####` counts, because the next question begins after it. `$`, `,` and a final `.` are
+    removed.
     """
     if marked := re.search(r"#### (-?[0-9.,]+)", output):
         return _plain_number(marked[1])
@@ -91,10 +92,10 @@ def _plain_number(word: str) -> str:
 
 
 def math_post(output: str) -> str:
-    """The answer of a solution, normalised: empty for an empty output.
+    """The normalised answer of a solution; empty for an empty output.
 
-    It is looked for in the last sentence with "final answer", "therefore", "thus" or "hence", else in the first
-    sentence. A sentence ends with its line, or with a "." before white space.
+    It is searched in the last sentence with "final answer", "therefore", "thus" or "hence", else in the first sentence.
+    A sentence ends with its line, or with a "." before white space.
     """
     sentences = [s for line in output.split("\n") for s in re.split(r"\.(?=\s|$)", line) if s.strip()]
     found = next((s for s in reversed(sentences) if _CONCLUSION.search(s)), sentences[0] if sentences else "")
@@ -102,18 +103,18 @@ def math_post(output: str) -> str:
 
 
 def boxed(solution: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, braces matched; None without one."""
+    r"""The content of the last `\boxed{...}`, with matched braces; None without one."""
     start = solution.rfind("\\boxed{") + len("\\boxed")
     end = _argument_end(solution, start) if start >= len("\\boxed") else None
     return None if end is None else solution[start + 1 : end - 1]
 
 
 def normalise_math(answer: str) -> str:
-    r"""One spelling for answers that differ in how they are typeset, in the manner of Minerva's evaluation.
+    r"""A canonical spelling of answers that differ in typesetting, similar to Minerva's evaluation.
 
-    Taken is what is boxed, else the last `$...$`, else all. Then units, articles, spaces and percent signs go; `\text`
-    and its like leave their words; "and" is a comma; `\frac12`, `1/2`, `\sqrt2` and `.5` get their braces and zero;
-    a short left side of an equation goes, and so do commas between thousands.
+    Uses the boxed part, else the last `$...$`, else everything. Removes units, articles, spaces and percent signs,
+    commas between thousands, and a short left side of an equation; replaces `\text` and similar commands by their
+    words, and "and" by a comma; completes `\frac12`, `1/2`, `\sqrt2` and `.5` with braces and a zero.
     """
     inner = boxed(answer)
     spans = _MATH_SPAN.findall(answer)
@@ -135,12 +136,12 @@ def normalise_math(answer: str) -> str:
 
 
 def _words(match: re.Match[str]) -> str:
-    r"""The words of a `\text{...}`; none where they are units, with the power behind them."""
+    r"""The words of a `\text{...}`; empty if they are units, including their exponent."""
     return " " if _TEXT_UNIT.fullmatch(match[1].strip()) else f" {match[1]} {match[2] or ''}"
 
 
 def _argument_end(s: str, start: int) -> int | None:
-    """Where the TeX argument ends that begins at `start`: a group in braces, a command, or one character."""
+    """Where the TeX argument that begins at `start` ends: a group in braces, a command, or one character."""
     if start >= len(s):
         return None
     if s[start] == "\\":
@@ -157,7 +158,7 @@ def _argument_end(s: str, start: int) -> int | None:
 
 
 def _with_braces(s: str, command: str, arguments: int) -> str:
-    """Puts braces around a command's arguments that lack them."""
+    """Adds missing braces around a command's arguments."""
     at = s.find(command)
     while at >= 0:
         start = at = at + len(command)
@@ -176,13 +177,13 @@ def _with_braces(s: str, command: str, arguments: int) -> str:
 
 
 def humaneval_post(output: str) -> str:
-    """The body of the function: all before the next thing that begins at the margin."""
+    """The body of the function: everything before the next top-level statement."""
     ends = [at for mark in _HUMANEVAL_ENDS if (at := output.find(mark)) >= 0]
     return output[: min(ends, default=len(output))]
 
 
 def new_mbpp_post(output: str) -> str:
-    '''The code before the next problem, which begins with `"""` at the margin.'''
+    '''The code before the next problem, which begins with an unindented `"""`.'''
     return re.split(r'^"""', output, maxsplit=1, flags=re.MULTILINE)[0]
 
 
@@ -190,8 +191,8 @@ def program(head: str, completion: str, tests: str) -> Program:
     """A program that ends without an exception if and only if the completion passes the tests.
 
     Args:
-        head: what the completion goes on from, such as a function's first lines.
+        head: what the completion continues, such as a function's first lines.
         completion: code, as extracted from an output.
-        tests: what to run behind it.
+        tests: code to run after it.
     """
     return with_tests(f"{head}{completion}", tests)

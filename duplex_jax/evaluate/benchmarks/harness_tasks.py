@@ -1,4 +1,4 @@
-"""What the task files of lm-evaluation-harness name (`evaluate/tasks/*.yaml`): their data, and the marks of answers."""
+"""Functions named in the lm-evaluation-harness task files (`evaluate/tasks/*.yaml`): data loading and scoring."""
 
 import dataclasses
 from collections import defaultdict
@@ -13,15 +13,15 @@ METRICS = ("acc", "acc_norm", "acc_words", "acc_norm_words")
 
 
 def load(form: str, task: str, data: str = "", seed: int = 0, **_: Any) -> dict[str, Any]:
-    """A task's items as a data set of the harness, in the order in which fewer of them are asked.
+    """A task's items as a data set of the harness, in the order in which a limited number of them is taken.
 
     Args:
-        form, task: of the benchmark.
-        data: folder of the benchmarks' files; empty for the Hugging Face hub.
-        seed: of the shots.
+        form, task: form and name of the benchmark.
+        data: folder with the benchmark files; empty for the Hugging Face hub.
+        seed: seed of the shots.
 
     Raises:
-        UserError: as `read_benchmark`.
+        UserError: as for `read_benchmark`.
     """
     import datasets
 
@@ -36,11 +36,11 @@ def load(form: str, task: str, data: str = "", seed: int = 0, **_: Any) -> dict[
 
 
 def choice_marks(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """By metric whether the choice that is taken is right; `too_long` alone where the context has no room for it.
+    """For each metric whether the chosen option is right; only `too_long` if the item does not fit the context.
 
-    `acc` takes the sum of log p over the choice's tokens, `acc_norm` this divided by the choice's bytes; `acc_words`
-    and `acc_norm_words` do so with p given that the token is neither idle nor the end of a slice, which other models
-    than `duplex_jax` do not tell.
+    `acc` ranks by the sum of log p over an option's tokens, `acc_norm` by this sum divided by the option's bytes;
+    `acc_words` and `acc_norm_words` use p given that the token is neither idle nor the end of a slice, which only
+    `duplex_jax` models report.
     """
     of_all = [score for score, _ in results]
     if any(getattr(score, "too_long", False) for score in of_all):
@@ -53,13 +53,13 @@ def choice_marks(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, f
 
 
 def answer(log_likelihoods: Sequence[float], lengths: Sequence[float] | None = None) -> int:
-    """The choice of the highest log-likelihood, over its length where lengths are given; the first of equals."""
+    """The first option with the highest log-likelihood, divided by its length if lengths are given."""
     values = [x / n for x, n in zip(log_likelihoods, lengths or [1] * len(log_likelihoods), strict=True)]
     return values.index(max(values))
 
 
 def answer_marks(doc: Row, results: Sequence[Any]) -> dict[str, Any]:
-    """Whether an answer is right, with its subtask, and what the model tells of how it came."""
+    """Whether an answer is right, with its subtask and the model's information about how it was produced."""
     found = results[0]
     said, passed = found if isinstance(found, tuple) else (found, None)
     task = TASKS["generation"][doc["task"]]
@@ -72,10 +72,10 @@ def answer_marks(doc: Row, results: Sequence[Any]) -> dict[str, Any]:
 
 
 def run_programs(resps: Sequence[Sequence[str]], docs: Sequence[Row]) -> list[tuple[str, bool]]:
-    """Each answer, and whether the program that it is part of comes to its end; they are run in the sandbox.
+    """Each answer, and whether the program that contains it completes in the sandbox.
 
     Raises:
-        UserError: programs cannot be shut in on this machine.
+        UserError: programs cannot be confined on this machine.
     """
     said = [outputs[0] for outputs in resps]
     programs = [
@@ -86,7 +86,7 @@ def run_programs(resps: Sequence[Sequence[str]], docs: Sequence[Row]) -> list[tu
 
 
 def mean_of_subtasks(marks: Sequence[tuple[str, float]]) -> float:
-    """The unweighted mean of the subtasks' shares: a subtask counts the same however large it is."""
+    """The unweighted mean over subtasks: each counts the same, whatever its size."""
     found: dict[str, list[float]] = defaultdict(list)
     for subtask, right in marks:
         found[subtask].append(right)

@@ -1,4 +1,4 @@
-"""Three ways to ask: a query and its choices as token ids, and which of these are the choice's words."""
+"""Three prompting modes: convert a query and its choices to token ids, and mark the choice's word tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from duplex_jax.timeline import SlicePair
 
 
 class Continuation(NamedTuple):
-    """A query with one of its choices behind it.
+    """A query followed by one of its choices.
 
     Attributes:
-        ids: up to the choice's last word token.
-        scored: indices into `ids` of the choice's word tokens: no idle, no end of a slice, no marker.
+        ids: ids up to the choice's last word token.
+        scored: indices in `ids` of the choice's word tokens, without idle, ends of slices and markers.
     """
 
     ids: list[int]
@@ -27,7 +27,7 @@ def _behind(context: Sequence[int], words: Sequence[int]) -> Continuation:
 
 
 def plain(template: Template, item: Item, seed: str) -> list[Continuation]:
-    """Bare text: the choice goes on behind the query and a space."""
+    """Plain text: the choice follows the query and a space."""
     context = template.start() + template.tokenizer.encode(item.query)
     return [_behind(context, template.tokenizer.encode(f" {choice}")) for choice in item.choices]
 
@@ -39,18 +39,18 @@ def turn_based(template: Template, item: Item, seed: str) -> list[Continuation]:
 
 
 def duplex(template: Template, item: Item, seed: str) -> list[Continuation]:
-    """Slices of both sides, as the generated data has them; see `duplex_pairs`."""
+    """Slices of both sides in the form of the generated data; see `duplex_pairs`."""
     return [_sliced(template, duplex_pairs(template, item.query, choice, seed)) for choice in item.choices]
 
 
 def duplex_pairs(template: Template, query: str, answer: str, seed: str) -> list[SlicePair]:
-    """A query in slices of 4-6 words that meet silence, and its answer from the pair of the last of them on.
+    """A query in slices of 4-6 words, with a silent assistant, and its answer, which begins in the query's last pair.
 
     Args:
         template: its tokenizer cuts the answer.
-        query: what the user says.
-        answer: what the assistant says.
-        seed: draws the slices' lengths.
+        query: the user's words.
+        answer: the assistant's words.
+        seed: seed of the slices' lengths.
     """
     users = slice_words(query, random.Random(seed))
     first, *more = slice_tokens(answer, template.tokenizer)

@@ -1,1 +1,1 @@
-"""MT-Bench and MT-Eval: conversations that a model answers, and scores that a judge gives the answers."""
+"""MT-Bench and MT-Eval: a model answers conversations, and a judge model scores the answers."""

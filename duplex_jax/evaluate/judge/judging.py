@@ -1,4 +1,4 @@
-"""Having answers judged: questions to the judge, what its replies come to, and the file that keeps them."""
+"""Judges answers: requests to the judge model, interpretation of its replies, and the file that stores them."""
 
 import dataclasses
 import hashlib
@@ -19,35 +19,35 @@ from duplex_jax.slicing import count_words
 
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
 RULES = "rules"
-"""The judge of tasks that a rule scores."""
+"""Name of the judge for tasks that are scored by rules."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeModel:
-    """A judge.
+    """A judge model.
 
     Attributes:
-        name: as its server knows it.
-        fields: by kind of question (see `READERS`), what its requests carry besides, such as a grammar of the reply.
+        name: its name at its server.
+        fields: extra request fields, such as a grammar for the reply, by kind of question (see `READERS`).
     """
 
     name: str
     fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def identity(self, prompts: str) -> dict[str, Any]:
-        """What verdicts must agree in to stand beside each other.
+        """The settings that must be equal for verdicts to be comparable.
 
         Args:
-            prompts: hash of those it was asked with.
+            prompts: hash of the prompts.
         """
         return {"judge": self.name, "prompts": prompts} | ({"fields": dict(self.fields)} if self.fields else {})
 
 
 def read_fields(path: str | Path) -> dict[str, dict[str, Any]]:
-    """`JudgeModel.fields` of a JSON file.
+    """Reads `JudgeModel.fields` from a JSON file.
 
     Raises:
-        UserError: unreadable, another kind, no object of fields, or a field that every request has.
+        UserError: it is unreadable, has an unknown kind or no object of fields, or a field that every request has.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -66,11 +66,11 @@ def read_fields(path: str | Path) -> dict[str, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeRequest:
-    """A question to the judge as it is sent: temperature 0, and a seed only where it is asked again.
+    """A request to the judge: temperature 0, and a seed only when it is repeated.
 
     Attributes:
         model: the judge.
-        filled: what it is asked.
+        filled: the question.
     """
 
     model: JudgeModel
@@ -104,7 +104,7 @@ class JudgeRequest:
         )
 
     def read(self, text: str, finish_reason: str) -> tuple[str, str | None]:
-        """The reply, and why it cannot be read (None where it can)."""
+        """The reply, and why it is unusable (None if it is usable)."""
         if READERS[self.filled.kind](text) is not None:
             return text, None
         fault = "empty reply" if not text.strip() else f"no {self.filled.kind} in the reply"
@@ -113,17 +113,17 @@ class JudgeRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was found of one answer.
+    """The verdict on one answer.
 
     Attributes:
-        number: of the question.
-        turn: which of the answers to it, from 1.
-        category: of the turn.
-        words: of the answer.
-        score: 1 to 10 (by rules 0 or 10); None where it was not judged.
-        reason: why it was not.
+        number: number of the question.
+        turn: index of the answer within the question, from 1.
+        category: category of the turn.
+        words: number of words in the answer.
+        score: 1 to 10 (by rules 0 or 10); None if it was not judged.
+        reason: why it was not judged.
         text: the judge's reply.
-        version: the model that the judge's server says it ran.
+        version: the model that the judge's server reports.
     """
 
     number: int
@@ -137,18 +137,18 @@ class Verdict:
 
 
 class NoReply(Exception):
-    """The server never replied to some requests; they are asked when the job is run again."""
+    """The server never replied to some requests; they are repeated when the job is run again."""
 
 
 def settle(
     requests: Sequence[tuple[Any, JudgeRequest]], judge: Client, done: Callable[[int], None]
 ) -> Iterable[tuple[Any, Answer]]:
-    """Has requests answered, all at once; gives (name, answer) in their order.
+    """Sends all requests at once; yields (name, answer) in their order.
 
     Raises:
-        NoReply: says how many are missing; the other answers are kept by the judge.
+        NoReply: some replies are missing; the message gives their number. The other replies are cached.
     """
-    # All are handed over before the first is waited for.
+    # All requests are submitted before waiting for the first one.
     waiting = [(name, request.key, judge.answer([request])) for name, request in requests]
     found: list[tuple[Any, Answer]] = []
     for name, key, future in waiting:
@@ -165,16 +165,16 @@ def judge_answers(
     task: str, questions: Questions, answers: Mapping[int, Sequence[str]], prompts: Prompts, model: JudgeModel,
     judge: Client, done: Callable[[int], None],
 ) -> list[Verdict]:  # fmt: skip
-    """Has a judge score every answer that was asked for.
+    """Has a judge score all given answers.
 
     Args:
-        task: of the questions.
-        questions: all of them.
-        answers: by number those to all turns.
-        prompts: the published ones.
+        task: name of the task.
+        questions: all its questions.
+        answers: answers to all turns, by question number.
+        prompts: the published prompts.
         model: the judge.
-        judge: answers requests.
-        done: called with how many answers are judged.
+        judge: the client that answers requests.
+        done: called with the number of judged answers.
 
     Raises:
         NoReply: see `settle`.
@@ -212,20 +212,20 @@ def judge_pairs(
     questions: Questions, ours: Mapping[int, Sequence[str]], theirs: Mapping[int, Sequence[str]], prompts: Prompts,
     model: JudgeModel, judge: Client, done: Callable[[int], None],
 ) -> list[tuple[int, int, str]]:  # fmt: skip
-    """Has a judge say, in both orders, whose answers to MT-Bench are better.
+    """Has a judge compare answers to MT-Bench in both orders.
 
     Args:
-        questions: of MT-Bench.
-        ours: answers by number.
-        theirs: likewise; questions that only one side answered are left out.
-        prompts: the published ones.
+        questions: the questions of MT-Bench.
+        ours: our answers by question number.
+        theirs: the other side's; questions that only one side answered are left out.
+        prompts: the published prompts.
         model: the judge.
-        judge: answers requests.
-        done: called with how many replies came.
+        judge: the client that answers requests.
+        done: called with the number of replies.
 
     Returns:
-        (number, turn from 1, outcome): `won` or `lost` where both orders agree, `tie` where both say so, `disagree`
-        where they differ, `unjudged` where one could not be read.
+        (number, turn from 1, outcome): `won` or `lost` if both orders agree, `tie` if both say so, `disagree` if they
+        differ, `unjudged` if a reply was unusable.
 
     Raises:
         NoReply: see `settle`.
@@ -246,7 +246,7 @@ def judge_pairs(
 
 
 def _outcome(straight: str | None, swapped: str | None) -> str:
-    """Of the verdicts with our answer first, and with theirs first."""
+    """Combines the verdicts with our answer first and with theirs first."""
     if straight is None or swapped is None:
         return "unjudged"
     agreed = {("A", "B"): "won", ("B", "A"): "lost", ("C", "C"): "tie"}
@@ -254,15 +254,15 @@ def _outcome(straight: str | None, swapped: str | None) -> str:
 
 
 def verdicts_path(folder: Path, task: str, way: str) -> Path:
-    """Where a folder of results keeps the verdicts on a task answered in one way."""
+    """Path of the verdicts on a task answered in one mode, in a folder of results."""
     return folder / task / f"{way}.verdicts.jsonl"
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict], judge: Mapping[str, Any]) -> None:
-    """Writes verdicts behind a line that says whose they are.
+    """Writes verdicts after a line that identifies the judge.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the file cannot be written.
     """
     with atomic_write(path) as f:
         for row in ({"judge": judge}, *map(dataclasses.asdict, verdicts)):
@@ -270,10 +270,10 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict], judge: Mapping[str, 
 
 
 def read_verdicts(path: Path, judge: Mapping[str, Any]) -> list[Verdict]:
-    """Verdicts of another run, which must be of the same judge.
+    """Reads verdicts of another run, which must be from the same judge.
 
     Raises:
-        UserError: there are none, or they are another judge's.
+        UserError: there are none, or they are from another judge.
     """
     try:
         head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

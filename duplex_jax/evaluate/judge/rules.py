@@ -1,7 +1,7 @@
-"""Scoring without a judge: MT-Eval's recollection, where an answer names the right label or keeps a rule, or not.
+"""Scoring without a judge, for MT-Eval's recollection tasks: an answer must name the right label or follow a rule.
 
-The rules are those of MT-Eval's `utils/global_inst.py`, which has them from IFEval (Zhou et al. 2023,
-"Instruction-Following Evaluation for Large Language Models"). A right answer scores 10, a wrong one 0.
+The rules are those of MT-Eval's `utils/global_inst.py`, taken from IFEval (Zhou et al. 2023, "Instruction-Following
+Evaluation for Large Language Models"). A right answer scores 10, a wrong one 0.
 """
 
 import json
@@ -18,15 +18,15 @@ _SPACED = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def names_label(answer: str, label: str) -> bool:
-    """Whether the label stands in the answer, whatever its case, punctuation taken for spaces."""
+    """Whether the answer contains the label, ignoring case and treating punctuation as spaces."""
     return label.translate(_SPACED).lower() in answer.translate(_SPACED).lower()
 
 
 def keeps(answer: str, name: str, arguments: Mapping[str, Any]) -> bool | None:
-    """Whether an answer keeps a rule; None where that takes a language detector, which this project lacks.
+    """Whether an answer follows a rule; None if that needs a language detector, which this project lacks.
 
     Raises:
-        UserError: no such rule, or it lacks an argument.
+        UserError: there is no such rule, or it lacks an argument.
     """
     if name == _LANGUAGE:
         return None

@@ -1,4 +1,4 @@
-"""Reading a judge's reply: a rating in brackets, a score in JSON, or which of two answers is better."""
+"""Parses a judge's reply: a rating in brackets, a score in JSON, or which of two answers is better."""
 
 import json
 import re
@@ -14,17 +14,17 @@ _SCORE = re.compile(r'"score"\s*:\s*("?)(\d+)\1\s*(?=[,}\n]|$)', re.IGNORECASE)
 
 
 def rating(text: str) -> float | None:
-    """The first `[[n]]`, or else the first `[n]`, as FastChat reads it; None without one, or outside 1 to 10."""
+    """The first `[[n]]`, otherwise the first `[n]`, like FastChat; None without one, or if outside 1 to 10."""
     found = _RATING.search(text) or _FALLBACK.search(text)
     value = float(found[1]) if found else 0.0
     return value if LEAST <= value <= MOST else None
 
 
 def json_score(text: str) -> float | None:
-    """The whole number from 1 to 10 under "Score" of a JSON object, whatever stands around it.
+    """The integer from 1 to 10 under "Score" in a JSON object, with any text around it.
 
-    Where no object can be read, as when quotation marks in the rationale are not escaped, the last "Score" that looks
-    like a field of its own counts. None without a score, or where several objects differ.
+    If no object can be parsed, for instance because quotation marks in the rationale are not escaped, the last "Score"
+    that looks like a field counts. None without a score, or if several objects differ.
     """
     found = {_whole(value) for value in _scores(text)}
     if not found:
@@ -34,7 +34,7 @@ def json_score(text: str) -> float | None:
 
 
 def _scores(text: str) -> list[Any]:
-    """What stands under "Score" in each JSON object of a text."""
+    """The values of "Score" in the JSON objects of a text."""
     decoder = json.JSONDecoder(strict=False)  # judges write line breaks into their strings
     values, place = [], text.find("{")
     while place >= 0:
@@ -59,10 +59,10 @@ def _whole(value: Any) -> float | None:
 
 
 def winner(text: str) -> str | None:
-    """ "A", "B" or "C" (a tie) of `[[A]]` and so on; None without one, or where several differ."""
+    """ "A", "B" or "C" (a tie) from `[[A]]` and so on; None without one, or if several differ."""
     found = set(_WINNER.findall(text))
     return found.pop() if len(found) == 1 else None
 
 
 READERS: dict[str, Callable[[str], Any]] = {"rating": rating, "json": json_score, "pair": winner}
-"""By kind of question to the judge; None is a reply that cannot be read."""
+"""Parsers by kind of question to the judge; they return None for an unusable reply."""

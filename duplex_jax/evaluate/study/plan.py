@@ -1,7 +1,7 @@
-"""What a participant does, and in which order: it follows from the participant's number and what is done so far.
+"""The steps of a participant and their order, determined by the participant's number and progress.
 
 The researcher's two systems are `a` and `b`; a participant sees two labels, `A` and `B`, and is never told which label
-is which system.
+belongs to which system.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ ASPECTS = {
     "human_likeness": "How much was talking with it like talking with a person?",
     "overall": "All in all, how was it?",
 }
-"""The five aspects of the paper's appendix B.2, in its order, with the question that a participant reads."""
+"""The five aspects of the paper's appendix B.2, in its order, with the questions shown to participants."""
 
 LOW, MIDDLE, HIGH = 1, 4, 7
 SCALE = {LOW: "disappointing", MIDDLE: "neither good nor bad", HIGH: "excellent"}
-"""The scale of the paper's section 4.5, and what stands at some of its points."""
+"""The scale of the paper's section 4.5, and the labels of some of its points."""
 
 MOST_COMMENT = 4_000
-"""Characters of a free text."""
+"""Maximum length of a comment in characters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """What participants read.
+    """The texts that participants read.
 
     Attributes:
-        consent: what they agree to; paragraphs with empty lines between them.
-        note: sample instructions, to find something to talk about.
-        openings: the first sentence of each session, the same with both models.
+        consent: the consent form; paragraphs are separated by empty lines.
+        note: sample instructions, as suggestions for what to talk about.
+        openings: the first sentence of each session, the same for both models.
     """
 
     consent: str
@@ -49,16 +49,16 @@ class Texts:
 
 def read_texts(sessions: int, consent: str | None = None, note: str | None = None,
                openings: str | None = None) -> Texts:  # fmt: skip
-    """The texts of three files, the package's own where none is given.
+    """Reads the texts from files, or the package's own.
 
     Args:
-        sessions: with each model; so many openings are taken.
+        sessions: number of sessions with each model, and so of openings.
         consent: a text file.
-        note: a text file, one sample a line.
-        openings: a text file, one sentence a line; more than `sessions` are left out.
+        note: a text file, one sample per line.
+        openings: a text file, one sentence per line; those beyond `sessions` are ignored.
 
     Raises:
-        UserError: a file that cannot be read or says too little.
+        UserError: a file cannot be read or has too few lines.
     """
     first = _lines(openings, "openings")
     if len(first) < sessions:
@@ -85,11 +85,11 @@ def _lines(path: str | None, name: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which system a participant talks to first, and under which label each system goes.
+    """Which system a participant talks to first, and the label of each system.
 
     Attributes:
-        order: the systems, in the order in which they are talked to.
-        labels: of each system.
+        order: the systems in the order of their sessions.
+        labels: each system's label.
     """
 
     order: tuple[str, str]
@@ -103,12 +103,12 @@ class Plan:
 def plan_of(number: int) -> Plan:
     """The plan of participant `number`, from 1.
 
-    Odd numbers talk to system `a` first and even ones to `b`, as in the paper; there `a` is always called A, and here
-    the labels change places for every second and third of four. So after any number of participants as many have talked
-    to `a` first as to `b`, and as many have known `a` as A as have known it as B, within one.
+    Odd numbers talk to system `a` first and even ones to `b`, as in the paper. There, `a` is always called A; here, the
+    labels are exchanged for the second and third of every four participants. So after any number of participants,
+    equally many (within one) have talked to `a` first as to `b`, and have known `a` as A as have known it as B.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: the number is below 1.
     """
     if number < 1:
         raise ValueError(f"participant {number}: they are counted from 1")
@@ -119,13 +119,13 @@ def plan_of(number: int) -> Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What comes next for a participant.
+    """A participant's next step.
 
     Attributes:
-        kind: talk in session `session` with `system`; score `system`; review both scores, change and confirm them; or
-            done.
-        system: of `talk` and `score`.
-        session: of `talk`, from 1.
+        kind: `talk` in session `session` with `system`; `score` `system`; `review`, change and confirm both scores; or
+            `done`.
+        system: the system of `talk` and `score`.
+        session: the session of `talk`, from 1.
     """
 
     kind: Literal["talk", "score", "review", "done"]
@@ -136,14 +136,14 @@ class Step:
 def next_step(
     plan: Plan, sessions: int, talked: Mapping[str, int], scored: Collection[str], confirmed: bool
 ) -> Step:  # fmt: skip
-    """The next step: all sessions with one system and its scores, then the other's, then both are reviewed.
+    """The next step: all sessions with one system and its scores, then the other's, then the review of both.
 
     Args:
-        plan: the participant's.
-        sessions: with each system.
-        talked: finished sessions by system.
+        plan: the participant's plan.
+        sessions: number of sessions with each system.
+        talked: number of finished sessions by system.
         scored: systems that have scores.
-        confirmed: whether the scores were confirmed.
+        confirmed: whether the scores are confirmed.
     """
     for system in plan.order:
         if talked.get(system, 0) < sessions:
@@ -154,10 +154,10 @@ def next_step(
 
 
 def check_scores(given: Any) -> dict[str, int]:
-    """A score for every aspect, as they came from outside.
+    """Checks a participant's scores, one for every aspect.
 
     Raises:
-        UserError: an aspect is missing or unknown, or a score is no whole number of 1 to 7.
+        UserError: an aspect is missing or unknown, or a score is not an integer from 1 to 7.
     """
     if not isinstance(given, dict):
         raise UserError("scores: must be an object with a score for each aspect")

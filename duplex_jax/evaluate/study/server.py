@@ -1,4 +1,4 @@
-"""The study's server: one page, and what it asks for; two systems behind it, and nobody is told which is which."""
+"""The study's server: one page, its requests, and the two systems, without revealing which is which."""
 
 import asyncio
 import collections
@@ -24,12 +24,12 @@ from duplex_jax.serve.settings import Settings
 from duplex_jax.timeline import whole_characters
 
 CODE = "Study-Code"
-"""The header that brings a participant's code."""
+"""The header with a participant's code."""
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One of the two that are compared: its sessions, and how they are held."""
+    """One of the two compared systems: its sessions and their settings."""
 
     sessions: Sessions
     settings: Settings
@@ -39,12 +39,12 @@ class StudyServer:
     """A study behind one port.
 
     Args:
-        store: keeps everything.
-        systems: by name, `a` and `b`.
-        texts: what participants read; as many sessions with each system as there are openings.
-        access: who may come in.
-        grace: seconds that a conversation goes on without its page; then it is broken off, and begins anew.
-        per_hour: participants that one address may send within an hour.
+        store: stores everything.
+        systems: the systems `a` and `b` by name.
+        texts: what participants read; there is one session with each system per opening.
+        access: who may connect.
+        grace: seconds that a conversation continues without its page; then it is abandoned and has to begin again.
+        per_hour: most new participants per address and hour.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class StudyServer:
     # The participant.
 
     async def _about(self, request: web.Request) -> web.StreamResponse:
-        """What the page says to everybody."""
+        """What the page shows to everybody."""
         return web.json_response(
             {"consent": self.texts.consent, "note": self.texts.note, "sessions": len(self.texts.openings),
              "aspects": ASPECTS, "low": LOW, "high": HIGH, "scale": SCALE, "most_comment": MOST_COMMENT}
@@ -125,7 +125,7 @@ class StudyServer:
         return self.store.number(request.headers.get(CODE, ""))
 
     def _state_of(self, number: int) -> dict[str, Any]:
-        """Where a participant is; labels only, and never a system."""
+        """A participant's progress, with labels but never system names."""
         plan, step = plan_of(number), self.store.step(number, len(self.texts.openings))
         scores = {
             plan.labels[system]: {"scores": dict(s.of), "comment": s.comment}
@@ -204,7 +204,7 @@ class StudyServer:
             await connection.close()
 
     async def _join(self, number: int, connection: Connection) -> Talk:
-        """The participant's conversation: the one that is under way, else the next one."""
+        """The participant's current conversation, or a new one."""
         talk = self._talks.get(number)
         if talk is not None and talk.stopping:
             raise OutOfOrder("the last conversation is just ending; try again")
@@ -236,7 +236,7 @@ class StudyServer:
         except BaseException:
             self._talks.pop(number, None)
             raise
-        if talk.stopping:  # withdrew while it waited for a row
+        if talk.stopping:  # withdrew while waiting for a row
             await system.sessions.end(entry)
             raise OutOfOrder("the conversation has ended")
         talk.begin(entry)
@@ -256,7 +256,7 @@ class StudyServer:
         await self._stop(talk, finished=False)
 
     async def _stop(self, talk: Talk, finished: bool) -> None:
-        """Ends a conversation and keeps it; what is not finished begins anew later."""
+        """Ends and stores a conversation; an unfinished one has to begin again later."""
         if talk.stopping:
             return
         talk.stopping = True
@@ -303,10 +303,10 @@ def _problem(status: int, message: str) -> web.Response:
 
 
 def _field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-    """A field of a message, checked.
+    """A validated field of a message.
 
     Raises:
-        UserError: missing where it has no default, or of another type; names it.
+        UserError: it is missing without a default, or has the wrong type; the message names it.
     """
     if name not in message:
         if default is ...:

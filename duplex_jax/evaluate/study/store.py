@@ -1,8 +1,7 @@
-"""Everything that a study keeps, in one SQLite file.
+"""The study's data, in one SQLite file.
 
-No name, no address, no time of day: a participant is a number, and the hash of a code that only the participant has.
-Every change is a transaction that is on disk before it is answered, so a killed server loses nothing that it has
-acknowledged.
+No name, address or time of day is stored: a participant is a number, and the hash of a code that only the participant
+has. Every change is a transaction that is on disk before it is acknowledged, so a killed server loses nothing.
 """
 
 import contextlib
@@ -20,9 +19,9 @@ from duplex_jax.evaluate.study.plan import ASPECTS, SYSTEMS, Plan, Step, next_st
 from duplex_jax.files import check_writable
 from duplex_jax.timeline import Timeline, dump_line, parse_line
 
-_APPLICATION = 0x44757073  # "Dups", in the file's header: tells a study from any other database
+_APPLICATION = 0x44757073  # "Dups" in the file's header, to recognise a study
 _VERSION = 1
-_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is easily taken for another
+_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without letters that look alike
 _CODE = 20  # letters, 99 bits
 _TABLES = f"""
 CREATE TABLE setup (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -51,12 +50,12 @@ class UnknownCode(UserError):
 
 
 class OutOfOrder(UserError):
-    """Not now: something else comes first, or it is too late."""
+    """Not possible now: another step comes first, or it is too late."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a participant thinks of one system: a score for each aspect, and a free text (it may be empty)."""
+    """A participant's scores of one system, one for each aspect, and a comment, which may be empty."""
 
     of: Mapping[str, int]
     comment: str = ""
@@ -64,7 +63,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One session with one system; it counts where it was finished, and not where it was broken off."""
+    """One session with one system; it counts only if it was finished."""
 
     system: str
     session: int
@@ -74,7 +73,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Participant:
-    """Everything that is kept of a participant: `scores` by system, `conversations` in the order of their ends."""
+    """A participant's data: `scores` by system, `conversations` in the order of their ends."""
 
     number: int
     confirmed: bool
@@ -92,9 +91,9 @@ class Kept:
     """A whole study.
 
     Attributes:
-        setup: what every participant of it had in common.
-        participants: that have not withdrawn, by number.
-        withdrawn: how many have.
+        setup: the settings common to all participants.
+        participants: those who have not withdrawn, by number.
+        withdrawn: how many have withdrawn.
     """
 
     setup: Mapping[str, Any]
@@ -103,7 +102,7 @@ class Kept:
 
 
 def _hashed(code: str) -> str:
-    """What is kept of a code; how it was typed (case, blanks, dashes) does not matter."""
+    """The stored hash of a code, ignoring case, spaces and dashes."""
     letters = "".join(c for c in code.casefold() if c.isalnum())
     return hashlib.sha256(letters.encode("utf-8", "replace")).hexdigest()
 
@@ -117,13 +116,13 @@ def _refuse_other(db: sqlite3.Connection, path: Path) -> None:
 
 
 class Store:
-    """A study's file, to be written.
+    """A study's file, opened for writing.
 
     Args:
-        path: of the file; it is made where there is none.
+        path: path of the file, which is created if missing.
 
     Raises:
-        UserError: it cannot be written, or is something else.
+        UserError: it cannot be written, or is not a study.
     """
 
     def __init__(self, path: str | Path):
@@ -143,12 +142,12 @@ class Store:
             raise UserError(f"--db={path}: cannot be used as the file of a study ({e}); give another one") from e
 
     def close(self) -> None:
-        """Ends; what was acknowledged is on disk already."""
+        """Closes the file; everything acknowledged is already on disk."""
         self._db.close()
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is kept whole or not at all."""
+        """An atomic transaction."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -162,13 +161,13 @@ class Store:
             raise UserError(f"{self.path}: cannot write ({e}); nothing was changed") from e
 
     def agree(self, setup: Mapping[str, Any]) -> None:
-        """Keeps what all participants have in common, and refuses another one once there has been a participant.
+        """Stores the settings common to all participants; once there is a participant, rejects different ones.
 
         Args:
-            setup: values as JSON has them, by name. Names that are left out are not looked at.
+            setup: JSON values by name. Names that are left out are not compared.
 
         Raises:
-            UserError: names what differs.
+            UserError: settings differ; the message names them.
         """
         with self._change() as db:
             before = dict(db.execute("SELECT name, value FROM setup"))
@@ -186,7 +185,7 @@ class Store:
     # Participants.
 
     def admit(self) -> tuple[int, str]:
-        """A new participant, who has agreed to take part; gives the number, and the code, which is told only here."""
+        """Adds a participant who has consented; returns the number, and the code, which is not available later."""
         letters = "".join(secrets.choice(_LETTERS) for _ in range(_CODE))
         with self._change() as db:
             db.execute("UPDATE counts SET n = n + 1 WHERE name = 'numbered'")
@@ -195,10 +194,10 @@ class Store:
         return number, "-".join(letters[i : i + 5] for i in range(0, _CODE, 5))
 
     def number(self, code: str) -> int:
-        """Whose code it is.
+        """The number of the participant with this code.
 
         Raises:
-            UnknownCode: nobody's.
+            UnknownCode: there is none.
         """
         row = self._db.execute("SELECT number FROM participants WHERE code = ?", (_hashed(code),)).fetchone()
         if row is None:
@@ -206,10 +205,10 @@ class Store:
         return row[0]
 
     def step(self, number: int, sessions: int) -> Step:
-        """What comes next for a participant who has `sessions` with each system.
+        """The next step of a participant, with `sessions` sessions per system.
 
         Raises:
-            UnknownCode: there is no such participant any more.
+            UnknownCode: the participant does not exist any more.
         """
         row = self._db.execute("SELECT confirmed FROM participants WHERE number = ?", (number,)).fetchone()
         if row is None:
@@ -227,11 +226,11 @@ class Store:
         return _scores(self._db, number)
 
     def add(self, number: int, sessions: int, conversation: Conversation) -> None:
-        """Keeps a conversation.
+        """Stores a conversation.
 
         Raises:
-            OutOfOrder: it was finished, and another one comes next.
-            UnknownCode: there is no such participant any more.
+            OutOfOrder: it was finished, but another one comes next.
+            UnknownCode: the participant does not exist any more.
         """
         here = (conversation.system, conversation.session)
         with self._change() as db:
@@ -244,11 +243,11 @@ class Store:
             )
 
     def score(self, number: int, sessions: int, system: str, scores: Scores) -> None:
-        """Keeps a participant's scores of a system, in place of older ones.
+        """Stores a participant's scores of a system, replacing older ones.
 
         Raises:
-            OutOfOrder: the sessions with it are not over, or the scores were confirmed.
-            UnknownCode: there is no such participant any more.
+            OutOfOrder: the sessions with it are not finished, or the scores are already confirmed.
+            UnknownCode: the participant does not exist any more.
         """
         with self._change() as db:
             step = self.step(number, sessions)
@@ -263,11 +262,11 @@ class Store:
             )  # fmt: skip
 
     def confirm(self, number: int, sessions: int) -> None:
-        """From here on the scores stay as they are; a second time changes nothing.
+        """Makes the scores final; idempotent.
 
         Raises:
-            OutOfOrder: something is still to be done.
-            UnknownCode: there is no such participant any more.
+            OutOfOrder: a step is still missing.
+            UnknownCode: the participant does not exist any more.
         """
         with self._change() as db:
             if self.step(number, sessions).kind not in ("review", "done"):
@@ -275,12 +274,12 @@ class Store:
             db.execute("UPDATE participants SET confirmed = 1 WHERE number = ?", (number,))
 
     def withdraw(self, number: int) -> None:
-        """Forgets a participant; that one more has withdrawn is all that is left.
+        """Deletes a participant's data; only the number of withdrawals remains.
 
-        Freed pages are overwritten, those of the write-ahead log too unless somebody reads the file right now.
+        Freed pages are overwritten, including those of the write-ahead log unless somebody is reading the file.
 
         Raises:
-            UnknownCode: there is no such participant any more.
+            UnknownCode: the participant does not exist any more.
         """
         with self._change() as db:
             if not db.execute("DELETE FROM participants WHERE number = ?", (number,)).rowcount:
@@ -295,10 +294,10 @@ def _scores(db: sqlite3.Connection, number: int) -> dict[str, Scores]:
 
 
 def read(path: str | Path) -> Kept:
-    """A study's file, as it is now; a server may go on writing it.
+    """Reads a study's file in its current state; a server may still be writing it.
 
     Raises:
-        UserError: there is no such file, or it is something else.
+        UserError: there is no such file, or it is not a study.
     """
     path = Path(path)
     if not path.is_file():
@@ -306,7 +305,7 @@ def read(path: str | Path) -> Kept:
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             _refuse_other(db, path)
-            db.execute("BEGIN")  # all that follows is of one moment
+            db.execute("BEGIN")  # all queries see the same state
             setup = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM setup")}
             withdrawn = db.execute("SELECT n FROM counts WHERE name = 'withdrawn'").fetchone()[0]
             found = []

@@ -1,4 +1,4 @@
-"""One conversation of a participant: what was said and when, whichever of the two systems it is with."""
+"""One conversation of a participant: what was said and when, in the same form for both systems."""
 
 import asyncio
 import dataclasses
@@ -18,21 +18,23 @@ YOU, MODEL = "you", "model"
 
 @dataclasses.dataclass(eq=False)
 class Talk:
-    """A conversation under way. What it tells the participant's page is the same for both systems: the model's words,
-    as they come; neither silent slices nor anything else that says how the system works.
+    """A conversation in progress.
+
+    The participant's page gets the same for both systems, the model's words as they come: no silent slices, and nothing
+    else that shows how the system works.
 
     Attributes:
-        number: the participant's.
+        number: the participant's number.
         step: which session it is.
         opening: its first sentence.
-        slice_seconds: k.
+        slice_seconds: k, seconds per slice.
         entry: the live session, once it has a row.
-        connection: the participant's page, while it is there.
-        log: both sides' words in the order in which they came, for a page that comes back.
-        answered: the participant has said something beyond the opening.
-        over: the session has reached a limit; nothing more is said.
-        leaving: breaks it off, some time after the page has gone.
-        stopping: it is being ended and kept.
+        connection: the participant's page, while it is connected.
+        log: both sides' words in order, for a page that reconnects.
+        answered: whether the participant has said something beyond the opening.
+        over: whether the session has reached a limit; nothing more is said.
+        leaving: timer that abandons it some time after the page disconnected.
+        stopping: whether it is being ended and stored.
     """
 
     number: int
@@ -50,18 +52,18 @@ class Talk:
     _ends: list[float] = dataclasses.field(default_factory=list)
     _ticks: list[float] = dataclasses.field(default_factory=list)
     _firsts: list[float | None] = dataclasses.field(default_factory=list)
-    _words: str = ""  # of an answer that is not whole
+    _words: str = ""  # of an incomplete answer
     _first: float | None = None  # when it began
     _began: float = 0.0
 
     def begin(self, entry: Entry) -> None:
-        """The session has its row: time is counted from here, and the opening is said."""
+        """Starts the clock when the session gets its row, and says the opening."""
         self.entry, self._began = entry, time.monotonic()
         entry.live.say(self.opening)
         self._heard(YOU, self.opening)
 
     def say(self, text: str) -> None:
-        """Words of the participant, for the next ticks.
+        """Adds words of the participant for the next ticks.
 
         Raises:
             UserError: there are none, or see `LiveSession.say`.
@@ -80,12 +82,12 @@ class Talk:
             self.log.append([who, text])
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Sends a message to the page, if it is there."""
+        """Sends a message to the page, if it is connected."""
         if self.connection is not None:
             self.connection.send(message)
 
     def take(self, event: events.Event) -> None:
-        """What the session emits."""
+        """Handles an event of the session."""
         now = round(time.monotonic() - self._began, 3)
         match event:
             case events.Delta() if event.text:
@@ -93,7 +95,7 @@ class Talk:
                 self._words += event.text
                 self._said(event.text)
             case events.Spoken():
-                if event.assistant is not None and not self._words:  # a slice is there at once
+                if event.assistant is not None and not self._words:  # a slice comes as a whole
                     self._first = now
                     self._said(event.assistant)
                 self._add(SlicePair(event.user, event.assistant), now, round(now - event.late, 3))
@@ -113,14 +115,14 @@ class Talk:
         self._words, self._first = "", None
 
     def kept(self, finished: bool) -> Conversation | None:
-        """What is kept of it; None where nothing was said. To be asked once, when the session has ended.
+        """The conversation as stored; None if nothing was said. Must be called once, after the session has ended.
 
-        The timeline's `meta` has `slice_seconds` and, by pair, in seconds from the beginning: `tick`, when the user's
-        words were taken, `first`, when the first of the assistant's came (null where it is silent), and `end`.
+        The timeline's `meta` has `slice_seconds` and for each pair, in seconds from the beginning: `tick`, when the
+        user's words were taken; `first`, when the assistant's first words came (null if it is silent); and `end`.
         """
         assert self.step.system is not None
         assert self.step.session is not None
-        if self._words:  # an answer that was broken off
+        if self._words:  # an unfinished answer
             now = round(time.monotonic() - self._began, 3)
             self._add(SlicePair(None, self._words), now, self._first or now)
         if not self._pairs:

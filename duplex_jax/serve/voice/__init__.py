@@ -1,1 +1,1 @@
-"""Speech in and out: voice activity, recognition in slices, and speaking slices smoothly."""
+"""Speech: voice activity detection, recognition in slices, and smooth synthesis of slices."""

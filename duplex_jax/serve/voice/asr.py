@@ -1,4 +1,4 @@
-"""Recognition in slices: each tick gives the words that are new, and never takes one back.
+"""Speech recognition in slices: each tick returns the new words and never revises earlier ones.
 
     speech      what is the capital | of France and why | is it famous
     tick        1                   2                   3            4
@@ -6,10 +6,9 @@
     agreed      what is               what is the capital of France and
     given       what is               the capital of France and                    ...
 
-The recogniser decodes all audio since the last pause at each tick, because it knows a word by what stands around it.
-It guesses at the end of audio that stops in the middle of a word, so the last word is held back while speech goes on,
-and so is every word that a second look, at the same audio without its last moment, does not confirm. A pause makes
-everything final.
+At each tick the recogniser decodes all audio since the last pause, because words are recognised by their context. It
+guesses when audio stops in the middle of a word, so the last word is held back while speech continues, and so is every
+word that a second pass over the same audio without its last moment does not confirm. A pause makes all words final.
 """
 
 import dataclasses
@@ -25,34 +24,34 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, to_float, to_int16
 from duplex_jax.serve.voice.vad import FRAME, VoiceActivity, VoiceEvent, check_audio
 
-# Audio before the first frame that sounds like speech and after the last: soft consonants lie there.
+# Audio kept before the first frame classified as speech and after the last one, for soft consonants.
 _BEFORE, _AFTER = int(0.25 * SAMPLE_RATE), int(0.1 * SAMPLE_RATE)
-# A silence of this length ends a word, though not yet the speech.
+# A silence of this length ends a word, but not yet the speech.
 _WORD_GAP = int(0.16 * SAMPLE_RATE)
-# The second look ends at the quietest place of this stretch, counted back from the end.
+# The second pass ends at the quietest point of this stretch, counted from the end.
 _LOOK_BACK = (int(0.6 * SAMPLE_RATE), int(0.25 * SAMPLE_RATE))
 _WINDOW = int(0.04 * SAMPLE_RATE)
-# Less than this holds no word.
+# Shorter audio contains no word.
 _SHORTEST = int(0.2 * SAMPLE_RATE)
 
 
 class Recognizer(Protocol):
-    """Speech to text, a piece of audio at a time. One may serve many listeners, from several threads."""
+    """Converts speech to text, one piece of audio at a time. May be shared by listeners in several threads."""
 
     def transcribe(self, pcm: np.ndarray) -> str:
-        """The words of float32 [n] mono at 16 kHz, with spaces between them; "" if there are none."""
+        """The words of mono audio at 16 kHz, float32 `[n]`, separated by spaces; "" if there are none."""
 
 
 class MoonshineRecognizer:
     """Moonshine tiny (English, 27M parameters) from the package `moonshine-voice`, on the CPU.
 
-    About 0.15 s of one core a call and 0.05 s more for each second of audio. Calls wait for each other.
+    Takes about 0.15 s of one core per call plus 0.05 s per second of audio. Concurrent calls wait for each other.
 
     Args:
         model: a folder with another Moonshine tiny model in ONNX Runtime's format.
 
     Raises:
-        UserError: the package is missing, or brings no model.
+        UserError: the package is missing, or has no model.
     """
 
     def __init__(self, model: str | None = None):
@@ -63,7 +62,7 @@ class MoonshineRecognizer:
         except (ImportError, OSError) as e:
             raise UserError(f"recognition needs moonshine-voice ({e}): pip install 'duplex-jax[voice]'") from e
         folder = get_model_path("tiny-en") if model is None else model
-        # The pieces come cut at pauses: its own cutting would only cost words.
+        # Pieces are already cut at pauses; its own segmentation would only lose words.
         options = {"vad_threshold": "0.0", "return_audio_data": "false", "identify_speakers": "false"}
         try:
             self._model = Transcriber(folder, ModelArch.TINY, options=options)
@@ -81,7 +80,7 @@ class MoonshineRecognizer:
 
 
 class GoogleRecognizer:
-    """Google Cloud Speech-to-Text, one request a piece. Credentials are found as Google's client finds them.
+    """Google Cloud Speech-to-Text, one request per piece, with the default credentials of Google's client.
 
     Args:
         language: BCP-47, as in "en-US".
@@ -117,7 +116,7 @@ def load_recognizer(name: str = "moonshine") -> Recognizer:
     """A recogniser by the name of its engine: "moonshine", "google", or a folder with a Moonshine tiny model.
 
     Raises:
-        UserError: no such engine, or what it needs is missing.
+        UserError: there is no such engine, or a requirement is missing.
     """
     if name == "moonshine":
         return MoonshineRecognizer()
@@ -133,10 +132,10 @@ class _Segment:
     """Speech between two pauses.
 
     Attributes:
-        first: where in the stream its audio begins, in samples.
+        first: where its audio begins in the stream, in samples.
         pcm: its audio, once it is over.
-        given: words of it that were given already.
-        cut: what follows without a pause, where it was too long: some of the given words may be of that.
+        given: its words that were already returned.
+        cut: the following segment, if this one was cut because it was too long; some of `given` may belong to that.
     """
 
     first: int
@@ -146,22 +145,23 @@ class _Segment:
 
 
 class Listener:
-    """Hears one user: audio goes in as it comes, and each tick of the slice clock takes the new words out.
+    """Listens to one user: audio is fed as it comes, and each tick of the slice clock takes the new words.
 
-    What it keeps is bounded: the speech since the last pause, cut in its quietest place when it gets longer than
-    `longest`, and at most four times that of speech that nobody took.
+    Its memory is bounded: the speech since the last pause, cut at its quietest point when it gets longer than
+    `longest`, and at most four times that of speech that was not taken.
 
     Args:
         recognizer: Moonshine tiny by default; may be shared.
         activity: finds the pauses; Silero with its defaults if not given. Not shared.
         longest: most seconds that are decoded at once, at least 2.
-        confirm: takes the second look at speech that goes on. Without it recognition costs half and errs more.
+        confirm: whether to run the second pass while speech continues. Without it recognition costs half as much and
+            has more errors.
 
     Attributes:
-        lost: samples of speech that were thrown away because nobody took them in time.
+        lost: samples of speech that were dropped because they were not taken in time.
 
     Raises:
-        UserError: `longest` too short, or a package is missing.
+        UserError: `longest` is too short, or a package is missing.
     """
 
     def __init__(
@@ -181,38 +181,38 @@ class Listener:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything and begins a new stream. Not while a `take` runs."""
+        """Starts a new stream. Must not be called while `take` runs."""
         with self._lock:
             self._activity.reset()
             self._pieces: list[np.ndarray] = []
-            self._first = self._end = 0  # where in the stream the pieces begin and end, in samples
+            self._first = self._end = 0  # where the pieces begin and end in the stream, in samples
             self._over: deque[_Segment] = deque()
             self._over_until = 0
             self._open: _Segment | None = None
-            self._decoded = 0  # where the audio ended that was decoded last
+            self._decoded = 0  # end of the audio that was last decoded
             self.lost = 0
 
     @property
     def speaking(self) -> bool:
-        """Whether the user speaks, as far as the frames up to now tell."""
+        """Whether the user is speaking, according to the frames so far."""
         return self._activity.speaking
 
     def feed(self, pcm: np.ndarray) -> list[VoiceEvent]:
-        """Takes the next audio; about 1 ms of one core for each 32 ms.
+        """Adds audio; takes about 1 ms of one core per 32 ms.
 
         Args:
-            pcm: float32 or int16 [n], mono at 16 kHz, any n.
+            pcm: float32 or int16 `[n]`, mono at 16 kHz, any n.
 
         Returns:
-            Speech that started or stopped, for those who wait for an end of turn or a barge-in.
+            Starts and stops of speech, for detecting ends of turns and barge-ins.
 
         Raises:
-            UserError: not mono, or samples that are no numbers.
+            UserError: it is not mono, or contains NaN or infinity.
         """
         check_audio(pcm)
         events = []
         with self._lock:
-            # In pieces, so that a long recording at once is cut where it would be cut bit by bit.
+            # In frames, so that a long recording fed at once is cut like a stream.
             for i in range(0, len(pcm), FRAME):
                 piece = to_float(pcm[i : i + FRAME])
                 found = self._activity.feed(piece)
@@ -228,21 +228,21 @@ class Listener:
         return events
 
     def _audio(self, begin: int, end: int) -> np.ndarray:
-        """A part of the stream that is still here."""
+        """A part of the stream that is still in memory."""
         self._pieces = [np.concatenate(self._pieces)]
         return self._pieces[0][begin - self._first : end - self._first]
 
     def _close(self, end: int) -> None:
-        """The open segment is over, at stream sample `end`."""
+        """Ends the open segment at stream sample `end`."""
         assert self._open is not None
         self._open.pcm = self._audio(self._open.first, end).copy()
         self._over.append(self._open)
         self._open, self._over_until = None, end
 
     def _bound(self) -> None:
-        """Cuts speech that knows no pause, and lets go of audio that nothing needs."""
+        """Cuts speech without pauses, and drops audio that is no longer needed."""
         if self._open is not None and self._end - self._open.first > self._longest:
-            # Not too near the end: the words there are still being spoken.
+            # Not too close to the end, where words are still being spoken.
             begin, end = self._end - self._longest // 2, self._end - _LOOK_BACK[1]
             cut, before = begin + quietest(self._audio(begin, end)), self._open
             self._close(cut)
@@ -256,10 +256,10 @@ class Listener:
             self.lost += 0 if gone.pcm is None else len(gone.pcm)
 
     def take(self) -> str | None:
-        """The words that are new since the last time, or None if there are none.
+        """The new words since the last call, or None.
 
-        While speech goes on the newest words may stay back; they come with the next tick or after the pause. It
-        decodes, so call it off the event loop; `feed` may go on meanwhile, another `take` may not.
+        While speech continues the newest words may be held back; they come with the next tick or after the pause. It
+        runs the recogniser, so call it off the event loop; `feed` may be called meanwhile, but not another `take`.
         """
         with self._lock:
             over = list(self._over)
@@ -287,7 +287,7 @@ class Listener:
         return self._recognizer.transcribe(pcm).split()
 
     def _settled(self, pcm: np.ndarray) -> list[str]:
-        """The words of speech that goes on which the next moments will hardly change."""
+        """The words of continuing speech that are unlikely to change."""
         words = self._words(pcm)[:-1]
         if self._confirm and words:
             far, near = (max(0, len(pcm) - n) for n in _LOOK_BACK)
@@ -296,7 +296,7 @@ class Listener:
 
 
 def quietest(pcm: np.ndarray) -> int:
-    """The middle of the 40 ms with the least energy in float [n], as a sample; n // 2 where it is too short."""
+    """The middle of the quietest 40 ms in float `[n]`, in samples; n // 2 if it is too short."""
     if len(pcm) < _WINDOW:
         return len(pcm) // 2
     energy = np.convolve(np.square(pcm), np.ones(_WINDOW, np.float32), "valid")
@@ -304,12 +304,12 @@ def quietest(pcm: np.ndarray) -> int:
 
 
 def plain_word(word: str) -> str:
-    """A word without case and punctuation, to compare by."""
+    """A word without case and punctuation, for comparisons."""
     return "".join(c for c in word.casefold() if c.isalnum())
 
 
 def agreed(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many words two transcripts share from the beginning."""
+    """Length of the common prefix of two transcripts, in words."""
     n = 0
     for a, b in zip(one, other, strict=False):
         if plain_word(a) != plain_word(b):
@@ -319,24 +319,24 @@ def agreed(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def new_words(given: Sequence[str], words: Sequence[str]) -> list[str]:
-    """What a transcript says beyond the words that were given already.
+    """The words of a transcript beyond those already given.
 
-    The given ones stand for the beginning of the transcript that differs from them in the fewest words (Levenshtein);
-    of equal ones the longest, so that nothing is said twice.
+    The given words correspond to the prefix of the transcript with the smallest Levenshtein distance to them; among
+    equals the longest, so that nothing is said twice.
 
     Args:
-        given: words that cannot be taken back, of an earlier transcript of a part of the same audio.
+        given: words already returned, from an earlier transcript of a part of the same audio.
         words: the transcript of all of it.
 
     Returns:
-        The end of `words`.
+        The rest of `words`.
     """
     costs = edits(given, words)[-1]
     return list(words[len(costs) - 1 - costs[::-1].index(min(costs)) :]) if given else list(words)
 
 
 def shared(given: Sequence[str], words: Sequence[str]) -> int:
-    """How many of the words given are in a transcript that may end before them; the others are of later audio."""
+    """How many of the given words are in a transcript that may end before them; the rest are from later audio."""
     table = edits(given, words)
     costs = [row[-1] for row in table]
     best = min(costs)
@@ -344,7 +344,7 @@ def shared(given: Sequence[str], words: Sequence[str]) -> int:
 
 
 def edits(one: Sequence[str], other: Sequence[str]) -> list[list[int]]:
-    """Levenshtein distances in words, case and punctuation apart: `[i][j]` of the first i from the first j."""
+    """Word-level Levenshtein distances, ignoring case and punctuation: `[i][j]` between the first i and the first j."""
     table = [list(range(len(other) + 1))]
     for i, a in enumerate(one, 1):
         above, row = table[-1], [i]

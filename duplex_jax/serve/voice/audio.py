@@ -1,4 +1,4 @@
-"""Samples as the voice parts pass them: 16-bit or float, and from one rate to another without seams."""
+"""Audio samples: conversion between 16-bit and float, and seamless resampling of streams."""
 
 import math
 
@@ -6,39 +6,39 @@ import numpy as np
 
 from duplex_jax.errors import UserError
 
-# What recognition and voice activity hear, in samples per second.
+# Sample rate of recognition and voice activity detection, in Hz.
 SAMPLE_RATE = 16_000
 
-# Zero crossings of the filter on either side, at the lower of the two rates.
+# Zero crossings of the filter on each side, at the lower of both rates.
 _CROSSINGS = 16
 
 
 def to_float(pcm: np.ndarray) -> np.ndarray:
-    """16-bit samples [n] as float32 in [-1, 1); floats only change their type to float32."""
+    """int16 `[n]` as float32 in [-1, 1); floats are only converted to float32."""
     if pcm.dtype == np.int16:
         return pcm.astype(np.float32) / 32768
     return pcm.astype(np.float32)
 
 
 def to_int16(pcm: np.ndarray) -> np.ndarray:
-    """Float samples [n] in [-1, 1] as 16-bit ones, clipped; 16-bit ones as they are."""
+    """Float `[n]` in [-1, 1] as int16, clipped; int16 is returned unchanged."""
     if pcm.dtype == np.int16:
         return pcm
     return np.rint(np.clip(pcm, -1, 32767 / 32768) * 32768).astype(np.int16)
 
 
 class Resampler:
-    """Takes a stream from one rate to another; what comes out does not depend on how the stream was cut.
+    """Resamples a stream; the result does not depend on how the stream was split.
 
-    A low-pass filter keeps what both rates can hold. Output `i` lies at time `i / target`: the filter's delay is taken
-    out, so the last milliseconds come with `flush`.
+    A low-pass filter keeps the frequencies that both rates can represent. Output `i` is at time `i / target`: the
+    filter's delay is compensated, so the last milliseconds come with `flush`.
 
     Args:
-        source: samples per second that come in.
-        target: samples per second that go out.
+        source: samples per second of the input.
+        target: samples per second of the output.
 
     Raises:
-        UserError: a rate that is not positive.
+        UserError: a rate is not positive.
     """
 
     def __init__(self, source: int, target: int):
@@ -49,7 +49,7 @@ class Resampler:
         self._half = math.ceil(_CROSSINGS * max(1, self._down / self._up))
         self._taps = np.zeros((1, 1), np.float32)
         if self._up != self._down:
-            # A sinc cut off at the lower rate's limit; the zeros behind it fill the last phases.
+            # A sinc with its cutoff at the lower rate's limit, zero-padded to fill the last phases.
             reach, slower = self._half * self._up, max(self._up, self._down)
             filtered = np.sinc(np.arange(-reach, reach + 1) / slower) * np.kaiser(2 * reach + 1, 8.0)
             filtered = np.append(filtered * self._up / filtered.sum(), np.zeros(self._up - 1))
@@ -58,11 +58,11 @@ class Resampler:
 
     def _reset(self) -> None:
         self._input = np.zeros(self._half, np.float32)
-        self._first = -self._half  # where in the stream `_input` begins
-        self._next = 0  # the output that comes next
+        self._first = -self._half  # where `_input` begins in the stream
+        self._next = 0  # index of the next output
 
     def feed(self, pcm: np.ndarray) -> np.ndarray:
-        """Takes samples [n], gives those at the other rate that are settled, float32 [m]."""
+        """Adds samples `[n]`; returns the outputs that are final, float32 `[m]`."""
         pcm = to_float(pcm)
         if self._up == self._down:
             return pcm
@@ -71,7 +71,7 @@ class Resampler:
         return self._until(max(self._next, -(-settled * self._up // self._down)))
 
     def flush(self) -> np.ndarray:
-        """Ends the stream: the rest, float32 [m]. The next `feed` begins a new one."""
+        """Ends the stream and returns the rest, float32 `[m]`. The next `feed` begins a new one."""
         if self._up == self._down:
             return np.zeros(0, np.float32)
         length = self._first + len(self._input)
@@ -86,7 +86,7 @@ class Resampler:
         position = np.arange(self._next, end) * self._down
         at, phase = position // self._up, position % self._up
         windows = np.lib.stride_tricks.sliding_window_view(self._input, 2 * self._half + 1)
-        # Output i sees the inputs from at - half to at + half.
+        # Output i depends on the inputs from at - half to at + half.
         out = np.einsum("ij,ij->i", windows[at - self._half - self._first], self._taps[phase])
         self._next = end
         done = max(0, end * self._down // self._up - self._half - self._first)
@@ -95,6 +95,6 @@ class Resampler:
 
 
 def resample(pcm: np.ndarray, source: int, target: int) -> np.ndarray:
-    """A whole recording at another rate, float32 [ceil(n * target / source)]."""
+    """Resamples a whole recording: float32 `[ceil(n * target / source)]`."""
     resampler = Resampler(source, target)
     return np.concatenate([resampler.feed(pcm), resampler.flush()])
