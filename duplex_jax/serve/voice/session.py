@@ -1,4 +1,4 @@
-"""Hearing and speaking of the server's sessions: the models are shared, what was heard and said is not."""
+"""Speech recognition and synthesis for the server's sessions: shared models, separate state."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from duplex_jax.serve.voice.tts import Synthesizer, load_synthesizer
 
 
 class SessionVoice:
-    """What `live.Voice` asks for.
+    """Implements `live.Voice`.
 
     Args:
-        listener: hears this session alone.
+        listener: recognises this session's speech; not shared.
         synthesizer: may be shared.
     """
 
@@ -23,38 +23,38 @@ class SessionVoice:
         self._speaker = Speaker(synthesizer)
 
     def feed(self, pcm: np.ndarray) -> list[Speech]:
-        """Takes float32 [n] at 16 kHz; tells where speech began and ceased."""
+        """Adds audio, float32 `[n]` at 16 kHz; returns starts and stops of speech."""
         return [Speech(event.kind == "started", event.sample) for event in self._listener.feed(pcm)]
 
     def take(self) -> str | None:
-        """The words heard since the last call."""
+        """The words recognised since the last call."""
         return self._listener.take()
 
     def speak(self, index: int, text: str | None) -> Audio:
-        """The sound of the assistant's slice; it may be empty."""
+        """The audio of the assistant's slice; may be empty."""
         return Audio(index, self._speaker.say(text, index=index), self._speaker.sample_rate)
 
     def heard(self, samples: int) -> tuple[int, int] | None:
-        """The slice and its characters that were heard at a place in all the sound given."""
+        """The slice, and its characters, that were heard at a position in all audio returned."""
         return self._speaker.heard(samples)
 
     def hush(self, played: int | None = None) -> None:
-        """Drops what was not given out yet; see `Speaker.cancel`."""
+        """Drops what was not returned yet; see `Speaker.cancel`."""
         self._speaker.cancel(played)
 
 
 def load_voice(recognition: str = "moonshine", voice: str = "auto") -> Callable[[], SessionVoice]:
-    """Loads what the sessions share, so that a missing package is told before anybody connects.
+    """Loads what the sessions share, so that a missing package is reported before anybody connects.
 
     Args:
         recognition: as `load_recognizer` takes it.
         voice: as `load_synthesizer` takes it.
 
     Returns:
-        Makes the voice of a new session.
+        A function that makes the voice of a new session.
 
     Raises:
-        UserError: no such engine, or a package is missing.
+        UserError: there is no such engine, or a package is missing.
     """
     recognizer, synthesizer = load_recognizer(recognition), load_synthesizer(voice)
     Listener(recognizer)

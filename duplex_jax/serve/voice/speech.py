@@ -1,16 +1,16 @@
-"""Speaking slices: text that comes ten tokens at a time, as speech that does not sound like it.
+"""Speaks slices: text that comes ten tokens at a time, as continuous speech.
 
-A slice may end in the middle of a word, and a piece of text spoken alone begins and ends like a sentence: with
-silence, a lengthened last word and a falling tone. So what is spoken for a slice is neither quite its text nor spoken
+A slice may end in the middle of a word, and text that is spoken alone begins and ends like a sentence: with silence, a
+lengthened last word and a falling tone. So what is spoken for a slice is not exactly its text, nor is it synthesised
 alone:
 
     slices       | It is famous for the Eiffel Tower, its mus | eums and its food. Millions |
     spoken       | It is famous for the Eiffel Tower,         | its museums and its food.   |  held back: " Millions"
     synthesised  | It is famous for the Eiffel Tower, its mus and so on
                                    the Eiffel Tower, its museums and its food.
-                   ^ left context                    ^ cut out of the sound at the times of the words
+                   ^ left context                    ^ cut out of the audio at the words' times
 
-The last word is held back until the next slice shows that it is whole, and with it a clause that has barely begun.
+The last word is held back until the next slice shows that it is complete, together with a clause that has barely begun.
 """
 
 import bisect
@@ -21,35 +21,35 @@ import numpy as np
 
 from duplex_jax.serve.voice.tts import Speech, Synthesizer, load_synthesizer
 
-# What the voice says after the piece, so that it does not sound like the end; never heard.
+# Synthesised after each piece, so that it does not sound like the end, and then cut off.
 _RIGHT = " and so on"
 _LEFT_WORDS = 4
-# A clause of so few words waits for the rest of it.
+# A clause with at most this many words waits for its rest.
 _HELD_WORDS = 2
-# A "word" of so many characters is a script without spaces, or no word: it is not waited for.
+# A "word" longer than this is in a script without spaces, or is not a word; it is not held back.
 _LONGEST_WORD = 40
-# Words and slices that `heard` still knows.
+# Number of recent words and slices that `heard` can find.
 _KEPT = 2048
 
 _CLAUSE = re.compile(r"[,;:.!?…—][\"'”’)\]]*$")
 _SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*$")
-# A point after these ends no sentence, and a number may go on behind its point, comma or colon.
+# After these a period does not end a sentence, and a number may continue after a period, comma or colon.
 _GOES_ON = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|e\.g|i\.e|No)\.|\d[.,:])$")
 _SILENT = re.compile(r"[*_#`~|<>\[\]{}\\^=]|[\U0001F000-\U0001FAFF\u2600-\u27BF\uFE0F\u200D]")
 _WORD = re.compile(r"\S+")
 
 
 class Speaker:
-    """The voice of one session: slices of text in, sound out, and what of it was heard.
+    """The voice of one session: takes slices of text, returns audio, and tells what of it was heard.
 
-    Samples are places in all that `say` and `flush` gave since the beginning, one piece after the other; pauses in
-    which the player had nothing to play do not count.
+    Sample positions count all audio that `say` and `flush` have returned, one piece after the other; pauses in which
+    the player had nothing to play do not count.
 
     Args:
         synthesizer: may be shared; `load_synthesizer("auto")` if not given.
 
     Attributes:
-        sample_rate: of the sound, in samples per second.
+        sample_rate: sample rate of the audio, in Hz.
 
     Raises:
         UserError: no synthesizer can be loaded.
@@ -60,10 +60,10 @@ class Speaker:
         self.sample_rate = self._synthesizer.sample_rate
         self._fade = int(0.008 * self.sample_rate)
         self._slices: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # index, first character in all the text
-        self._words: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # sample by which it was heard, its last character
-        self._index = -1  # of the last slice
-        self._length = 0  # characters of all slices
-        self._given = 0  # samples
+        self._words: deque[tuple[int, int]] = deque(maxlen=_KEPT)  # sample by which it was heard, last character
+        self._index = -1  # index of the last slice
+        self._length = 0  # characters in all slices
+        self._given = 0  # samples returned so far
         self._held = ""
         self._forget()
 
@@ -73,19 +73,19 @@ class Speaker:
 
     @property
     def held(self) -> int:
-        """Characters at the end of the text that are held back."""
+        """Number of characters at the end of the text that are held back."""
         return len(self._held)
 
     def say(self, text: str | None, last: bool = False, index: int | None = None) -> np.ndarray:
-        """Speaks the assistant's next slice; synthesises, so call it off the event loop.
+        """Speaks the assistant's next slice; runs the synthesizer, so call it off the event loop.
 
         Args:
             text: the slice, with its leading space; None for idle, which speaks what was held back.
-            last: nothing is to be held back, because the message is known to end here.
-            index: of the slice, for `heard`; one more than the last if not given. Indices increase.
+            last: whether the message is known to end here, so that nothing is held back.
+            index: index of the slice, for `heard`; by default one more than the last. Indices increase.
 
         Returns:
-            int16 [n], to be played right after what was given before; may be empty.
+            int16 `[n]`, to be played right after the previous audio; may be empty.
         """
         self._index = self._index + 1 if index is None else index
         if text is None:
@@ -102,20 +102,20 @@ class Speaker:
         return self._speak(part, closed=part.rstrip(" ").endswith("\n") or bool(_SENTENCE.search(part.rstrip())))
 
     def flush(self) -> np.ndarray:
-        """Speaks what is held back, as an end: for when the player would run dry. Counts as no slice.
+        """Speaks what is held back, as the end of a text, before the player runs dry. Does not count as a slice.
 
         Returns:
-            int16 [n], may be empty.
+            int16 `[n]`, may be empty.
         """
         part, self._held = self._held, ""
         return self._speak(part, closed=True) if part else np.zeros(0, np.int16)
 
     def cancel(self, played: int | None = None) -> None:
-        """Throws away what was not given out yet; the next slice begins anew.
+        """Drops what was not returned yet; the next slice begins anew.
 
         Args:
-            played: samples that the player played of all that was given, where it dropped the rest: later samples
-                are counted from there.
+            played: how many of the returned samples the player played before it dropped the rest; later samples are
+                counted from there.
         """
         self._held = ""
         self._forget()
@@ -125,14 +125,14 @@ class Speaker:
                 self._words.pop()
 
     def heard(self, samples: int) -> tuple[int, int] | None:
-        """What the user has heard when so many samples were played: words count from their end on.
+        """What the user has heard after a number of samples; a word counts once it has ended.
 
         Args:
-            samples: a place in all that was given.
+            samples: position in all audio returned.
 
         Returns:
-            The index of a slice (idle ones count, too) and how many characters of it were heard, all
-            earlier ones being heard; None where no word was, or none of the last 2,048.
+            Index of a slice (idle ones count, too) and how many of its characters were heard, with all earlier slices
+            heard; None if no word was heard, or none of the last 2,048.
         """
         n = bisect.bisect_right(self._words, samples, key=lambda word: word[0])
         if samples <= 0 or not n:
@@ -145,10 +145,10 @@ class Speaker:
         return index, end - first
 
     def _speak(self, part: str, closed: bool) -> np.ndarray:
-        """Sound of `part`, which stands between what was spoken and what is held back."""
-        begins = self._length - len(self._held) - len(part)  # in characters of all the text
+        """Audio of `part`, the text between what was spoken and what is held back."""
+        begins = self._length - len(self._held) - len(part)  # position in characters of the whole text
         if not part[0].isspace() and not self._left[-1:].isspace():
-            # The rest of a word that was already spoken: there is no place to cut at.
+            # The rest of a word that was already spoken: there is no point to cut at.
             self._forget()
         right = "" if closed else self._held + (_RIGHT if len(self._held.split()) < _HELD_WORDS else "")
         text = speakable(self._left + part + right)
@@ -170,7 +170,7 @@ class Speaker:
         times = self._ends(speech, spans, start, end)
         for i, at in enumerate(times):
             until = spans[i + 1][0] if i + 1 < len(spans) else last
-            # Marks that are not spoken go with the word before them.
+            # Unspoken punctuation belongs to the word before it.
             self._words.append((self._given + at, begins + len(part[: until - first].rstrip())))
         self._given += len(pcm)
         self._left, self._tail = left_context(self._left + part), speech.pcm[end : end + self._fade].copy()
@@ -179,17 +179,17 @@ class Speaker:
         return pcm
 
     def _cut(self, text: str, speech: Speech, at: int) -> int:
-        """The sample to cut at between the words before character `at` and those from it on."""
+        """The sample to cut at, between the words before character `at` and the ones from there on."""
         hop = int(0.006 * self.sample_rate)
         if speech.words is None:
-            # The words before it, spoken alone, take about as long as among the others.
+            # The preceding words take about the same time when they are spoken alone.
             alone = self._synthesizer.synthesize(text[:at]).pcm
             about, reach = voiced_end(alone, self.sample_rate), int(0.08 * self.sample_rate)
             low, high = about - reach, about + reach
         else:
             before = max((w.last for w in speech.words if w.end <= at), default=0)
             after = min((w.first for w in speech.words if w.start >= at), default=len(speech.pcm))
-            # The pause of a comma stays with the words before it.
+            # A comma's pause belongs to the words before it.
             low, high = max(before, after - 5 * hop) - hop, after + hop
         low, high = max(0, low), min(len(speech.pcm), high)
         if high - low <= hop:
@@ -198,26 +198,26 @@ class Speaker:
         return low + int(energy.argmin()) + hop // 2
 
     def _ends(self, speech: Speech, spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
-        """The sample, counted from `start`, by which each word was heard."""
+        """The sample, counted from `start`, at which each word ends."""
         if speech.words is not None:
             ends = {w.start: w.last for w in speech.words}
             return [min(max(0, ends.get(a, end) - start), end - start) for a, _ in spans]
-        # Without times each word takes its share of the letters.
+        # Without times, each word's duration is proportional to its letters.
         voiced = voiced_end(speech.pcm[start:end], self.sample_rate)
         letters = np.cumsum([b - a + 1 for a, b in spans])
         return [int(voiced * n / letters[-1]) for n in letters]
 
 
 def ready(text: str) -> int:
-    """How many characters may be spoken before more text is known.
+    """How many characters can be spoken before more text is known.
 
     Args:
-        text: of the slices up to now, what was not spoken.
+        text: unspoken text of the slices so far.
 
     Returns:
-        All of them where the text ends with a clause. Otherwise those before the last word, which may go on, or before
-        the last clause if that has one or two words; 0 if two words or fewer would stay, but a run of more than 40
-        characters without a space does not wait.
+        All of them if the text ends with a clause. Otherwise those before the last word, which may be incomplete, or
+        before the last clause if that has one or two words; 0 if two words or fewer would remain. A run of more than 40
+        characters without a space is not held back.
     """
     words = [m.span() for m in _WORD.finditer(text)]
     if not words:
@@ -229,7 +229,7 @@ def ready(text: str) -> int:
         return len(text) if end - words[0][0] > _LONGEST_WORD else 0
     if words[-1][1] - words[-1][0] > _LONGEST_WORD:
         return len(text)
-    # The last clause begins after the last word that ends one.
+    # The last clause begins after the last word that ends a clause.
     clause = next((i for i in range(len(words) - 1, 0, -1) if _CLAUSE.search(text[: words[i - 1][1]])), 0)
     held = clause if clause and len(words) - clause <= _HELD_WORDS else len(words) - 1
     if not clause and len(words) <= _HELD_WORDS:
@@ -238,7 +238,7 @@ def ready(text: str) -> int:
 
 
 def left_context(text: str) -> str:
-    """The last four words of what was spoken, none of them from an earlier sentence."""
+    """The last four words that were spoken, none of them from an earlier sentence."""
     words = [m.span() for m in _WORD.finditer(text)]
     start = len(words)
     while start > max(0, len(words) - _LEFT_WORDS):
@@ -250,21 +250,21 @@ def left_context(text: str) -> str:
 
 
 def speakable(text: str) -> str:
-    """The same text, character for character: spaces for markup, bullets and emoji, a point where a paragraph ends."""
+    """The text with markup, bullets and emoji replaced by spaces and ends of paragraphs by periods; equally long."""
     text = re.sub(r"(?m)^([ \t]*)[-•](?=\s)", r"\1 ", _SILENT.sub(" ", text))
     return re.sub(r"(?<=\w)\n(?=\s|$)", ".", text)
 
 
 def voiced_end(pcm: np.ndarray, rate: int) -> int:
-    """The sample after which int16 [n] is silent: 5 ms frames 40 dB under the loudest."""
+    """The sample after which int16 `[n]` is silent, in frames of 5 ms 40 dB below the loudest."""
     return int(np.flatnonzero(~silent_frames(pcm, rate))[-1] + 1) * _frame(rate) if len(pcm) >= _frame(rate) else 0
 
 
 def silent_frames(pcm: np.ndarray, rate: int, loud: float | None = None) -> np.ndarray:
-    """Which frames of 5 ms are silent: 40 dB under the loudest, or under `loud` (RMS, in units of int16).
+    """Which frames of 5 ms are silent: 40 dB below the loudest, or below `loud` (RMS, in units of int16).
 
     Returns:
-        bool [n // (5 ms)]; the loudest frame is never silent.
+        bool `[n // (5 ms)]`; the loudest frame is never silent.
     """
     size = _frame(rate)
     frames = pcm[: len(pcm) // size * size].reshape(-1, size).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Text to speech: one interface, with Piper, espeak-ng and Google Cloud behind it."""
+"""Text to speech: one interface for Piper, espeak-ng and Google Cloud."""
 
 import dataclasses
 import io
@@ -16,16 +16,16 @@ import numpy as np
 from duplex_jax.errors import UserError
 
 _ESPEAK_SECONDS = 20
-# Marks that phonemes carry beside sounds: what is left out when phonemes are compared.
+# Phoneme symbols without a sound, which are ignored in comparisons.
 _NO_SOUND = frozenset(" ˈˌː.,!?;:'\"()-…—–^$_")
 
 
 class SpokenWord(NamedTuple):
-    """Where a word lies.
+    """Position of a word.
 
     Attributes:
         start, end: in the text, in characters.
-        first, last: in the audio, in samples; what is between two words belongs to neither.
+        first, last: in the audio, in samples; gaps between words belong to neither.
     """
 
     start: int
@@ -36,11 +36,11 @@ class SpokenWord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """A text as sound.
+    """A text as audio.
 
     Attributes:
-        pcm: int16 [n].
-        words: one for each run of non-space characters of the text, in order, where the engine tells times.
+        pcm: int16 `[n]`.
+        words: one for each run of non-space characters of the text, in order, if the engine reports times.
     """
 
     pcm: np.ndarray
@@ -48,29 +48,29 @@ class Speech:
 
 
 class Synthesizer(Protocol):
-    """Text to sound, a piece at a time. One may serve many speakers, from several threads.
+    """Converts text to audio, one piece at a time. May be shared by speakers in several threads.
 
     Attributes:
-        sample_rate: of all it makes, in samples per second.
+        sample_rate: sample rate of its audio, in Hz.
     """
 
     @property
     def sample_rate(self) -> int: ...
 
     def synthesize(self, text: str) -> Speech:
-        """Speaks a text; one without a word gives no samples."""
+        """Speaks a text; a text without words gives no samples."""
 
 
 class PiperSynthesizer:
-    """Piper (VITS) with joe's voice (American English), about 0.16 s of one core for a second of speech.
+    """Piper (VITS) with joe's voice (American English); takes about 0.16 s of one core per second of speech.
 
-    The same text gives the same samples: with the default scales nothing is drawn at random.
+    Equal texts give equal samples: with the default scales nothing is random.
 
     Args:
-        voice: another voice's `.onnx`, with its `.onnx.json` beside it.
-        noise_scale: randomness of the sound; 0.667 is what voices are trained with.
-        noise_w: randomness of the durations; 0.8 likewise.
-        threads: cores that one call may use.
+        voice: another voice's `.onnx` file, next to its `.onnx.json`.
+        noise_scale: randomness of the sound; voices are trained with 0.667.
+        noise_w: randomness of the durations; voices are trained with 0.8.
+        threads: CPU cores per call.
 
     Raises:
         UserError: a package or the voice is missing.
@@ -90,10 +90,10 @@ class PiperSynthesizer:
         try:
             config = PiperConfig.from_dict(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")))
             model = onnx.load(str(path))
-        except Exception as e:  # of JSON, of a missing field, of protocol buffers
+        except Exception as e:  # errors of JSON, missing fields or protocol buffers
             raise UserError(f"{path}: cannot be read as a Piper voice ({e}); it needs NAME.onnx and NAME.onnx.json "
                             "beside each other") from e  # fmt: skip
-        # The durations are there, as the one thing that is rounded up, but the model does not give them out.
+        # The model computes durations (the only values that are rounded up) but does not output them.
         lengths = {name for node in model.graph.node if node.op_type == "Ceil" for name in node.output}
         outputs = {output.name for output in model.graph.output}
         self.aligned = len(lengths) == 1
@@ -106,7 +106,7 @@ class PiperSynthesizer:
             model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
         )
         self._voice = PiperVoice(session=session, config=config)
-        # Scaling each piece to the full range would make the loudness jump from piece to piece.
+        # Normalising each piece would make the loudness jump between pieces.
         self._scales = SynthesisConfig(noise_scale=noise_scale, noise_w_scale=noise_w, normalize_audio=False)
         self._gain = 1.5
 
@@ -152,24 +152,24 @@ def _joe() -> Path:
 def place_words(
     spans: Sequence[tuple[int, int]], phonemes: Sequence[Iterable[str]], sounds: Sequence[tuple[str, int, int]]
 ) -> tuple[SpokenWord, ...]:
-    """Finds each word of a text in its sound.
+    """Locates each word of a text in its audio.
 
-    A word is pronounced a little differently on its own ("the" before a vowel, "of the" as one) and a number is many
-    words, so the sounds of the single words are aligned with those that were spoken, by fewest edits.
+    Words are pronounced slightly differently on their own ("the" before a vowel, "of the" as one), and a number is
+    several words, so the phonemes of the single words are aligned with those spoken, by minimum edit distance.
 
     Args:
         spans: start and end of each word in the text, in characters.
-        phonemes: of each word on its own.
+        phonemes: each word's phonemes on its own.
         sounds: of the whole text: phoneme, first sample, the one after its last.
 
     Returns:
-        A word for each span. Its times do not decrease; a word without a sound ("-") takes no time.
+        One word per span. Times do not decrease; a word without a sound ("-") takes no time.
     """
     owners = [(i, p) for i, word in enumerate(phonemes) for p in word if p not in _NO_SOUND]
     spoken: list[tuple[str, int, int]] = []
     stress: int | None = None
     for phoneme, first, last in sounds:
-        # Marks of stress and length take time of their own: it belongs to the sound after or before them.
+        # Stress and length marks have durations, too, which are added to the following or preceding sound.
         if phoneme in "ˈˌ":
             stress = first if stress is None else stress
         elif phoneme == "ː" and spoken:
@@ -189,7 +189,7 @@ def place_words(
         row[0] = i
         if spoken:
             row[1:] = np.minimum(costs[i - 1, 1:] + 1, costs[i - 1, :-1] + (symbols != phoneme).astype(np.int32))
-        # A sound that no phoneme stands for costs one more than its neighbour to the left.
+        # A sound that matches no phoneme costs one more than its left neighbour.
         costs[i] = np.minimum.accumulate(row - steps) + steps
     owner = np.zeros(len(spoken), np.int64)
     i, j = len(owners), len(spoken)
@@ -214,11 +214,11 @@ def place_words(
 
 
 class EspeakSynthesizer:
-    """The program `espeak-ng` (apt install espeak-ng): plain, quick, many languages. It tells no times.
+    """The program `espeak-ng` (apt install espeak-ng): simple, fast, many languages. It does not report times.
 
     Args:
-        voice: as `espeak-ng --voices` lists them.
-        words_per_minute: how fast it speaks.
+        voice: a name listed by `espeak-ng --voices`.
+        words_per_minute: speaking rate.
 
     Raises:
         UserError: the program is missing.
@@ -246,12 +246,12 @@ class EspeakSynthesizer:
 
 
 class GoogleSynthesizer:
-    """Google Cloud Text-to-Speech, one request a piece. Credentials are found as Google's client finds them.
+    """Google Cloud Text-to-Speech, one request per piece, with the default credentials of Google's client.
 
     Args:
         voice: one of Google's names.
         language: BCP-47, as in "en-US".
-        sample_rate: of what it makes.
+        sample_rate: sample rate of its audio, in Hz.
 
     Raises:
         UserError: the package is missing, or there are no credentials.
@@ -284,7 +284,7 @@ class GoogleSynthesizer:
 
 
 def read_wav(data: bytes) -> tuple[int, np.ndarray]:
-    """A mono 16-bit WAV file, also one from a pipe whose header says no length: rate, int16 [n]."""
+    """Reads a mono 16-bit WAV file, also one from a pipe, whose header has no length: sample rate, int16 `[n]`."""
     with wave.open(io.BytesIO(data)) as file:
         rate = file.getframerate()
     start = data.index(b"data") + 8
@@ -293,14 +293,14 @@ def read_wav(data: bytes) -> tuple[int, np.ndarray]:
 
 
 def load_synthesizer(name: str = "auto") -> Synthesizer:
-    """A voice by the name of its engine.
+    """Loads a voice by the name of its engine.
 
     Args:
-        name: "piper", "espeak", "google", the path of a Piper voice (`.onnx`), or "auto": Piper where it is installed,
+        name: "piper", "espeak", "google", the path of a Piper voice (`.onnx`), or "auto": Piper if it is installed,
             otherwise espeak-ng.
 
     Raises:
-        UserError: no such engine, or what it needs is missing.
+        UserError: there is no such engine, or a requirement is missing.
     """
     if name == "auto":
         try:

