@@ -1,4 +1,4 @@
-"""Sound on the wire: one channel, 16-bit little-endian samples or the bytes of G.711."""
+"""Audio on the wire: one channel of 16-bit little-endian samples or G.711 bytes."""
 
 import base64
 import binascii
@@ -9,14 +9,14 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.voice.audio import to_float, to_int16
 
 PCM, ULAW, ALAW = "audio/pcm", "audio/pcmu", "audio/pcma"
-"""Encodings, by the names that OpenAI's protocols have for them."""
+"""Encodings, by their names in OpenAI's protocols."""
 
 
 def from_base64(text: str, encoding: str = PCM) -> np.ndarray:
-    """Sound as float32 `[n]` in -1 to 1.
+    """Decodes base64 to audio, float32 `[n]` in -1 to 1.
 
     Raises:
-        UserError: no base64, or half a sample.
+        UserError: invalid base64, or half a sample.
     """
     try:
         return from_bytes(base64.b64decode(text, validate=True), encoding)
@@ -25,7 +25,7 @@ def from_base64(text: str, encoding: str = PCM) -> np.ndarray:
 
 
 def from_bytes(data: bytes, encoding: str = PCM) -> np.ndarray:
-    """As `from_base64`, of the bytes themselves."""
+    """Decodes bytes like `from_base64`."""
     if encoding != PCM:
         return to_float(_DECODED[encoding][np.frombuffer(data, np.uint8)])
     if len(data) % 2:
@@ -34,13 +34,13 @@ def from_bytes(data: bytes, encoding: str = PCM) -> np.ndarray:
 
 
 def to_base64(pcm: np.ndarray, encoding: str = PCM) -> str:
-    """int16 or float32 `[n]` as base64."""
+    """Encodes int16 or float32 `[n]` as base64."""
     samples = to_int16(pcm)
     data = samples.astype("<i2") if encoding == PCM else _ENCODERS[encoding](samples.astype(np.int32))
     return base64.b64encode(data.tobytes()).decode()
 
 
-# G.711 writes a sample as sign, segment (3 bits) and step (4 bits); a segment's steps are twice as wide as the last's.
+# A G.711 code has a sign, a segment (3 bits) and a step (4 bits); each segment's steps are twice as wide as the last's.
 _SEGMENT, _STEP = np.divmod(np.arange(128), 16)
 _ULAW_FROM = ((8 * _STEP + 128) << _SEGMENT) - 132  # the least magnitude of each of the 128 codes
 _ALAW_FROM = np.where(_SEGMENT > 0, (16 * _STEP + 256) << np.maximum(_SEGMENT - 1, 0), 16 * _STEP)
