@@ -13,13 +13,13 @@ JOBS = {
     "generate": "make Duplex-UltraChat timelines from turn-based dialogues; check and describe a dataset",
     "pack": "encode timelines once into packed fixed-length rows",
     "train": "sharded training on packed rows",
-    "adapt": "make any chat model duplex from its own words: write, generate, pack, train, measure, export",
-    "compile": "compile a training step for hardware that is not here, and say whether it fits",
+    "adapt": "make any chat model duplex with dialogues that it writes itself",
+    "compile": "compile the training step for absent hardware, and check whether it fits",
     "convert": "read any supported checkpoint and write it for transformers, Orbax or llama.cpp",
     "evaluate": "behaviour, benchmarks, judged dialogue, user study, report",
     "serve": "the real-time server",
     "doctor": "check this machine: devices, rates, a sharded step, a save, one slice",
-    "bench": "measure decode, evaluate, train, data, generate, serve",
+    "bench": "run a benchmark: decode, batch, train, data, generate, evaluate, serve, speech",
 }
 
 
