@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 
 from duplex_jax.decode.session import DuplexSession, Slice
+from duplex_jax.errors import UserError
 from duplex_jax.serve.events import Delegated, Event
 from duplex_jax.serve.hub import Hub
-from duplex_jax.serve.mind import Answer, Mind, messages_of
+from duplex_jax.serve.mind import MOST_ANSWERED, Answer, Mind, messages_of
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.timeline import SlicePair
 
@@ -82,7 +83,15 @@ class Talk:
             answer.stop()
 
     def comment(self, text: str) -> None:
-        """Words for the next slices in which nobody speaks, behind those that wait already."""
+        """Words for the next slices in which nobody speaks, behind those that wait already.
+
+        Raises:
+            UserError: too many words wait already.
+        """
+        waiting = sum(map(len, self._commentary))
+        if waiting + len(text) > MOST_ANSWERED:
+            raise UserError(f"{waiting} characters of commentary wait already and {len(text)} come; "
+                            f"at most {MOST_ANSWERED} may")  # fmt: skip
         self._commentary.append(text)
         self._filler_due = None
 

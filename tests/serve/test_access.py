@@ -57,9 +57,13 @@ def test_another_name_than_the_server_s_reaches_nothing():
                 async with http.get(f"http://{place}{path}", headers=evil) as answer:
                     assert answer.status == 403, path
                     assert "--allowed_hosts" in (await answer.json())["error"]["message"]
-            with pytest.raises(aiohttp.WSServerHandshakeError):
-                async with Client.connect(place, headers={"Host": "evil.example", "Origin": "http://evil.example"}):
-                    pass
+            sockets = ("duplex", "realtime", "live/sessions", "live/sessions/x/fork", "demo")
+            for path in ("/", *(f"/v1/{name}" for name in sockets)):
+                for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "http://[x"}):
+                    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                        async with Client.connect(place, path, headers=headers):
+                            pass
+                    assert refused.value.status == 403, path
             async with http.get(f"http://{place}/healthz", headers={"Host": "10.0.0.7"}) as answer:
                 assert answer.status == 200  # what a prober asks by the machine's address
             for origin in ("http://[x", "http://[", "null", "//", "http://other.example:1"):

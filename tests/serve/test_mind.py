@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel
+from duplex_jax.errors import UserError
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.mind import Mind, messages_of
+from duplex_jax.serve.talk import Talk
 from duplex_jax.timeline import SlicePair
 from tests.decode.test_session import assert_invariant
 from tests.serve.minds import Reply, Script, ScriptedMind, says
@@ -377,6 +379,16 @@ def test_turns_go_through_the_same_mind():
             ]
 
     run(test)
+
+
+def test_commentary_that_waits_is_bounded():
+    hub: Any = None
+    talk = Talk(None, hub, 2.0, None, lambda event: None)
+    for _ in range(17):
+        talk.comment("and so on " * 45)
+    with pytest.raises(UserError, match="7650 characters of commentary wait already and 450 come; at most 8000"):
+        talk.comment("and so on " * 45)
+    talk.comment("and so on")  # what was refused is not there
 
 
 def test_messages_join_slices_and_keep_the_newest():
