@@ -44,7 +44,7 @@ class KVCache:
     @property
     def slots(self) -> int:
         """S, the number of slots per row."""
-        return self.k[0].shape[-1]
+        return self.v[0].shape[-2]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -62,13 +62,21 @@ def of_layers(layers: Sequence[Sequence[jax.Array]]) -> KVCache:
     return KVCache(*(tuple(part) for part in zip(*layers, strict=True)))
 
 
-def zeros(config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-    """An empty cache."""
+def swap_keys(cache: KVCache) -> KVCache:
+    """The cache with keys `[B, K, H, S]` as `[B, K, S, H]`, or the reverse."""
+    return dataclasses.replace(cache, k=tuple(k.swapaxes(-1, -2) for k in cache.k))
+
+
+def zeros(
+    config: ModelConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, slot_major_keys: bool = False
+) -> KVCache:
+    """An empty cache; `slot_major_keys` stores keys as `[B, K, S, H]`."""
     lead, width = (rows, config.num_kv_heads), config.head_dim
     scales = 2 if dtype == jnp.int8 else 0
 
     def layer() -> list[jax.Array]:
-        entries = [jnp.zeros((*lead, width, slots), dtype), jnp.zeros((*lead, slots, width), dtype)]
+        shapes = [(slots, width) if slot_major_keys else (width, slots), (slots, width)]
+        entries = [jnp.zeros((*lead, *shape), dtype) for shape in shapes]
         return [_unbacked(x) for x in [*entries, *[jnp.zeros((*lead, slots), jnp.float32) for _ in range(scales)]]]
 
     return of_layers([layer() for _ in range(config.num_layers)])
@@ -188,10 +196,25 @@ def append(cache: KVCache, new: KVCache, rows: jax.Array | None, lengths: jax.Ar
     return lax.platform_dependent(cache, new, lengths, cpu=row_by_row, default=at_once)
 
 
+Partial = tuple[jax.Array, jax.Array, jax.Array]
+"""Attention over some of the keys: `sum(exp(score - top) * value)` float32 `[B, K, Q, H]`, and `top` and
+`sum(exp(score - top))`, both float32 `[B, K, Q]`."""
+
+PastAttention = Callable[[jax.Array, Sequence[jax.Array], jax.Array], Partial]
+"""From queries, cached entries and lengths, as `over_past`."""
+
+MASKED = -1e30
+"""The score of a key that a query does not attend to."""
+
+
 def attend(
-    q: jax.Array, past: Sequence[jax.Array], recent: tuple[jax.Array, jax.Array],
-    lengths: jax.Array, visible: jax.Array,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    past: Sequence[jax.Array],
+    recent: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    visible: jax.Array,
+    past_attention: PastAttention | None = None,
+) -> jax.Array:
     """Attention of a chunk's queries over the row's cached entries and the step's buffer.
 
     Args:
@@ -201,30 +224,38 @@ def attend(
         recent: the buffer's keys `[B, K, H, M]` and values `[B, K, M, H]`, including this chunk's.
         lengths: int32 `[B]`, valid cached entries of each row.
         visible: bool `[B, t, M]`, the buffer slots that each query attends to.
+        past_attention: computes the part over the cached entries; `over_past` by default.
 
     Returns:
         `[B, t, N, H]`.
     """
     B, t, N, H = q.shape
-    K, S = past[0].shape[1], past[0].shape[-1]
+    K = past[0].shape[1]
     q = (q * H**-0.5).reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * t, H)
-
-    # Scales are applied to scores and probabilities, which are smaller than the entries.
-    k_scales, v_scales = (s[:, :, None] for s in past[2:]) if len(past) > 2 else (1, 1)
-
-    def scores(keys: jax.Array, mask: jax.Array, scales: Any) -> jax.Array:
-        s = jnp.einsum("bkqh,bkhs->bkqs", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        return jnp.where(mask, s * scales, -1e30)
-
     # Softmax over both parts without concatenating them; the division comes last, where the array is smallest.
-    old = scores(past[0], (jnp.arange(S) < lengths[:, None])[:, None, None], k_scales)
-    new = scores(recent[0], jnp.tile(visible, (1, N // K, 1))[:, None], 1)
-    top = jnp.maximum(jnp.max(old, axis=-1), jnp.max(new, axis=-1))[..., None]
-    old, new = jnp.exp(old - top), jnp.exp(new - top)
-    total = (jnp.sum(old, axis=-1) + jnp.sum(new, axis=-1))[..., None]
-    out = sum(
-        jnp.einsum("bkqs,bksh->bkqh", p.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
-        for p, v in ((old * v_scales, past[1]), (new, recent[1]))
-    )
-    out = (out / total).astype(q.dtype)
+    old = (past_attention or over_past)(q, past, lengths)
+    new = _over(q, recent, jnp.tile(visible, (1, N // K, 1))[:, None])
+    top = jnp.maximum(old[1], new[1])
+    old_share, new_share = jnp.exp(old[1] - top), jnp.exp(new[1] - top)
+    total = old[2] * old_share + new[2] * new_share
+    out = old[0] * old_share[..., None] + new[0] * new_share[..., None]
+    out = (out / total[..., None]).astype(q.dtype)
     return out.reshape(B, K, N // K, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+
+
+def over_past(q: jax.Array, past: Sequence[jax.Array], lengths: jax.Array) -> Partial:
+    """Attention of scaled queries `[B, K, Q, H]` over each row's first `lengths` cached slots."""
+    S = past[0].shape[-1]
+    return _over(q, past, (jnp.arange(S) < lengths[:, None])[:, None, None])
+
+
+def _over(q: jax.Array, entries: Sequence[jax.Array], mask: jax.Array) -> Partial:
+    # Scales are applied to scores and probabilities, which are smaller than the entries.
+    k_scales, v_scales = (s[:, :, None] for s in entries[2:]) if len(entries) > 2 else (1, 1)
+    scores = jnp.einsum("bkqh,bkhs->bkqs", q, entries[0].astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * k_scales, MASKED)
+    top = jnp.max(scores, axis=-1)
+    probs = jnp.exp(scores - top[..., None])
+    weights = (probs * v_scales).astype(q.dtype)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, entries[1].astype(q.dtype), preferred_element_type=jnp.float32)
+    return out, top, jnp.sum(probs, axis=-1)

@@ -53,11 +53,18 @@ class Programs:
         if program not in self._made:
             body = self._body(program)
 
+            caches = {"read": (0,), "copy": (0,), "switch": (0, 2), "write": (0,)}.get(program.kind, (1,))
+
             def counted(*args: Any) -> Any:
                 self.compilations[program] += 1
-                return body(*args)
+                if not self._backend.slot_major_keys:
+                    return body(*args)
+                out = body(*(kv.swap_keys(x) if i in caches else x for i, x in enumerate(args)))
+                if program.kind == "read":
+                    return out
+                return kv.swap_keys(out) if isinstance(out, KVCache) else (kv.swap_keys(out[0]), *out[1:])
 
-            donated = {"read": (), "copy": (0,), "switch": (0,), "write": (0,)}.get(program.kind, (1,))
+            donated = () if program.kind == "read" else caches[:1]
             self._made[program] = jax.jit(counted, donate_argnums=donated)
         return self._made[program]
 

@@ -164,8 +164,13 @@ def test_cudnn_gets_each_device_its_rows_and_heads():
 
     def copies(*x: jax.Array) -> Any:
         rows = jax.P(parallel.REPLICA_AXES)
-        return jax.shard_map(gradients_of(attend), in_specs=(rows,) * 4, out_specs=rows,
-                             axis_names=set(parallel.REPLICA_AXES), check_vma=False)(*x)  # fmt: skip
+        return jax.shard_map(
+            gradients_of(attend),
+            in_specs=(rows,) * 4,
+            out_specs=rows,
+            axis_names=set(parallel.REPLICA_AXES),
+            check_vma=False,
+        )(*x)
 
     with jax.sharding.use_abstract_mesh(mesh):
         for program in (gradients_of(attend), copies):

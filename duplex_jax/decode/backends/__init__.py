@@ -44,12 +44,15 @@ class Backend(Protocol):
         weights: a tree of arrays, the first argument of every method that takes `weights`.
         reads_buckets: whether a program reads the same number of slots of every row, as many as the longest needs. If
             not, it reads only each row's own entries, and one program serves all lengths.
+        slot_major_keys: whether `new_cache` stores keys as `[B, K, S, H]`, the layout in which GPUs multiply them by a
+            single query (XLA would copy all keys before `say`). The methods still take and return `[B, K, H, S]`.
     """
 
     config: ModelConfig
     settings: Settings
     weights: Any
     reads_buckets: bool
+    slot_major_keys: bool
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         """An empty cache."""
@@ -131,6 +134,10 @@ def prepare(
         from duplex_jax.decode.backends import cpu
 
         return cpu.Cpu(model, settings)
+    if jax.default_backend() == "tpu":
+        from duplex_jax.decode.backends import pallas
+
+        return pallas.Pallas(model, settings)
     from duplex_jax.decode.backends import xla
 
-    return xla.Xla(model, settings)
+    return xla.Xla(model, settings, slot_major_keys=jax.default_backend() == "gpu")

@@ -101,6 +101,7 @@ class Cpu:
     """
 
     reads_buckets = False
+    slot_major_keys = False
 
     def __init__(self, model: MiniCPM, settings: Settings):
         self.config, self.settings, how = model.config, settings, settings.weights

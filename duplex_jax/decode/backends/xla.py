@@ -26,12 +26,14 @@ class Xla:
     Args:
         model: weights as any kind of array.
         settings: dtypes and storage types.
+        slot_major_keys: see `backends.Backend`.
     """
 
     reads_buckets = True
+    past_attention = staticmethod(kv.over_past)
 
-    def __init__(self, model: MiniCPM, settings: Settings):
-        self.config, self.settings = model.config, settings
+    def __init__(self, model: MiniCPM, settings: Settings, slot_major_keys: bool = False):
+        self.config, self.settings, self.slot_major_keys = model.config, settings, slot_major_keys
         self._graphdef, state = nnx.split(_stored(unstack(model), settings))
         # A plain tuple, because flattening it on each call costs less than flattening the module's state.
         leaves, self._structure = jax.tree.flatten(state)
@@ -45,7 +47,7 @@ class Xla:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
-        return kv.zeros(self.config, rows, slots, jnp.dtype(self.settings.entries))
+        return kv.zeros(self.config, rows, slots, jnp.dtype(self.settings.entries), self.slot_major_keys)
 
     def feed(
         self, weights: Any, cache: KVCache, inputs: StepInput, *, slots: int, longest: int, stops: Stops
@@ -60,7 +62,7 @@ class Xla:
     def _feed_rows(self, model: MiniCPM, past: KVCache, inputs: StepInput, longest: int) -> tuple[jax.Array, KVCache]:
         """Feeds tokens `[R, T]`; returns the hidden states `[R, D]` of each row's last token, and the buffer."""
         lengths, T = inputs.rows.lengths, longest
-        attention = _Attention(past, self._buffer(lengths.shape[0], T), lengths, _causal(T))
+        attention = self._attention(past, self._buffer(lengths.shape[0], T), lengths, _causal(T))
         hidden = self._run(model, inputs.tokens, lengths[:, None] + jnp.arange(T), attention)
         last = jnp.maximum(inputs.counts - 1, 0)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], attention.written
@@ -75,7 +77,7 @@ class Xla:
         place = jnp.arange(P) - starts[row]
         gather = jnp.minimum(starts[:, None] + jnp.arange(T), P - 1)
         scatter = row * T + jnp.clip(place, 0, T - 1)
-        attention = _Attention(past, self._buffer(R, T), lengths, _causal(T), flat=(gather, scatter))
+        attention = self._attention(past, self._buffer(R, T), lengths, _causal(T), flat=(gather, scatter))
         hidden = self._run(model, inputs.tokens[None], (lengths[row] + place)[None], attention)
         return hidden[0][jnp.maximum(ends - 1, 0)], attention.written
 
@@ -86,7 +88,7 @@ class Xla:
         past = kv.take_rows(cache, rows.index, slots)
 
         def run(buffer: KVCache, token: jax.Array, i: jax.Array, going: jax.Array) -> tuple[jax.Array, KVCache]:
-            attention = _Attention(past, buffer, rows.lengths, (jnp.arange(M) <= i)[None], slot=i)
+            attention = self._attention(past, buffer, rows.lengths, (jnp.arange(M) <= i)[None], slot=i)
             hidden = self._run(model, token[:, None], (rows.lengths + i)[:, None], attention)
             return self._logits(model, hidden[:, 0]), attention.written
 
@@ -98,7 +100,7 @@ class Xla:
         slots: int,
     ) -> tuple[KVCache, jax.Array]:  # fmt: skip
         T = tokens.shape[0]
-        attention = _Attention(kv.take_row(cache, row, slots), self._buffer(1, T), length[None], _causal(T))
+        attention = self._attention(kv.take_row(cache, row, slots), self._buffer(1, T), length[None], _causal(T))
         model = self.model(weights)
         x = self._run(model, tokens[None], (length + jnp.arange(T))[None], attention)
         return kv.put_row(cache, row, attention.written, _when_done(length, x)), model.normalised(x[0])
@@ -116,6 +118,9 @@ class Xla:
         """A buffer for new entries, which are quantised only when they are written to the cache."""
         entries = jnp.dtype(self.settings.entries)
         return kv.zeros(self.config, rows, slots, self.settings.dtype if entries == jnp.int8 else entries)
+
+    def _attention(self, *args: Any, **kwargs: Any) -> "_Attention":
+        return _Attention(*args, **kwargs, past_attention=self.past_attention)
 
     def _run(self, model: MiniCPM, tokens: jax.Array, positions: jax.Array, attention: "_Attention") -> jax.Array:
         """Runs tokens `[B, t]` through the layers; returns `[B, t, D]`."""
@@ -141,12 +146,14 @@ class _Attention:
         slot: where the tokens' entries begin in the buffer.
         flat: for tokens of shape `[1, P]`: the first function maps `[1, P]` to `[R, t]`, the second `[R t]` back to
             `[P]`.
+        past_attention: attention over the cached entries.
     """
 
     def __init__(
         self, past: KVCache, buffer: KVCache, lengths: jax.Array, visible: jax.Array, slot: jax.Array | int = 0,
-        flat: tuple[jax.Array, jax.Array] | None = None,
+        flat: tuple[jax.Array, jax.Array] | None = None, past_attention: kv.PastAttention = kv.over_past,
     ):  # fmt: skip
+        self._past_attention = past_attention
         self._layers = iter(zip(past.layers(), buffer.layers(), strict=True))
         self._lengths, self._visible, self._slot, self._flat = lengths, visible, slot, flat
         self._kept: list[tuple[jax.Array, jax.Array]] = []
@@ -166,7 +173,7 @@ class _Attention:
         )
         self._kept.append(recent)
         visible = jnp.broadcast_to(self._visible, (q.shape[0], *self._visible.shape))
-        out = kv.attend(q, past, recent, self._lengths, visible)
+        out = kv.attend(q, past, recent, self._lengths, visible, self._past_attention)
         return out if self._flat is None else out.reshape(1, -1, *out.shape[2:])[:, self._flat[1]]
 
     @property
