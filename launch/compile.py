@@ -9,6 +9,7 @@ from absl import flags, logging
 
 from duplex_jax.errors import UserError
 from duplex_jax.files import atomic_write, check_writable
+from duplex_jax.model.config import STORES
 from launch import app
 from launch.dotted import take_dotted
 
@@ -26,6 +27,7 @@ _SESSIONS = flags.DEFINE_integer(
     "sessions", 0, "decode: total number of rows on all devices; 0 means as many as fit.", lower_bound=0
 )
 _CAPACITY = flags.DEFINE_integer("capacity", 4096, "decode: maximum context length of a row in tokens.", lower_bound=1)
+_ENTRIES = flags.DEFINE_enum("entries", "bfloat16", STORES, "decode: storage type of cached keys and values.")
 _JSON = app.path_flag("json", None, "Also write the reports to this JSON file.")
 
 _DOTTED: list[tuple[str, str]] = []
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
         if program == "train":
             report = compiling.compile_train(config, spec, _PRICE.value)
         else:
-            report = compiling.compile_decode(config, spec, _SESSIONS.value, _CAPACITY.value)
+            report = compiling.compile_decode(config, spec, _SESSIONS.value, _CAPACITY.value, _ENTRIES.value)
         print("\n".join(compiling.to_lines(report)), flush=True)
         reports.append(dataclasses.asdict(report))
     if _JSON.value:

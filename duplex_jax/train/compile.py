@@ -5,19 +5,24 @@ predictions from peak rates. One process compiles one program: the platform is c
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from duplex_jax import parallel
 from duplex_jax.decode.backends import Settings
+from duplex_jax.decode.backends.pallas import Pallas
 from duplex_jax.decode.backends.xla import Xla
+from duplex_jax.decode.floor import BYTES, token_bytes
 from duplex_jax.decode.programs import Program, Programs
 from duplex_jax.decode.step import Stops, empty_rows, empty_step
 from duplex_jax.errors import UserError
@@ -25,16 +30,15 @@ from duplex_jax.model.config import ModelConfig
 from duplex_jax.model.minicpm import abstract
 from duplex_jax.model.tree import shapes
 from duplex_jax.parallel import MeshSpec
-from duplex_jax.train import flops
+from duplex_jax.train import collectives, flops
 from duplex_jax.train import step as steps
 from duplex_jax.train.config import Config, fit_batch
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 # What a kernel reaches of the peak in practice; a prediction is peak over this.
 EFFICIENCY = 0.55
 
-_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+# What the paper's run reached: 6,300 tokens/s on an A100 (section 4.1), by `flops.mfu`.
+PAPER_MFU = 0.376
 
 # Device descriptions that XLA ships for its own tests (xla/tools/hlo_opt/gpu_specs), the fields that it needs.
 _GPU_TARGETS = {
@@ -107,7 +111,9 @@ def described_devices(spec: MeshSpec) -> list[Any]:
 
     try:
         if spec.platform == "tpu":
-            options = {"num_slices": spec.slice} if spec.slice > 1 else {}
+            options: dict[str, Any] = {"num_slices": spec.slice} if spec.slice > 1 else {}
+            if spec.size == 1:
+                options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu takes it that a host has four
             return topologies.get_topology_desc(platform="tpu", topology_name=spec.topology, **options).devices
         return topologies.get_topology_desc(
             platform="cuda", topology_name=spec.target, target_config=target_config(spec.target),
@@ -154,6 +160,7 @@ class Report:
         fits: whether it is enough.
         flops: of a step on one device, by formula.
         collectives: kind to (instructions, bytes a step on one device), loops counted.
+        leaving_bytes: those of them that leave the GPU host or TPU slice.
         compute_seconds, memory_seconds, network_seconds: from peak rates.
         step_seconds: predicted.
         mfu: predicted.
@@ -173,6 +180,7 @@ class Report:
     fits: bool
     flops: float
     collectives: dict[str, tuple[int, float]]
+    leaving_bytes: float
     compute_seconds: float
     memory_seconds: float
     network_seconds: float
@@ -217,7 +225,25 @@ def compile_train(config: Config, spec: MeshSpec, price: float = 0.0) -> Report:
     return dataclasses.replace(report, run=Run(number, tokens, hours, hours * spec.size, dollars))
 
 
-def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int) -> Report:
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A decode program before it is compiled.
+
+    Attributes:
+        kind: `feed` or `say`.
+        program: the lowered program.
+        weights, cache: its arguments' shapes and shardings.
+        tokens: tokens a row.
+    """
+
+    kind: str
+    program: Any
+    weights: Any
+    cache: Any
+    tokens: int
+
+
+def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int, entries: str = "bfloat16") -> Report:
     """Compiles the two programs of a TDM step, `feed` and `say`, for the sessions of a mesh, cut by `tensor`.
 
     Args:
@@ -226,23 +252,36 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
         sessions: rows of the cache on all devices; 0 for as many as take half of what the weights leave, 8 at most, on
             each.
         capacity: tokens a row.
+        entries: how cached keys and values are stored.
 
     Raises:
         UserError: the mesh does not divide the model or the sessions, or its compiler is not installed.
     """
     model = model_shape(config)
     parallel.check_model(spec, model)
-    T, stops = 16, Stops(idle_id=3, most=10)
-    slots = capacity + T + stops.most
     if not sessions:
-        size = jnp.dtype(jnp.bfloat16).itemsize
-        weights = size * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
-        row = size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
-        fit = (spec.chip.memory - weights / spec.tensor) * spec.tensor // (2 * row)
+        weights = BYTES["bfloat16"] * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
+        fit = (spec.chip.memory - weights / spec.tensor) * spec.tensor // (2 * capacity * token_bytes(model, entries))
         sessions = spec.batch_shards * int(min(8, max(1, fit)))
     parallel.check_batch(spec, sessions, 1)
     mesh = parallel.make_mesh(spec, described_devices(spec))
     plan = steps.Plan(config, model, mesh, spec)
+    reports = []
+    for lowered in lower_decode(model, spec, mesh, sessions, capacity, entries):
+        work = sessions * lowered.tokens * flops.forward_flops(model, 2 * capacity) / spec.size
+        # A pass reads the weights and the cache once.
+        passes = 1 if lowered.kind == "feed" else lowered.tokens - 1
+        traffic = passes * (_bytes_a_device(lowered.weights) + _bytes_a_device(lowered.cache))
+        reports.append(_report("decode", plan, lowered.program, work, traffic, config))
+    return _in_turn(*reports)
+
+
+def lower_decode(
+    model: ModelConfig, spec: MeshSpec, mesh: Mesh, sessions: int, capacity: int, entries: str = "bfloat16"
+) -> list[Lowered]:
+    """The two programs of a TDM step, lowered for a mesh; arguments as of `compile_decode`."""
+    T, stops = 16, Stops(idle_id=3, most=10)
+    slots = capacity + T + stops.most
     # Decoding copies weights to every row's device rather than gathering them at each token.
     serving = {"embed": None, **{k: v for k, v in parallel.RULES.items() if k != "embed"}}
 
@@ -253,10 +292,16 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     def by_rows(x: Any) -> jax.ShapeDtypeStruct:
         return placed(x, ("batch",) + (None,) * (x.ndim - 1))
 
-    backend = Xla(abstract(model), Settings(capacity, jnp.dtype(jnp.bfloat16), "bfloat16", "bfloat16"))
-    params = tuple(map(placed, backend.weights, backend.axes))
+    settings = Settings(capacity, jnp.dtype(jnp.bfloat16), "bfloat16", entries)
+    backends: dict[str, Callable[..., Xla]] = {
+        "tpu": Pallas,
+        "gpu": functools.partial(Xla, slot_major_keys=True),
+        "cpu": Xla,
+    }
+    backend = backends[spec.platform](abstract(model), settings)
+    weights = tuple(map(placed, backend.weights, backend.axes))
     cache = jax.eval_shape(lambda: backend.new_cache(sessions, slots))
-    cache = jax.tree.map(lambda x: placed(x, ("batch", "kv_heads", None, None)), cache)
+    cache = jax.tree.map(lambda x: placed(x, ("batch", "kv_heads", None, None)[: x.ndim]), cache)
     kinds = np.zeros((2, model.padded_vocab_size), bool)
     nobody = empty_rows(np.zeros(sessions, np.int32), kinds, kinds)
     inputs = jax.eval_shape(lambda: empty_step(nobody, (sessions, T)))
@@ -264,17 +309,12 @@ def compile_decode(config: Config, spec: MeshSpec, sessions: int, capacity: int)
     inputs = jax.tree.map(by_rows, inputs)
     inputs.rows.suppress = inputs.rows.ends = placed_kinds
     programs = Programs(backend, stops, T)
-    size = (sessions, slots)
-    reports = []
+    lowered = []
     with jax.set_mesh(mesh):
         for kind, tokens, given in (("feed", T, (inputs,)), ("say", stops.most, (inputs.counts, inputs.rows))):
-            lowered = programs[Program(kind, slots, size, sessions, tokens)].lower(params, cache, *given)
-            work = sessions * tokens * flops.forward_flops(model, 2 * capacity) / spec.size
-            # A pass reads the weights and the cache once.
-            passes = 1 if kind == "feed" else stops.most - 1
-            traffic = passes * (_bytes_a_device(params) + _bytes_a_device(cache))
-            reports.append(_report("decode", plan, lowered, work, traffic, config))
-    return _in_turn(*reports)
+            program = programs[Program(kind, slots, (sessions, slots), sessions, tokens)]
+            lowered.append(Lowered(kind, program.lower(weights, cache, *given), weights, cache, tokens))
+    return lowered
 
 
 def _in_turn(first: Report, second: Report) -> Report:
@@ -282,15 +322,15 @@ def _in_turn(first: Report, second: Report) -> Report:
     most = {f: max(getattr(first, f), getattr(second, f))
             for f in ("argument_bytes", "temporary_bytes", "output_bytes", "peak_bytes")}  # fmt: skip
     sums = {f: getattr(first, f) + getattr(second, f)
-            for f in ("flops", "compute_seconds", "memory_seconds", "network_seconds", "step_seconds",
+            for f in ("flops", "leaving_bytes", "compute_seconds", "memory_seconds", "network_seconds", "step_seconds",
                       "compile_seconds")}  # fmt: skip
     kinds = {**first.collectives, **second.collectives}
     both = {kind: [r.collectives.get(kind, (0, 0.0)) for r in (first, second)] for kind in kinds}
-    collectives = {kind: (a[0] + b[0], a[1] + b[1]) for kind, (a, b) in both.items()}
+    sent = {kind: (a[0] + b[0], a[1] + b[1]) for kind, (a, b) in both.items()}
     mfu = (first.mfu * first.step_seconds + second.mfu * second.step_seconds) / max(1e-12, sums["step_seconds"])
     worse = first if not first.fits else second
     return dataclasses.replace(
-        worse, **most, **sums, collectives=collectives, mfu=mfu, fits=first.fits and second.fits
+        worse, **most, **sums, collectives=sent, mfu=mfu, fits=first.fits and second.fits
     )  # fmt: skip
 
 
@@ -327,8 +367,7 @@ def _report(program: str, plan: steps.Plan, lowered: Any, work: float, traffic: 
     spec, chip = plan.spec, plan.spec.chip
     began = time.monotonic()
     argument = temporary = output = peak = 0
-    collectives: dict[str, tuple[int, float]] = {}
-    network = 0.0
+    found: list[collectives.Collective] = []
     over = ""
     try:
         compiled = lowered.compile()
@@ -341,17 +380,18 @@ def _report(program: str, plan: steps.Plan, lowered: Any, work: float, traffic: 
         argument, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         output = memory.output_size_in_bytes
         peak = argument + temporary + output - memory.alias_size_in_bytes
-        collectives, network = count_collectives(compiled.as_text(), spec)
+        found = collectives.read(compiled.as_text(), spec)
     seconds = time.monotonic() - began
     compute = work / chip.flops
-    hbm = traffic / chip.bandwidth
+    hbm, network = traffic / chip.bandwidth, collectives.seconds(found, spec)
     predicted = max(compute / EFFICIENCY, hbm, network)
     useful = work if program == "decode" else flops.step_flops(config, plan.model) / spec.size
     fits = not over and peak <= chip.memory
     return Report(
         program=program, mesh=f"{spec.name} {dict(zip(parallel.AXES, spec.shape, strict=True))}", chip=chip.name,
         argument_bytes=argument, temporary_bytes=temporary, output_bytes=output, peak_bytes=peak, memory=chip.memory,
-        fits=fits, flops=work, collectives=collectives, compute_seconds=compute, memory_seconds=hbm,
+        fits=fits, flops=work, collectives=collectives.by_kind(found),
+        leaving_bytes=sum(c.times * c.sent for c in found if not c.near), compute_seconds=compute, memory_seconds=hbm,
         network_seconds=network, step_seconds=predicted, mfu=useful / chip.flops / predicted,
         compile_seconds=seconds, advice=use_room(plan, program, peak) if fits else advise(plan, program, over),
     )  # fmt: skip
@@ -397,119 +437,6 @@ def use_room(plan: steps.Plan, program: str, peak: int) -> list[str]:
     return [f"room is left: --config.compute.remat={less} computes less again"] if less else []
 
 
-_SHAPE = re.compile(r"\b(pred|s8|u8|bf16|f16|s32|u32|f32|s64|f64)\[([\d,]*)\]")
-_OPENING = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count["\s:{]+n["\s:]+"?(\d+)')
-
-
-def count_collectives(hlo: str, spec: MeshSpec) -> tuple[dict[str, tuple[int, float]], float]:
-    """Collectives of an optimised program: kind to (instructions, bytes a device sends a step), and seconds.
-
-    Loops count as often as they run. Bytes sent by a ring over n devices for a result of S bytes: all-gather
-    S (n - 1) / n, all-reduce 2 S (n - 1) / n, reduce-scatter S (n - 1) (S is its small result), the others S.
-    """
-    lines: dict[str, list[str]] = {}
-    name, entry = "", ""
-    for line in hlo.splitlines():
-        if opened := _OPENING.match(line.strip()):
-            name = opened.group(1)
-            lines[name] = []
-            entry = name if line.strip().startswith("ENTRY") else entry
-        elif name:
-            lines[name].append(line)
-    counts: dict[str, tuple[int, float]] = {}
-    seconds = 0.0
-
-    def visit(computation: str, times: int) -> None:
-        nonlocal seconds
-        for line in lines.get(computation, []):
-            trips = times
-            if " while(" in line:
-                trips = times * _trips(line, lines)
-            for called in _CALLED.findall(line):
-                visit(called, trips)
-            for branches in _BRANCHES.findall(line):
-                for called in branches.split(","):
-                    visit(called.strip().lstrip("%"), times)
-            for kind in COLLECTIVES:
-                if re.search(rf"\s{kind}(-start)?\(", line):
-                    size, group = _result_bytes(line, kind), _group(line, spec)
-                    if len(group) > 1:
-                        sent = size * _SENT[kind](len(group))
-                        n, total = counts.get(kind, (0, 0.0))
-                        counts[kind] = (n + times, total + times * sent)
-                        seconds += times * sent / (spec.chip.link if _local(group, spec) else spec.chip.network)
-
-    visit(entry, 1)
-    return counts, seconds
-
-
-def _trips(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop runs: as XLA noted it, else by the constant that its condition compares with, else 1."""
-    if noted := _TRIPS.search(line):
-        return int(noted.group(1))
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    body = lines.get(condition.group(1), []) if condition else []
-    compared = next((re.search(r"compare\((.*)\), direction=LT", x) for x in body if "ROOT" in x), None)
-    for name in re.findall(r"%([\w.\-]+)", compared.group(1)) if compared else []:
-        for x in body:
-            if constant := re.match(rf"\s*%{re.escape(name)} = s32\[\]\S* constant\((\d+)\)", x):
-                return int(constant.group(1))
-    return 1
-
-
-_SENT = {
-    "all-gather": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1) / n, "reduce-scatter": lambda n: n - 1,
-    "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1.0,
-}  # fmt: skip
-
-
-def _result_bytes(line: str, kind: str) -> float:
-    head = line.split(f" {kind}", 1)[0]
-    sizes = [
-        _DTYPE_BYTES[kind_] * math.prod(int(d) for d in dims.split(",") if d) for kind_, dims in _SHAPE.findall(head)
-    ]
-    # A started collective's type lists its operands before its results, but for an all-reduce.
-    if f"{kind}-start(" in line and len(sizes) > 1 and kind != "all-reduce":
-        sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[:1]
-    return float(sum(sizes))
-
-
-def _numbers(text: str | None) -> list[int]:
-    return [int(number) for number in (text or "").split(",") if number]
-
-
-def _devices(sizes: str | None, order: str | None, count: int = 0) -> np.ndarray:
-    """Places in the mesh as XLA writes them, `[8,8]T(1,0)`: counted in `sizes`, then transposed."""
-    shape = _numbers(sizes) or [count]
-    return np.arange(math.prod(shape)).reshape(shape).transpose(_numbers(order) or None)
-
-
-def _group(line: str, spec: MeshSpec) -> list[int]:
-    """The first group of devices that a collective joins, by their places in the mesh."""
-    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    if found := re.search(rf"replica_groups=\[\d+,(\d+)\]<={order}", line):
-        return _devices(found.group(2), found.group(3)).reshape(-1, int(found.group(1)))[0].tolist()
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
-        return _numbers(found.group(1))
-    # mesh['axis_0'=1,'axis_1'=16], device_ids=([4,4]T(1,0)) {'axis_1'}
-    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order}\))? \{{([^}}]*)\}}", line):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-        joined = re.findall(r"'(\w+)'", found.group(4))
-        devices = _devices(found.group(2), found.group(3), math.prod(axes.values())).reshape(list(axes.values()))
-        devices = np.moveaxis(devices, [list(axes).index(name) for name in joined], range(-len(joined), 0))
-        return devices.reshape(-1, math.prod(axes[name] for name in joined))[0].tolist()
-    return list(range(spec.size))
-
-
-def _local(group: list[int], spec: MeshSpec) -> bool:
-    """Whether devices reach each other over the fast network: that of one TPU slice, or of one GPU host."""
-    near = spec.size // (spec.slice if spec.platform == "tpu" else spec.hosts)
-    return len({device // near for device in group}) == 1
-
-
 def to_lines(report: Report) -> list[str]:
     """A report as people read it."""
     gib = 2.0**30
@@ -521,10 +448,15 @@ def to_lines(report: Report) -> list[str]:
     ]
     for kind, (count, size) in sorted(report.collectives.items()):
         lines.append(f"  sends    {kind:18} x {count:<6} {size / 1e9:,.2f} GB a device and step")
+    if report.leaving_bytes:
+        lines.append(f"  leaves   the host or slice    {report.leaving_bytes / 1e9:,.2f} GB a device and step")
     lines.append(
         f"  step     {report.step_seconds:.3f} s predicted (compute {report.compute_seconds:.3f} s at peak, "
         f"memory {report.memory_seconds:.3f} s, network {report.network_seconds:.3f} s), MFU {report.mfu:.0%}"
     )
+    if report.program == "train":
+        slower = report.step_seconds * report.mfu / PAPER_MFU
+        lines.append(f"           {slower:.3f} s at the paper's MFU, {PAPER_MFU:.1%}")
     if run := report.run:
         dollars = "" if run.dollars is None else f", ${run.dollars:,.0f}"
         lines.append(

@@ -115,59 +115,6 @@ def test_bad_input(flags: list[str], message: str):
     assert "Traceback" not in result.stderr
 
 
-HLO = """HloModule m
-%add (x: f32[], y: f32[]) -> f32[] {
-  ROOT %s = f32[] add(%x, %y)
-}
-%cond (p: (s32[], f32[8])) -> pred[] {
-  %p = (s32[], f32[8]) parameter(0)
-  %limit = s32[]{:T(128)} constant(40)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %limit), direction=LT
-}
-%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %g = bf16[16,64]{1,0} all-gather(%x), replica_groups=[4,4]<=[16], dimensions={0}
-  %r = (f32[4]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-}
-%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%inner
-  %d = f32[2,4]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=1,'b'=16] {'b'}, to_apply=%add
-}
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %w2 = (s32[], f32[8]) while(%t), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
-  %s = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]
-  %e = f32[32]{0} all-gather-done(%s)
-}
-"""
-
-
-def test_collectives_are_counted_through_loops():
-    counts, seconds = compiling.count_collectives(HLO, parallel.load_mesh_spec("v5e-16"))
-    assert counts["all-gather"] == (5 * 40 + 1, pytest.approx(5 * 40 * 16 * 64 * 2 * 3 / 4 + 32 * 4 * 3 / 4))
-    assert counts["all-reduce"] == (5 * 40, pytest.approx(5 * 40 * 2 * (4 + 4) * 4 * 3 / 4))
-    assert counts["reduce-scatter"] == (5, pytest.approx(5 * 8 * 4 * 15))
-    assert seconds == pytest.approx(sum(size for _, size in counts.values()) / parallel.V5E.link)
-
-
-def test_groups_of_equal_size_are_told_apart():
-    """On eight hosts of eight GPUs both fsdp and data join eight devices: one host's, and one of each."""
-    spec = parallel.load_mesh_spec("h100x64")
-    ways = {
-        "replica_groups=[8,8]<=[64]": (list(range(8)), True),
-        "replica_groups=[8,8]<=[8,8]T(1,0)": (list(range(0, 64, 8)), False),
-        "replica_groups={{0,8,16},{1,9,17}}": ([0, 8, 16], False),
-        "replica_groups=mesh['a'=8,'b'=8] {'b'}": (list(range(8)), True),
-        "replica_groups=mesh['a'=8,'b'=8] {'a'}": (list(range(0, 64, 8)), False),
-        "replica_groups=mesh['a'=1,'b'=8,'c'=8], device_ids=([8,8]T(1,0)) {'b'}, x={}": (list(range(8)), True),
-        "replica_groups=mesh['a'=1,'b'=8,'c'=8], device_ids=([8,8]T(1,0)) {'c'}": (list(range(0, 64, 8)), False),
-        "source_target_pairs={{0,1},{1,0}}": ([0, 1], True),
-        "channel_id=1": (list(range(64)), False),
-    }
-    for line, (group, local) in ways.items():
-        assert compiling._group(line, spec) == group
-        assert compiling._local(group, spec) is local
-
-
 GPUS = ("a100x1", "a100x8", "a100x40", "h100x8", "h100x64")
 
 
