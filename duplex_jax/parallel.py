@@ -81,6 +81,10 @@ V5E = Chip("TPU v5e", 197e12, 15.75 * GIB, 819 * GB, 180 * GB, 3.1 * GB)
 V5P = Chip("TPU v5p", 459e12, 95 * GIB, 2765 * GB, 540 * GB, 6.25 * GB)
 V6E = Chip("TPU v6e", 918e12, 31.25 * GIB, 1640 * GB, 320 * GB, 6.25 * GB)
 
+# Slices of less than 16 x 16 have no links that wrap around, so a ring goes there and back over the same ones.
+V5E_PART = dataclasses.replace(V5E, link=V5E.link / 2)
+V6E_PART = dataclasses.replace(V6E, link=V6E.link / 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
