@@ -32,6 +32,6 @@ def get_config() -> Config:
         data=Data(length=4096, batch=800, micro_batches=0, workers=4),
         optim=Optim(steps=10_000, lr=1e-3, warmup=100, decay_steps=1_000),
         compute=Compute(dtype="bfloat16", remat="full"),
-        checkpoint=Checkpoint(every=500, keep=3, keep_every=2_000),
+        checkpoint=Checkpoint(every=500, every_minutes=20, keep=3, keep_every=2_000),
         log=Log(every=10, eval_every=500),
     )  # fmt: skip

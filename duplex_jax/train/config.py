@@ -147,12 +147,14 @@ class Checkpoint:
 
     Attributes:
         every: steps between checkpoints; 0 for only the last step.
+        every_minutes: also save when this many minutes have passed since the last checkpoint; 0 for never.
         keep: how many of the newest checkpoints to keep.
         keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
         export: write the model for `chat` at the end of the run.
     """
 
     every: int = 500
+    every_minutes: float = 0.0
     keep: int = 2
     keep_every: int = 0
     export: bool = True
@@ -343,6 +345,8 @@ def check(config: Config) -> Config:
         raise UserError("config.lora.merge=False: an adapter needs a model.source to be loaded onto")
     if config.data.micro_batches < 0:
         raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (as the mesh asks) or more")
+    if config.checkpoint.every_minutes < 0:
+        raise UserError(f"config.checkpoint.every_minutes={config.checkpoint.every_minutes}: must be 0 (never) or more")
     if config.lora.rank < 0:
         raise UserError(f"config.lora.rank={config.lora.rank}: must be 0 (every weight) or more")
     if not 0 <= config.optim.final <= 1:

@@ -84,6 +84,7 @@ def test_an_override_that_cannot_be(name: str, value: str, message: str):
         ("optim.warmup", "500", "are more than"),
         ("optim.final", "2", "0..1"),
         ("data.batch", "0", "must be over 0"),
+        ("checkpoint.every_minutes", "-1", "must be 0 (never) or more"),
         ("trouble.action", "ignore", "one of stop, skip"),
     ],
 )

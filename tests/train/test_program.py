@@ -42,6 +42,14 @@ def test_killed_and_told_to_stop_it_goes_on_bit_by_bit(inputs: tuple[Path, Path]
     assert programs.losses(workdir) == programs.losses(unbroken)
 
 
+@pytest.mark.slow
+def test_checkpoints_by_the_clock(inputs: tuple[Path, Path], tmp_path: Path):
+    flags = ("--config.optim.steps=7", "--config.optim.decay_steps=1", "--config.checkpoint.every=0")
+    programs.run(tmp_path / "run", *inputs, *flags, "--config.checkpoint.every_minutes=1e-6")
+    saved = (tmp_path / "run" / "checkpoints").iterdir()
+    assert sorted(int(p.name) for p in saved) == [5, 6, 7]  # the newest three of one a step
+
+
 def test_damaged_checkpoints_are_passed_over(inputs: tuple[Path, Path], unbroken: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken, workdir)
