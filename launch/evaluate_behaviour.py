@@ -1,5 +1,6 @@
 """`duplex-jax evaluate behaviour`: when a model speaks and when it is silent, measured on held-out timelines."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_report as reports
 from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate.behaviour import DEGENERATE
-from duplex_jax.evaluate.reports import made_with
+from duplex_jax.evaluate.plots import NEED, can_draw
+from duplex_jax.evaluate.reports import made_with, publish, read_beside
 from launch import app
 
 _MODEL = app.path_flag(
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     sampling = _SAMPLING.sampling()
     out = Path(_OUT.value)
     data = runs.read_held_out(_DATA.value, _LIMIT.value)
-    beside = [reports.read_beside(folder, data.sha256) for folder in _BESIDE.value]
+    beside = [read_beside(folder, "behaviour", {"": data.sha256}) for folder in _BESIDE.value]
     app.claim(out)
     if _MODEL.value in DEGENERATE:
         described = {_MODEL.value: reports.describe(data, _degenerate(data, _MODEL.value), _SLICE_SECONDS.value)}
@@ -67,8 +69,9 @@ def main(argv: list[str]) -> None:
         about = {"weights": None}
     else:
         described, curve, about = _ask(_MODEL.value, data, out, sampling, seeds, biases, main_bias)
-    for name, row in beside:
-        described.setdefault(name if name != _MODEL.value else f"{name} (beside)", row)
+    for other in beside:
+        name = other["model"]
+        described.setdefault(name if name != _MODEL.value else f"{name} (beside)", other["assistants"][name])
     named = [name for name in described if name != _MODEL.value]
     for name in DEGENERATE:
         if name not in described:
@@ -95,13 +98,10 @@ def main(argv: list[str]) -> None:
         "assistants": described,
         "curve": curve,
     }  # fmt: skip
-    written = reports.write_report(report, out)
-    print("\n".join(reports.table(report)))
-    if without:
-        print(f"\n{without} conversations have no events: only their forced decisions count")
-    print(f"\nwrote {', '.join(written)} in {out}")
-    if "behaviour.png" not in written:
-        print("plots need matplotlib: pip install 'duplex-jax[plot]', then run again")
+    section = dataclasses.replace(reports.section(report), figures=reports.figures(report))
+    publish(report, section, out)
+    if not can_draw():
+        print(NEED)
 
 
 def _degenerate(data: runs.HeldOut, name: str) -> Any:

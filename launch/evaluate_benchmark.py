@@ -15,7 +15,7 @@ from duplex_jax.evaluate.behaviour_run import check_settings, model_settings
 from duplex_jax.evaluate.benchmarks import report as reports
 from duplex_jax.evaluate.benchmarks.questions import TASKS, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import WAYS
-from duplex_jax.evaluate.reports import made_with, write
+from duplex_jax.evaluate.reports import made_with, publish, read_beside
 from launch import app
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     ways = app.names("ways", _WAYS.value, _ASKED[form])
     _check_code([task for task in tasks if TASKS[form][task].runs_code])
     benchmarks = {task: read_benchmark(form, task, _DATA.value) for task in tasks}
-    beside = [reports.read_beside(form, folder, benchmarks) for folder in _BESIDE.value]
+    hashes = {task: benchmark.sha256 for task, benchmark in benchmarks.items()}
+    beside = [(folder, read_beside(folder, reports.FILES[form], hashes)) for folder in _BESIDE.value]
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate benchmark runs EleutherAI's lm-evaluation-harness: pip install 'duplex-jax[harness]'")
     model, settings = _load(_MODEL.value, out, form)
@@ -82,15 +83,12 @@ def main(argv: list[str]) -> None:
         **made_with("benchmark", "jax", "lm-eval"),
         "tasks": described,
         "beside": [
-            {name: value for name, value in of.items() if name != "tasks"}
-            | {"differences": reports.compare(form, described, of["tasks"])}
-            for of in beside
+            {"folder": folder, "model": of["model"], "weights": of["weights"],
+             "differences": reports.compare(form, described, of["tasks"])}
+            for folder, of in beside
         ],
-    }
-    lines = reports.table(report)
-    written = write(report, lines, out)
-    print("\n".join(lines))
-    print(f"\nwrote {', '.join(written)} in {out}")
+    }  # fmt: skip
+    publish(report, reports.section(report), out)
 
 
 def _check_code(tasks: list[str]) -> None:

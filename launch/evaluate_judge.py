@@ -19,7 +19,7 @@ from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import Prompts, read_prompts
 from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside, records_path
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
-from duplex_jax.evaluate.reports import made_with, write
+from duplex_jax.evaluate.reports import made_with, publish
 from duplex_jax.llm.cache import ReplyCache
 from duplex_jax.llm.client import Client, Stopped
 from launch import app
@@ -122,13 +122,10 @@ def main(argv: list[str]) -> int:
         },
         "tasks": described,
         "averages": reports.averages(own),
-        "comparisons": reports.compare(questions, pairs, outcomes),
+        "comparisons": reports.compare(tasks, pairs, outcomes),
         "not_comparable": reports.not_comparable({t: described[t] for t in judges}, judge, versions),
     }  # fmt: skip
-    lines = reports.table(report)
-    written = write(report, lines, out)
-    print("\n".join(lines))
-    print(f"\nwrote {', '.join(written)} in {out}")
+    publish(report, reports.section(report), out)
     return 0
 
 

@@ -7,9 +7,9 @@ the same content with its pictures next to it. Models appear in the order of the
 from pathlib import Path
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.summary.pages import write_page
-from duplex_jax.evaluate.summary.sections import make_page
-from duplex_jax.evaluate.summary.sources import read_sources
+from duplex_jax.evaluate.pages import write_page
+from duplex_jax.evaluate.plots import NEED, can_draw
+from duplex_jax.evaluate.summary import make_page, read_sources
 from duplex_jax.files import check_writable, local_path
 from launch import app
 
@@ -22,15 +22,15 @@ def main(argv: list[str]) -> None:
         raise UserError("evaluate report needs the folders of evaluations and --out=FOLDER")
     out = Path(_OUT.value)
     sources = read_sources([local_path(folder) for folder in argv])
-    page = make_page(sources)
+    title, sections = make_page(sources)
     check_writable(out / "report.html")
     app.claim(out)
-    written = write_page(page, out)
-    for warning in dict.fromkeys(w for section in page.sections for table in section.tables for w in table.warnings):
+    written = write_page(title, sections, out)
+    for warning in dict.fromkeys(w for section in sections for table in section.tables for w in table.warnings):
         print(warning)
     print(f"{len(sources)} reports; wrote {', '.join(written)} in {out}")
-    if not any(name.endswith(".png") for name in written):
-        print("plots need matplotlib: pip install 'duplex-jax[plot]', then run again")
+    if not can_draw():
+        print(NEED)
 
 
 def start() -> None:

@@ -1,12 +1,14 @@
 """`duplex-jax evaluate study serve|report`: a user study of two anonymous models in the browser, and its statistics."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.reports import made_with
+from duplex_jax.evaluate.plots import NEED, can_draw
+from duplex_jax.evaluate.reports import made_with, publish
 from duplex_jax.evaluate.study import store as stores
 from duplex_jax.evaluate.study.plan import SYSTEMS, Texts, read_texts
 from duplex_jax.files import check_writable
@@ -149,15 +151,12 @@ def _report(db: str) -> None:
         **made_with("study", "scipy"),
         "data": {"path": db},
     } | reports.describe(kept)
-    written = reports.write_report(report, out)
-    if _CSV.value:
-        written.append(reports.write_csv(kept, out))
-    if _TIMELINES.value:
-        written.append(reports.write_conversations(kept, out))
-    print("\n".join(reports.table(report)))
-    print(f"\nwrote {', '.join(written)} in {out}")
-    if "scores.png" not in written and report["participants"]["complete"]:
-        print("figures need matplotlib: pip install 'duplex-jax[plot]', then run again")
+    more = [reports.write_csv(kept, out)] if _CSV.value else []
+    more += [reports.write_conversations(kept, out)] if _TIMELINES.value else []
+    section = dataclasses.replace(reports.section(report), figures=reports.figures(report))
+    publish(report, section, out, more)
+    if not can_draw():
+        print(NEED)
 
 
 def start() -> None:

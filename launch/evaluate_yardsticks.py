@@ -13,7 +13,7 @@ from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_run as runs
 from duplex_jax.evaluate import yardsticks
-from duplex_jax.evaluate.reports import made_with, write
+from duplex_jax.evaluate.reports import made_with, publish
 from launch import app
 
 _MODEL = app.path_flag("model", None, "Model: a folder, a file, hf:owner/name, or a known name.")
@@ -55,10 +55,7 @@ def main(argv: list[str]) -> None:
         "data": {"path": _DATA.value, "sha256": data.sha256, "sentences": len(data.chosen)},
         "measures": yardsticks.describe(items, data.chosen, replays),
     }
-    lines = yardsticks.table(report)
-    written = write(report, lines, out)
-    print("\n".join(lines))
-    print(f"\nwrote {', '.join(written)} in {out}")
+    publish(report, yardsticks.section(report), out)
 
 
 def _ask(

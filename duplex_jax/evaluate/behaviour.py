@@ -25,12 +25,13 @@ Sources, by the names used below:
 
 import collections
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.statistics import Bootstrap, Defaulted, Sums, value_of, wilson
+from duplex_jax.evaluate.statistics import Bootstrap, Defaulted, Estimate, Sums, add, rate
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.timeline import (
     BACKCHANNEL,
@@ -706,15 +707,6 @@ def complete(counts: Mapping[str, float]) -> Counts:
     return full
 
 
-def add(counts: Sequence[Mapping[str, float]]) -> Counts:
-    """The sum of counts."""
-    total: Counts = collections.Counter()
-    for item in counts:
-        for name, number in item.items():
-            total[name] += number  # type: ignore[assignment]
-    return total
-
-
 def summarise(
     conversations: Sequence[Sequence[Mapping[str, float]]], slice_seconds: float = 2.0, resamples: int = 1000
 ) -> dict[str, dict[str, Any]]:
@@ -733,28 +725,24 @@ def summarise(
     """
     items = [complete(add(seeds)) for seeds in conversations]
     seeds = max((len(seeds) for seeds in conversations), default=1)
-    total = add(items)
-    bootstrap = Bootstrap(items, resamples)
+    total, bootstrap = add(items), Bootstrap(items, resamples)
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
-        value = value_of(metric.of, total)
         if metric.rate is not None and metric.name not in _BOOTSTRAPPED:
             successes, trials = (total[name] for name in metric.rate)
-            interval = wilson(successes / seeds, trials / seeds)
-            extra = {"successes": successes, "trials": trials}
+            row: dict[str, Any] = rate(successes, trials, seeds) | {"unit": metric.unit}
+            row |= {"successes": successes, "trials": trials}
         else:
-            interval, extra = (bootstrap.interval(metric.of) if value is not None else None), {}
-        low, high = interval or (None, None)
-        row: dict[str, Any] = {"value": value, "low": low, "high": high, "unit": metric.unit, **extra}
-        if metric.seconds is not None and value is not None:
-            row["seconds"] = (value + metric.seconds) * slice_seconds
+            row = bootstrap.estimate(metric.of) | {"unit": metric.unit}
+        if metric.seconds is not None and row["value"] is not None:
+            row["seconds"] = (row["value"] + metric.seconds) * slice_seconds
         result[metric.name] = row
     return result
 
 
 def differences(
     ours: Mapping[int, Sequence[Counts]], theirs: Mapping[int, Sequence[Counts]], resamples: int = 1000
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, Estimate]:
     """By metric ours less theirs on the conversations of both, with its 95% interval: conversations are drawn with what
     both made of them.
 
@@ -768,18 +756,17 @@ def differences(
         {f"{side}{name}": number for side, of in sides.items() for name, number in complete(add(of[n])).items()}
         for n in ours if n in theirs
     ]  # fmt: skip
-    total, bootstrap = add(items), Bootstrap(items, resamples)
-    found: dict[str, dict[str, float | None]] = {}
-    for metric in METRICS:
+    bootstrap = Bootstrap(items, resamples)
 
-        def less(sums: Sums, of: Callable[[Sums], Any] = metric.of) -> Any:
-            a, b = (Defaulted({k[2:]: v for k, v in sums.items() if k.startswith(side)}) for side in sides)
-            return of(a) - of(b)
+    def less(of: Callable[[Sums], Any]) -> Callable[[Sums], Any]:
+        return lambda sums: operator.sub(
+            *(of(Defaulted({k[2:]: v for k, v in sums.items() if k.startswith(side)})) for side in sides)
+        )
 
-        value = value_of(less, total)
-        low, high = (bootstrap.interval(less) if value is not None else None) or (None, None)
-        found[metric.name] = {"value": value, "low": low, "high": high}
-    return found
+    return {metric.name: bootstrap.estimate(less(metric.of)) for metric in METRICS}
+
+
+ROUNDS = ("early", "answered_within_1", "clean")
 
 
 def rounds(total: Mapping[str, float], seeds: int = 1) -> list[dict[str, Any]]:
@@ -793,12 +780,8 @@ def rounds(total: Mapping[str, float], seeds: int = 1) -> list[dict[str, Any]]:
     rows = []
     for number in numbers:
         trials = total[f"round/{number}/queries"]
-        row: dict[str, Any] = {"round": number, "queries": trials}
-        for name in ("early", "answered_within_1", "clean"):
-            hits = total.get(f"round/{number}/{name}", 0)
-            low, high = wilson(hits / seeds, trials / seeds) or (None, None)
-            row[name] = {"value": hits / trials, "low": low, "high": high}
-        rows.append(row)
+        figures = {name: rate(total.get(f"round/{number}/{name}", 0), trials, seeds) for name in ROUNDS}
+        rows.append({"round": number, "queries": trials} | figures)
     return rows
 
 

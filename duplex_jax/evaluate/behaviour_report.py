@@ -1,37 +1,54 @@
-"""What is made of behaviour's counts: one JSON object, a table for a terminal, and plots."""
+"""What is made of behaviour's counts: one JSON object, its tables, and plots."""
 
 import collections
-import importlib.util
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from duplex_jax.errors import UserError
+from duplex_jax.evaluate import plots
 from duplex_jax.evaluate.behaviour import (
     BY_NAME,
+    DEGENERATE,
     METRICS,
+    ROUNDS,
+    SITUATIONS,
     Counts,
-    add,
     complete,
+    differences,
     histogram,
     rounds,
     situation_accuracy,
     summarise,
 )
 from duplex_jax.evaluate.behaviour_run import HeldOut
-from duplex_jax.evaluate.reports import of_unit, pyplot, save_figure, write
-from duplex_jax.evaluate.statistics import value_of
+from duplex_jax.evaluate.reports import Cell, Figure, Row, Section, Table, difference, difference_table, of_unit, share
+from duplex_jax.evaluate.statistics import add, value_of
 
-BY_CATEGORY = (
-    "free_macro_f1", "early_rate", "response_within_1", "yield_within_1", "goes_on_rate", "quiet_3_rate",
+GLANCE = [
+    "free_macro_f1",
+    "forced_macro_f1",
+    "early_rate",
+    "response_within_1",
+    "clean_rate",
+    "yield_within_1",
+    "reply_per_interruption",
+    "goes_on_rate",
+    "quiet_3_rate",
     "resume_rate",
-)  # fmt: skip
-CURVE = (
-    "forced_macro_f1", "forced_missed_rate", "free_macro_f1", "early_rate", "response_rate", "response_within_1",
-    "response_latency", "yield_within_1", "goes_on_rate", "quiet_3_rate", "talk_share",
-)  # fmt: skip
+]
+CURVE = [
+    "forced_macro_f1",
+    "forced_missed_rate",
+    "free_macro_f1",
+    "early_rate",
+    "response_rate",
+    "response_within_1",
+    "response_latency",
+    "yield_within_1",
+    "goes_on_rate",
+    "quiet_3_rate",
+    "talk_share",
+]
 
 
 def describe(data: HeldOut, counts: Mapping[int, Sequence[Counts]], slice_seconds: float) -> dict[str, Any]:
@@ -50,9 +67,7 @@ def describe(data: HeldOut, counts: Mapping[int, Sequence[Counts]], slice_second
     by_seed = []
     for seed in range(n_seeds):
         one = complete(add([seeds[seed] for seeds in counts.values()]))
-        by_seed.append(
-            {m.name: value_of(m.of, one) for m in METRICS if not m.name.startswith("forced_")}
-        )  # fmt: skip
+        by_seed.append({m.name: value_of(m.of, one) for m in METRICS if not m.name.startswith("forced_")})
     return {
         "all": summarise(list(counts.values()), slice_seconds),
         "by_category": {name: summarise(by_category[name], slice_seconds) for name in sorted(by_category)},
@@ -68,181 +83,99 @@ def curve_point(idle_bias: float, seeds: int, described: Mapping[str, Any]) -> d
     return {"idle_bias": idle_bias, "seeds": seeds} | {name: described["all"][name] for name in CURVE}
 
 
-def read_beside(folder: str | Path, sha256: str) -> tuple[str, dict[str, Any]]:
-    """The name and the description of the model in another run's report.
+def section(report: Mapping[str, Any]) -> Section:
+    """Every figure of every assistant, then the model by situation, category, round and bias."""
+    model, data = report["model"], report["data"]
+    shown = [model, *report["beside"], *(name for name in DEGENERATE if name not in (model, *report["beside"]))]
+    assistants = {name: report["assistants"][name] for name in shown if name in report["assistants"]}
 
-    Raises:
-        UserError: no report there, or one on other data.
-    """
-    path = Path(folder) / "behaviour.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        name = report["model"]
-        described = report["assistants"][name]
-        if not all(m.name in described["all"] for m in METRICS):
-            raise KeyError("metrics")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: no report of behaviour there ({e}); give the --out of another run") from e
-    if report["data"]["sha256"] != sha256:
-        raise UserError(f"{path}: was measured on other data; run it on the same --data")
-    return name, described
+    def row(name: str, drawn: bool = False) -> Row:
+        cells = {a: of_unit(of["all"][name]) for a, of in assistants.items() if name in of["all"]}
+        return Row(name, cells, BY_NAME[name].better, drawn)
 
+    def grid(title: str, first: str, names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> Table:
+        cells = {of: {name: of_unit(found[name], False) for name in names} for of, found in rows.items()}
+        return Table(f"{model}: {title}.", first, [Row(of, found) for of, found in cells.items()])
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text: every metric for every assistant, then the model by category, round and bias."""
-    assistants = report["assistants"]
-    name = report["model"]
-    data = report["data"]
-    cells = {
-        metric.name: [of_unit(d["all"][metric.name], number == 0 or a in report["beside"])
-                      for number, (a, d) in enumerate(assistants.items())]
-        for metric in METRICS
-    }  # fmt: skip
-    headers = [a if len(a) <= 28 else "..." + a[-25:] for a in assistants]
-    widths = [max(len(h), *(len(row[i]) for row in cells.values())) for i, h in enumerate(headers)]
-    first = max(len(m.name) for m in METRICS) + 4
-    lines = [
-        f"{data['scored']} conversations of {data['conversations']}, {len(report['settings']['seeds'])} seeds, "
-        f"{report['settings']['slice_seconds']:g} s a slice; 95% intervals",
-        "",
-        " " * first + "  ".join(h.ljust(w) for h, w in zip(headers, widths, strict=True)).rstrip(),
-    ]
+    given = [name for name in DEGENERATE if name != model]
+    found = [Table("Behaviour at a glance, 95% intervals.", "Figure", [row(name, True) for name in GLANCE], given)]
     for group, metrics in itertools.groupby(METRICS, key=lambda m: m.group):
-        lines.append(group)
-        for metric in metrics:
-            row = "  ".join(c.ljust(w) for c, w in zip(cells[metric.name], widths, strict=True))
-            lines.append(f"  {metric.name:{first - 2}}{row}".rstrip())
-    described = assistants[name]
-    lines += ["", *_grid("by category", BY_CATEGORY, described["by_category"])]
-    situations = described["by_situation"]
-    if situations:
-        lines += ["", "forced decisions that are right, by situation"]
-        lines += [
-            f"  {s:{first - 2}}{100 * v['value']:.1f}% of {v['decisions']:,.0f}" for s, v in situations.items()
-        ]  # fmt: skip
-    if described["by_round"]:
-        lines += ["", f"{'by round':10}{'queries':>9}{'early':>9}{'within 1':>10}{'clean':>9}"]
-        for row in described["by_round"]:
-            early, within, clean = (100 * row[name]["value"] for name in ("early", "answered_within_1", "clean"))
-            lines.append(f"{row['round']:<10}{row['queries']:>9,.0f}{early:>8.1f}%{within:>9.1f}%{clean:>8.1f}%")
-    if len(report["curve"]) > 1:
-        lines += ["", *_grid("by idle_bias", CURVE, {f"{p['idle_bias']:+g}": p for p in report["curve"]})]
-    return lines
-
-
-def _grid(title: str, names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    first = max(len(title), *(len(r) for r in rows)) + 2
-    lines = [f"{title:{first}}" + "  ".join(names)]
-    for label, row in rows.items():
-        lines.append(
-            f"{label:{first}}" + "  ".join(of_unit(row[n], False).rjust(len(n)) for n in names)
-        )  # fmt: skip
-    return lines
-
-
-def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes `behaviour.json`, `behaviour.txt` and, where matplotlib is, the plots; gives what was written.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    written = write(report, table(report), folder)
-    if importlib.util.find_spec("matplotlib") is not None:
-        _plot_behaviour(report, folder / "behaviour.png")
-        written.append("behaviour.png")
-        if len(report["curve"]) > 1:
-            _plot_curve(report, folder / "tradeoff.png")
-            written.append("tradeoff.png")
-    return written
-
-
-_BARS = (
-    "free_macro_f1", "forced_macro_f1", "early_rate", "response_within_1", "clean_rate", "yield_within_1",
-    "reply_per_interruption", "goes_on_rate", "quiet_3_rate", "resume_rate",
-)  # fmt: skip
-
-
-def _errors(rows: Sequence[Mapping[str, Any]], scale: float = 1.0) -> list[list[float]]:
-    """How far the interval reaches below and above each value."""
-    return [
-        [scale * max(0.0, r["value"] - (r["value"] if r["low"] is None else r["low"])) for r in rows],
-        [scale * max(0.0, (r["value"] if r["high"] is None else r["high"]) - r["value"]) for r in rows],
+        rows = [row(m.name) for m in metrics if m.name not in GLANCE]
+        title = f"Behaviour, {group}: 95% intervals; docs/behaviour.md says what each figure is."
+        found.append(Table(title, "Figure", rows, given))
+    own = assistants[model]
+    right = [
+        Row(f"{name}: {SITUATIONS[name]}", {model: share(of, of["decisions"])})
+        for name, of in own["by_situation"].items()
     ]
-
-
-def _plot_behaviour(report: Mapping[str, Any], path: Path) -> None:
-    """Rates of all assistants side by side; the model's latencies, and its rates by round."""
-    plt = pyplot()
-    figure, axes = plt.subplot_mosaic([["rates", "rates"], ["slices", "rounds"]], figsize=(11, 8), layout="constrained")
-    shown = dict(report["assistants"])
-    height = 0.8 / len(shown)
-    for number, (name, described) in enumerate(shown.items()):
-        places = [(i, described["all"][m]) for i, m in enumerate(_BARS) if described["all"][m]["value"] is not None]
-        rows = [row for _, row in places]
-        axes["rates"].barh(
-            [i + (number - (len(shown) - 1) / 2) * height for i, _ in places],
-            [100 * row["value"] for row in rows], height, label=name, xerr=_errors(rows, 100),
-            error_kw={"elinewidth": 1},
-        )  # fmt: skip
-    axes["rates"].set_yticks(
-        range(len(_BARS)), [f"{m}{' (low is good)' * (BY_NAME[m].better == 'low')}" for m in _BARS]
+    found.append(Table("Forced decisions that are right, in %.", "Situation", right))
+    found.append(grid("by category", "Category", GLANCE, own["by_category"]))
+    by_round = [
+        Row(str(of["round"]), {name: share(of[name]) for name in ROUNDS} | {"queries": Cell(f"{of['queries']:,.0f}")})
+        for of in own["by_round"]
+    ]
+    found.append(Table(f"{model}: by round of the conversation, in %.", "Round", by_round))
+    if len(report["curve"]) > 1:
+        found.append(grid("by idle_bias", "Bias", CURVE, {f"{p['idle_bias']:+g}": p for p in report["curve"]}))
+    settings = report["settings"]
+    note = (
+        f"{data['scored']} conversations of {data['conversations']}, {len(settings['seeds'])} seeds, "
+        f"{settings['slice_seconds']:g} s a slice"
     )
-    axes["rates"].invert_yaxis()
-    axes["rates"].set(xlabel="%", xlim=(0, 100))
-    axes["rates"].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    described = shown[report["model"]]
-    for name, text in (("latency", "response"), ("yield", "yield"), ("quiet_run", "silence after 'be quiet'")):
-        counts = {int(slices): n for slices, n in described["slices"][name].items()}
-        whole = sum(counts.values())
-        if whole:
-            axes["slices"].plot(counts.keys(), [100 * n / whole for n in counts.values()], marker="o", label=text)
-    axes["slices"].set(xlabel="slices", ylabel="% of events")
-    for name in ("slices", "rounds"):
-        axes[name].xaxis.get_major_locator().set_params(integer=True)
-    if axes["slices"].lines:
-        axes["slices"].legend(fontsize="small")
-    for name in ("clean", "answered_within_1", "early"):
-        rows = described["by_round"]
-        values = [row[name] for row in rows]
-        if rows:
-            axes["rounds"].errorbar(
-                [row["round"] for row in rows], [100 * v["value"] for v in values], _errors(values, 100),
-                marker="o", capsize=2, label=name,
-            )  # fmt: skip
-    axes["rounds"].set(xlabel="round of the conversation", ylabel="% of queries", ylim=(-3, 103))
-    if described["by_round"]:
-        axes["rounds"].legend(fontsize="small")
-    figure.suptitle(f"{report['model']}: {report['data']['scored']} conversations")
-    save_figure(figure, path)
+    notes = [note] + (
+        [f"{data['without_events']} conversations have no events: only their forced decisions count"]
+        if data.get("without_events")
+        else []
+    )
+    return Section("Behaviour", found, notes)
 
 
-def _plot_curve(report: Mapping[str, Any], path: Path) -> None:
-    """Eager against patient: each idle_bias is a point."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    points = sorted(report["curve"], key=lambda p: p["idle_bias"])
-    drawn = [p for p in points if p["early_rate"]["value"] is not None and p["response_within_1"]["value"] is not None]
-    late = [
-        {"value": 1 - p["response_within_1"]["value"], "low": 1 - p["response_within_1"]["high"],
-         "high": 1 - p["response_within_1"]["low"]} for p in drawn
-    ]  # fmt: skip
-    early = [p["early_rate"] for p in drawn]
-    axes[0].errorbar(
-        [100 * r["value"] for r in early], [100 * r["value"] for r in late], _errors(late, 100), _errors(early, 100),
-        marker="o", capsize=2,
-    )  # fmt: skip
-    for p, x, y in zip(drawn, early, late, strict=True):
-        axes[0].annotate(
-            f"{p['idle_bias']:+g}", (100 * x["value"], 100 * y["value"]), xytext=(4, 4), textcoords="offset points"
-        )  # fmt: skip
-    axes[0].set(xlabel="early answers, % of queries", ylabel="no answer within 1 slice, % of queries")
-    for name in ("free_macro_f1", "forced_macro_f1", "yield_within_1", "goes_on_rate", "quiet_3_rate"):
-        there = [p for p in points if p[name]["value"] is not None]
-        if there:
-            axes[1].plot(
-                [p["idle_bias"] for p in there], [100 * p[name]["value"] for p in there], marker="o", label=name
-            )  # fmt: skip
-    axes[1].set(xlabel="idle_bias", ylabel="%", ylim=(-3, 103))
-    axes[1].legend(fontsize="small")
-    figure.suptitle(f"{report['model']}: eager to patient")
-    save_figure(figure, path)
+def compared(
+    ours: str, theirs: str, a: Mapping[int, Sequence[Counts]], b: Mapping[int, Sequence[Counts]]
+) -> list[Table]:
+    """Paired differences of two models on the conversations that both replayed, given their counts.
+
+    Args:
+        ours, theirs: their names.
+        a, b: their counts by number of the conversation.
+    """
+    both = len(a.keys() & b.keys())
+    rows = [
+        difference(name, ours, theirs, both, of_unit(row | {"unit": BY_NAME[name].unit}, sign="+", unit=""), row)
+        for name, row in (differences(a, b) if both else {}).items()
+    ]
+    return difference_table("of behaviour on the same conversations, shares in points, by drawing conversations", rows)
+
+
+def figures(report: Mapping[str, Any]) -> list[Figure]:
+    """Rates of all assistants, the model's latencies and rounds, and how eager stands against patient."""
+    if not plots.can_draw():
+        return []
+    model = report["model"]
+    glance, own = section(report).tables[0], report["assistants"][model]
+    texts = {"latency": "response", "yield": "yield", "quiet_run": "silence after 'be quiet'"}
+    slices = {
+        texts[name]: [(int(n), share({"value": count / sum(counts.values())})) for n, count in counts.items()]
+        for name, counts in own["slices"].items()
+        if counts
+    }
+    by_round = {name: [(of["round"], share(of[name])) for of in own["by_round"]] for name in ROUNDS}
+    panels = [
+        plots.bars(glance.rows, glance.columns),
+        plots.curves(slices, "slices", "% of events", whole=True),
+        plots.curves(by_round, "round of the conversation", "% of queries", whole=True),
+    ]
+    title = f"{model}: {report['data']['scored']} conversations"
+    found = [Figure("behaviour.png", plots.draw(panels, title, (20, 7)), title)]
+    if len(report["curve"]) > 1:
+        points = sorted(report["curve"], key=lambda p: p["idle_bias"])
+        early = [share(p["early_rate"]) for p in points]
+        prompt = [share(p["response_within_1"]) for p in points]
+        trade = [(x, y) for x, y in zip(early, prompt, strict=True) if x.value is not None]
+        names = ("free_macro_f1", "forced_macro_f1", "yield_within_1", "goes_on_rate", "quiet_3_rate")
+        panels = [
+            plots.curves({"one point a bias": trade}, "early answers, % of queries", "answered within 1 slice, %"),
+            plots.curves({n: [(p["idle_bias"], share(p[n])) for p in points] for n in names}, "idle_bias", "%"),
+        ]
+        found.append(Figure("tradeoff.png", plots.draw(panels, f"{model}: eager to patient", (11, 5)), "tradeoff"))
+    return found

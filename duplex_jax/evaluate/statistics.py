@@ -1,7 +1,8 @@
 """Intervals for what is measured: Wilson's for rates, Newcombe's for their paired differences, the bootstrap over
 conversations for everything else."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,21 @@ def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, floa
     half = z / scale * (max(p * (1 - p), 0.0) / n + z * z / (4 * n * n)) ** 0.5
     # At 0 and 1 the formula gives exactly 0 and 1, but for rounding.
     return (0.0 if p <= 0 else centre - half), (1.0 if p >= 1 else centre + half)
+
+
+Estimate = dict[str, float | None]
+"""`value`, and `low` and `high` of its 95% interval; None where they are undefined."""
+
+
+def estimate(value: float | None, bounds: tuple[float, float] | None) -> Estimate:
+    """A figure and its interval, as reports have them."""
+    low, high = bounds or (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def rate(successes: float, trials: float, repeats: int = 1) -> Estimate:
+    """Successes / trials with Wilson's interval; `repeats` runs over the same items count as one there."""
+    return estimate(successes / trials if trials else None, wilson(successes / repeats, trials / repeats))
 
 
 def paired_difference(both: float, first: float, second: float, neither: float) -> tuple[float, float, float]:
@@ -103,6 +119,11 @@ class Bootstrap:
             table = np.array([[item.get(name, 0.0) for name in names] for item in found], float)
             sums += rng.multinomial(len(found), np.full(len(found), 1 / len(found)), size=resamples) @ table
         self._sums = dict(zip(names, sums.T, strict=True)) if groups else {}
+        self._total = add(items)
+
+    def estimate(self, statistic: Callable[[Sums], Any]) -> Estimate:
+        """A statistic of the summed counts, with its `interval`."""
+        return estimate(value_of(statistic, self._total), self.interval(statistic))
 
     def interval(self, statistic: Callable[[Sums], Any]) -> tuple[float, float] | None:
         """The middle 95% of a statistic of summed counts; None for fewer than two conversations (of a stratum), or
@@ -116,6 +137,15 @@ class Bootstrap:
             return None
         low, high = np.percentile(values, [2.5, 97.5])
         return float(low), float(high)
+
+
+def add(counts: Iterable[Mapping[str, float]]) -> collections.Counter[str]:
+    """The sum of counts."""
+    total: collections.Counter[str] = collections.Counter()
+    for item in counts:
+        for name, number in item.items():
+            total[name] += number  # type: ignore[assignment]
+    return total
 
 
 class Defaulted(dict[str, Any]):

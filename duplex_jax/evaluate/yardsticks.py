@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.behaviour import Counts, add, count, output_of
+from duplex_jax.evaluate.behaviour import Counts, count, output_of
 from duplex_jax.evaluate.behaviour_run import HeldOut, Records
-from duplex_jax.evaluate.reports import columns, share
-from duplex_jax.evaluate.statistics import wilson
+from duplex_jax.evaluate.reports import Row, Section, Table, share
+from duplex_jax.evaluate.statistics import add, rate
 from duplex_jax.slicing import slice_words
 from duplex_jax.timeline import BACKCHANNEL, BARGE_IN, HESITATION, QUERY_END, Event, SlicePair, Timeline, from_row
 
@@ -146,14 +146,27 @@ MEASURES = (
     ("gone_on", "backchannel", "gone_on", "backchannels", "of those met: goes on speaking"),
     ("barge_ins_met", "interruption", "barge_ins", "barge_ins_meant", "speaking when the interruption came"),
     ("yielded", "interruption", "yielded_within_1", "barge_ins", "of those met: silent within one slice"),
-    ("barge_ins_answered", "interruption", "yielded_and_answered", "barge_ins",
-     "of those met: yielded, and spoke within two slices after the interruption"),
+    (
+        "barge_ins_answered",
+        "interruption",
+        "yielded_and_answered",
+        "barge_ins",
+        "of those met: yielded, and spoke within two slices after the interruption",
+    ),
     ("turnsense_accuracy", "turnsense", "right", "prompts", "spoke within one slice if and only if the prompt is over"),
     ("turnsense_over", "turnsense", "spoken_over", "over", "spoke after prompts that are over (probability above 0.5)"),
     ("turnsense_open", "turnsense", "spoken_open", "open", "spoke after prompts that are not over; low is good"),
-    *((f"{kind}s_replied", "situation", f"{kind}s_replied", f"{kind}s",
-       f"silent after a {kind} began, or before it, and spoke within one slice after it") for kind in SITUATIONS),
-)  # fmt: skip
+    *(
+        (
+            f"{kind}s_replied",
+            "situation",
+            f"{kind}s_replied",
+            f"{kind}s",
+            f"silent after a {kind} began, or before it, and spoke within one slice after it",
+        )
+        for kind in SITUATIONS
+    ),
+)
 LOW = ("turns_early", "turnsense_open")
 """The measures of which less is better."""
 
@@ -278,22 +291,21 @@ def describe(items: Sequence[Item], chosen: Sequence[int], replays: Sequence[Rec
         for name, scenario, successes, trials, _ in MEASURES:
             counts = add(found[writing, scenario])
             hits, n = counts[successes], counts[trials]
-            low, high = wilson(hits / len(replays), n / len(replays)) or (None, None)
-            value = hits / n if n else None
-            result[writing][name] = {"value": value, "low": low, "high": high, "successes": hits, "trials": n}
+            result[writing][name] = rate(hits, n, len(replays)) | {"successes": hits, "trials": n}
     return result
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
-    rows = [["", "as written, %", "of", "bare, %", "of", ""]]
-    for name, _, _, _, text in MEASURES:
-        cells = [report["measures"][writing][name] for writing in WRITINGS]
-        rows.append([name, *(c for row in cells for c in (share(row), str(row["trials"]))), text])
-    seeds = len(report["settings"]["seeds"])
-    return [
-        f"{report['model']}: {report['data']['sentences']} sentences, {seeds} seeds; 95% intervals; bare is lower case "
-        "without punctuation",
-        "",
-        *columns(rows),
+def section(report: Mapping[str, Any]) -> Section:
+    """Every measure by writing."""
+    writings = {f"{report['model']}, {name.replace('_', ' ')}": of for name, of in report["measures"].items()}
+    rows = [
+        Row(
+            f"{name}: {text}",
+            {column: share(of[name], of[name]["trials"]) for column, of in writings.items() if name in of},
+            "low" if name in LOW else "high",
+        )
+        for name, _, _, _, text in MEASURES
     ]
+    title = "FLEXI and TurnSense: shares in %, 95% intervals; bare is lower case without punctuation."
+    notes = [f"{report['data']['sentences']} sentences, {len(report['settings']['seeds'])} seeds"]
+    return Section("Yardsticks", [Table(title, "Figure", rows)], notes)

@@ -13,7 +13,7 @@ from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, TemplateRewriter
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour as b
-from duplex_jax.evaluate.statistics import Bootstrap, value_of, wilson
+from duplex_jax.evaluate.statistics import Bootstrap, add, value_of, wilson
 from duplex_jax.timeline import Event, SlicePair, Timeline
 from tests.tiny import byte_tokenizer
 
@@ -411,7 +411,7 @@ def test_oracle_is_perfect_and_degenerates_are_not(name: str):
 def test_any_output_gives_sound_figures(one: list[bool], two: list[bool]):
     outputs = [b.Output([" word" if spoken else None for spoken in said]) for said in (one, two)]
     counts = [b.complete(b.count(TALK, output)) for output in outputs]
-    for found in (*counts, b.add(counts)):
+    for found in (*counts, add(counts)):
         assert all(n >= 0 for n in found.values())
         for metric in b.METRICS:
             value = value_of(metric.of, found)

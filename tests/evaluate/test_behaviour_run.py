@@ -14,8 +14,9 @@ from duplex_jax.decode.replay import Replay, replay
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_run as runs
-from duplex_jax.evaluate.behaviour import add, count, count_forced, oracle, output_of
+from duplex_jax.evaluate.behaviour import count, count_forced, oracle, output_of
 from duplex_jax.evaluate.forced import forced_decisions, windows
+from duplex_jax.evaluate.statistics import add
 from duplex_jax.timeline import Event, SlicePair, Timeline, dump_line, from_row
 from tests.tiny import END, FreshForward, tiny_model, with_params
 

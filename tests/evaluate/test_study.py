@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from duplex_jax.errors import UserError
+from duplex_jax.evaluate.reports import as_text
 from duplex_jax.evaluate.study import report as reports
 from duplex_jax.evaluate.study.plan import ASPECTS, SYSTEMS, Step, check_scores, next_step, plan_of, read_texts
 from duplex_jax.evaluate.study.store import Conversation, OutOfOrder, Scores, Store, UnknownCode, read
@@ -465,8 +466,7 @@ def test_wins_and_distributions_counted_by_hand(tmp_path: Path):
     assert tied["wilcoxon"] == {"n": 0, "statistic": None, "p": None, "note": "all tied"}
     assert found["participants"] == {"complete": 5, "incomplete": 0, "withdrawn": 0}
     assert [of["participants"] for of in found["order"].values()] == [3, 2, 3, 2]
-    text = "\n".join(reports.table(found))
-    assert "all tied" in text
+    assert "all tied" in as_text(reports.section(found))
     out = tmp_path / "out"
     reports.write_csv(kept, out)
     rows = (out / "scores.csv").read_text().splitlines()
@@ -502,7 +502,7 @@ def test_only_confirmed_scores_count(tmp_path: Path):
         "scores": None,
     }
     assert found["waiting"]["a"]["queries"] == 1
-    assert "no intervals" in reports.table(found)[-1]
+    assert "no intervals" in as_text(reports.section(found))
 
 
 def test_waiting_is_counted_from_the_last_words_of_a_query():
@@ -519,4 +519,5 @@ def test_a_study_without_participants_is_described(tmp_path: Path):
     make_up(tmp_path / "study.db", [])
     found = reports.describe(read(tmp_path / "study.db"))
     assert found["aspects"]["overall"]["wilcoxon"]["note"] == "no participants"
-    assert reports.write_report({"what": "study"} | found, tmp_path / "out") == ["study.json", "study.txt"]
+    assert "0 participants complete" in as_text(reports.section(found))
+    assert reports.figures(found) == []

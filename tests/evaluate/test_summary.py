@@ -1,6 +1,7 @@
 """One page of several evaluations: its figures are those of the reports, in HTML and Markdown, and nothing is lost."""
 
 import base64
+import dataclasses
 import html.parser
 import importlib.util
 import json
@@ -17,15 +18,17 @@ from duplex_jax.evaluate import behaviour_run as behaviour_runs
 from duplex_jax.evaluate.benchmarks import report as benchmark_report
 from duplex_jax.evaluate.benchmarks.harness_tasks import choice_marks
 from duplex_jax.evaluate.benchmarks.questions import read_benchmark
+from duplex_jax.evaluate.judge import report as judge_report
 from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import Verdict, verdicts_path, write_verdicts
 from duplex_jax.evaluate.judge.tasks import TABLE_5
-from duplex_jax.evaluate.reports import write
-from duplex_jax.evaluate.summary.pages import as_html, as_markdown, write_page
-from duplex_jax.evaluate.summary.sections import make_page
-from duplex_jax.evaluate.summary.sources import read_sources
-from duplex_jax.evaluate.summary.tables import Cell, Row
+from duplex_jax.evaluate.pages import as_html, as_markdown, write_page
+from duplex_jax.evaluate.reports import DASH, Cell, Row, Section, Table, as_text, publish
+from duplex_jax.evaluate.study import report as study_report
+from duplex_jax.evaluate.study.store import read
+from duplex_jax.evaluate.summary import make_page, read_sources
 from duplex_jax.timeline import Event, SlicePair, Timeline, write_timelines
+from tests.evaluate.studies import all_of, make_up
 from tests.launch.test_evaluate_behaviour import run
 
 VERSIONS = {"python": "3.11.7", "duplex-jax": "0.1.0"}
@@ -102,7 +105,7 @@ def likelihood(folder: Path, model: str, data: Path, right: set[int], **more: An
             "ways": {"turn_based": benchmark_report.describe("likelihood", of, samples)}}  # fmt: skip
     settings = about("benchmark", model, capacity=4096, template="compact") | more
     report = settings | {"tasks": {"arc_easy": task}, "beside": []}
-    write(report, benchmark_report.table(report), folder)
+    publish(report, benchmark_report.section(report), folder)
     return folder
 
 
@@ -125,7 +128,7 @@ def written(folder: Path, model: str, right: Mapping[str, list[bool]], sha256: s
         for task, of in right.items()
     }  # fmt: skip
     report = about("generation", model, capacity=4096, seed=3, tasks=tasks, beside=[])
-    write(report, benchmark_report.table(report), folder)
+    publish(report, benchmark_report.section(report), folder)
     return folder
 
 
@@ -142,9 +145,10 @@ def judged(folder: Path, model: str, bonus: float, judge: str = "gpt-4") -> Path
         tasks[task] = {"path": "q", "sha256": f"h-{task}", "questions": 3, "chosen": 3, "published": 80,
                        "ways": {"duplex": row}}  # fmt: skip
     averages = {"duplex": scores.mean_of_tasks({task: kept[task] for task in TABLE_5})}
-    write(about("judge", model, capacity=4096, seed=0, temperature=0.8, tasks=tasks, averages=averages, comparisons=[],
-                judge={"model": judge, "versions": [], "prompts": {t: f"p-{t}" for t in tasks}},
-                not_comparable=["mt_bench has 3 of the published 80 questions"]), ["-"], folder)  # fmt: skip
+    report = about("judge", model, capacity=4096, seed=0, temperature=0.8, tasks=tasks, averages=averages,
+                   comparisons=[], judge={"model": judge, "versions": [], "prompts": {t: f"p-{t}" for t in tasks}},
+                   not_comparable=["mt_bench has 3 of the published 80 questions"])  # fmt: skip
+    publish(report, judge_report.section(report), folder)
     return folder
 
 
@@ -162,7 +166,9 @@ def behaved(folder: Path, model: str, held_out: Path, as_: str, **data: Any) -> 
                                                       "model_idle_bias": -0.5 if model == "duplex" else None},
                    data={"path": str(held_out), "sha256": of.sha256, "conversations": 2, "scored": 2} | data,
                    beside=[], assistants=described, curve=[])  # fmt: skip
-    behaviour_report.write_report(report, folder)
+    publish(
+        report, dataclasses.replace(behaviour_report.section(report), figures=behaviour_report.figures(report)), folder
+    )
     return folder
 
 
@@ -174,18 +180,14 @@ def held_out(tmp_path: Path) -> Path:
     return tmp_path / "held.jsonl"
 
 
-def studied(folder: Path, **more: Any) -> Path:
-    def mean(value: float) -> dict[str, Any]:
-        return {"value": value, "low": value - 1, "high": value + 1}
-
-    aspects = {
-        name: {"a": mean(a), "b": mean(b), "difference": mean(a - b), "wins": {"a": 9, "tie": 2, "b": 3},
-               "wilcoxon": {"n": 12, "statistic": 3.5, "p": 0.0123, "note": None}}
-        for name, a, b in (("responsiveness", 6.21, 3.43), ("overall", 4.36, 4.36))
-    }  # fmt: skip
-    models = {"a": {"model": "ours"}, "b": {"model": EVIL}}
-    report = {"what": "study", "command": "duplex-jax evaluate study report", "versions": VERSIONS, "models": models}
-    write(report | ({"aspects": aspects} | more), ["as text", EVIL], folder)
+def studied(folder: Path) -> Path:
+    """A study of two participants."""
+    folder.mkdir(parents=True)
+    make_up(folder / "study.db", [{"a": all_of(6), "b": all_of(3)}, {"a": all_of(5), "b": all_of(5)}])
+    models = {"a": {"model": "ours", "mode": "duplex"}, "b": {"model": EVIL, "mode": "turn_based"}}
+    report = {"what": "study", "command": "duplex-jax evaluate study report", "versions": VERSIONS}
+    report |= study_report.describe(read(folder / "study.db")) | {"models": models}
+    publish(report, dataclasses.replace(study_report.section(report), figures=study_report.figures(report)), folder)
     return folder
 
 
@@ -196,21 +198,21 @@ def test_yardsticks_are_shown(tmp_path: Path):
         measures = {w: {m[0]: figure for m in yardsticks.MEASURES} for w in yardsticks.WRITINGS}
         report = about("yardsticks", model, settings={"seeds": [0, 1]}, measures=measures,
                        data={"path": "p", "sha256": "s", "sentences": 9})  # fmt: skip
-        write(report, yardsticks.table(report), tmp_path / model)
+        publish(report, yardsticks.section(report), tmp_path / model)
     html_text, _, found = page_of(tmp_path / "base", tmp_path / "duplex")
     assert not found.warnings
     table = found.tables[0]
     assert table[0] == ["Figure", "base, as written", "base, bare", "duplex, as written", "duplex, bare"]
     assert [row[0].partition(":")[0] for row in table[1:]] == [m[0] for m in yardsticks.MEASURES]
-    assert all(row[1:] == ["25.0 (15.0 to 35.0)"] * 2 + ["50.0 (40.0 to 60.0)"] * 2 for row in table[1:])
+    assert all(row[1:] == ["25.0 (15.0 to 35.0) of 4"] * 2 + ["50.0 (40.0 to 60.0) of 4"] * 2 for row in table[1:])
     best = re.findall(r'class="best"><data value="([\d.]+)"', html_text)
     assert best == [v for m in yardsticks.MEASURES for v in (["0.25"] if m[0] in yardsticks.LOW else ["0.5"]) * 2]
 
 
 def page_of(*folders: Path) -> tuple[str, str, Parsed]:
-    page = make_page(read_sources([str(f) for f in folders]))
-    as_text = as_html(page)
-    return as_text, as_markdown(page), Parsed(as_text)
+    title, sections = make_page(read_sources([str(f) for f in folders]))
+    text = as_html(title, sections)
+    return text, as_markdown(title, sections), Parsed(text)
 
 
 def test_figures_are_those_of_the_reports(tmp_path: Path, items: Path, held_out: Path):
@@ -237,9 +239,9 @@ def test_figures_are_those_of_the_reports(tmp_path: Path, items: Path, held_out:
     tables = {table[0][0]: table for table in found.tables}
     differences = [t for t in found.tables if t[0][0] == "Figure" and t[0][1] == "of"]
     made = {float(n) for t in differences for row in t[1:] for n in re.findall(r"^[+-]?[\d.]+", row[3]) if n}
-    page = make_page(read_sources([str(a), str(b)]))
-    ours = [c.value for s in page.sections for t in s.tables if "Paired" not in t.caption for r in t.rows
-            for c in r.cells if c.value is not None]  # fmt: skip
+    _, sections = make_page(read_sources([str(a), str(b)]))
+    ours = [c.value for s in sections for t in s.tables if "Paired" not in t.title for _, cells in t.lines()
+            for c in cells if c.value is not None]  # fmt: skip
     assert len(ours) > 150
     assert set(ours) <= known
     assert set(ours) <= set(found.values)
@@ -260,9 +262,9 @@ def test_figures_are_those_of_the_reports(tmp_path: Path, items: Path, held_out:
     table5 = next(t for t in found.tables if t[-1][0] == "Avg." and t is not table4)
     assert [r[0] for r in table5[1:]] == ["Refinement-multi", "Expansion-multi", "Follow-up-multi", "Avg."]
     table3 = tables["Metric"]
-    assert table3[0] == ["Metric", "a: ours", f"b: {EVIL}", "difference", "wins (a:tie:b)", "p"]
-    assert table3[1] == ["responsiveness", "6.21 (5.21 to 7.21)", "3.43 (2.43 to 4.43)", "+2.78 (+1.78 to +3.78)",
-                         "9:2:3", "0.0123"]  # fmt: skip
+    assert table3[0] == ["Metric", "a: ours", f"b: {EVIL}", "difference", "wins (a:tie:b)", "n", "statistic", "p"]
+    assert table3[1] == ["responsiveness", "5.50 (5.00 to 6.00)", "4.00 (3.00 to 5.00)", "+1.50 (+0.00 to +3.00)",
+                         "1:1:0", "1", "0.0", "1.0000"]  # fmt: skip
     names = [r[0] for r in next(t for t in found.tables if t[0][0] == "Benchmark")]
     assert names == ["Benchmark", "C-Eval", "GSM8K"]
     assert "oracle" in next(t for t in found.tables if t[1][0] == "forced_idle_precision")[0]
@@ -313,7 +315,7 @@ def test_html_is_whole_and_escaped(tmp_path: Path, held_out: Path):
     assert not {"link", "script", "iframe"} & set(tags)
     images = [attrs for tag, attrs in found.seen if tag == "img"]
     assert all((attrs["src"] or "").startswith("data:image/png;base64,") and attrs["alt"] for attrs in images)
-    done = write_page(make_page(read_sources([str(f) for f in folders])), tmp_path / "out")
+    done = write_page(*make_page(read_sources([str(f) for f in folders])), tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(done)
     assert re.findall(r"\]\(([^)]+)\)", markdown) == [name for name in done if name.endswith(".png")]
     if importlib.util.find_spec("matplotlib"):
@@ -327,7 +329,7 @@ def test_what_cannot_be_compared_is_flagged(tmp_path: Path, items: Path, held_ou
     a = written(tmp_path / "a", "base", {"gsm8k": [True, False]})
     b = written(tmp_path / "b", "duplex", {"gsm8k": [True, True]}, sha256="other")
     _, markdown, found = page_of(a, b)
-    assert found.warnings == ['Not comparable: the data\'s sha256 of GSM8K is "s" in [1] and "other" in [2].']
+    assert set(found.warnings) == {'Not comparable: the data\'s sha256 of GSM8K is "s" in [1] and "other" in [2].'}
     assert "Not comparable: the data's sha256 of GSM8K" in markdown
     assert not any("won:lost" in table[0] for table in found.tables)
     assert not [attrs for tag, attrs in found.seen if attrs.get("class") == "best"]
@@ -335,7 +337,7 @@ def test_what_cannot_be_compared_is_flagged(tmp_path: Path, items: Path, held_ou
     # Settings, numbers of items, another judge.
     c = likelihood(tmp_path / "c", "base", items, {1})
     d = likelihood(tmp_path / "d", "duplex", items, {2}, capacity=64)
-    assert page_of(c, d)[2].warnings == ["Not comparable: capacity is 4096 in [1] and 64 in [2]."]
+    assert set(page_of(c, d)[2].warnings) == {"Not comparable: capacity is 4096 in [1] and 64 in [2]."}
     e, f = judged(tmp_path / "e", "base", 0.0), judged(tmp_path / "f", "duplex", 1.0, judge="other")
     found = page_of(e, f)[2]
     assert set(found.warnings) == {'Not comparable: the judge is "gpt-4" in [1] and "other" in [2].'}
@@ -370,35 +372,47 @@ def test_behaviour_is_paired_by_conversation(tmp_path: Path, held_out: Path):
     assert "holds other conversations by now" in html_text
 
 
-def test_a_study_without_aspects_is_shown_as_text(tmp_path: Path):
-    studied(tmp_path / "s")
-    report = json.loads((tmp_path / "s" / "study.json").read_text())
-    del report["aspects"]
-    (tmp_path / "s" / "study.json").write_text(json.dumps(report))
-    html_text, markdown, _ = page_of(tmp_path / "s")
-    assert "as text\n&lt;script&gt;" in html_text
-    assert f"    as text\n    {EVIL}" in markdown
-
-
 def test_the_best_is_marked_where_there_is_one():
-    def marked(better: str, *values: float | None, compared: int | None = None) -> list[bool]:
-        row = Row("r", [Cell("x", v) for v in values], better, compared)
-        row.mark_best()
-        return [c.best for c in row.cells]
+    def marked(better: str, *values: float | None, given: tuple[str, ...] = (), warnings: tuple[str, ...] = ()):
+        row = Row("r", {f"c{i}": Cell("x", v) for i, v in enumerate(values)}, better)
+        [(_, cells)] = Table("t", "f", [row], given, warnings=warnings).lines()
+        return [c.best for c in cells]
 
     assert marked("high", 1.0, 3.0, None, 3.0) == [False, True, False, True]
     assert marked("low", 1.0, 3.0) == [True, False]
     assert marked("", 1.0, 3.0) == marked("high", 2.0, 2.0) == marked("high", 2.0, None) == [False, False]
-    assert marked("high", 1.0, 2.0, 9.0, compared=2) == [False, True, False]
+    assert marked("high", 1.0, 2.0, 9.0, given=("c2",)) == [False, True, False]
+    assert marked("high", 1.0, 2.0, warnings=("Not comparable",)) == [False, False]
+
+
+def test_text_shows_what_the_table_has():
+    """Given columns last, a dash where there is no figure, no row without any, long headers cut in front."""
+    rows = [
+        Row("first", {"oracle": Cell("1"), f"{'x' * 30}end": Cell("0.5")}),
+        Row("gone", {}),
+        Row("last", {"oracle": DASH}),
+    ]
+    text = as_text(Section("Title", [Table("Table.", "Figure", rows, ["oracle"]), Table("Empty.", "F", [])], ["note"]))
+    lines = [line.split() for line in text.splitlines()]
+    head = f"...{'x' * 22}end"
+    assert lines == [
+        ["Title"],
+        ["note"],
+        [],
+        ["Table."],
+        ["Figure", head, "oracle"],
+        ["first", "0.5", "1"],
+        ["last", "-", "-"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "a/judge.json: is no JSON"),
-        ("[]", "is no report of judged dialogue (its `what` is not 'judge')"),
-        ('{"what": "behaviour"}', "is no report of judged dialogue"),
-        ('{"what": "judge", "model": "m"}', "has no field 'tasks'"),
+        ("{", "a/judge.json: no report of judged dialogue there (Expecting"),
+        ("[]", "a/judge.json: no report of judged dialogue there"),
+        ('{"what": "behaviour"}', "no report of judged dialogue there (its `what` is 'behaviour')"),
+        ('{"what": "judge", "model": "m"}', "a/judge.json: lacks a field or has another thing"),
         ('{"what": "judge", "model": "m", "tasks": {"mt_bench": {"sha256": "s"}}}', "lacks a field"),
         ('{"what": "judge", "model": "m", "tasks": {"mt_bench": {"sha256": "s", "ways": {"duplex": {"score": 3}}}}}',
          "lacks a field"),
@@ -439,7 +453,7 @@ def test_the_program(tmp_path: Path):
     [
         ([], "needs the folders of evaluations and --out=FOLDER"),
         (["none", "--out=OUT"], "none: no such folder"),
-        (["EMPTY", "--out=OUT"], "holds no report (benchmark.json, generation.json"),
+        (["EMPTY", "--out=OUT"], "holds no report (generation.json, benchmark.json"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path):

@@ -1,20 +1,38 @@
 """What is made of the harness's marks: shares with intervals, and differences between two models on the same items."""
 
 import collections
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from duplex_jax.errors import UserError
+from duplex_jax.evaluate import reports
 from duplex_jax.evaluate.benchmarks.harness_tasks import METRICS
 from duplex_jax.evaluate.benchmarks.questions import Benchmark
-from duplex_jax.evaluate.reports import columns, interval, share
-from duplex_jax.evaluate.statistics import paired_difference, wilson
+from duplex_jax.evaluate.reports import Cell, Row, Section, Table
+from duplex_jax.evaluate.statistics import Estimate, paired_difference, rate
 
 FORM_METRICS = {"likelihood": METRICS, "generation": ("score",)}
 FILES = {"likelihood": "benchmark", "generation": "generation"}
 """By form the name of its report."""
+TITLES = {
+    "likelihood": ("Benchmarks by likelihood", "(as the paper's Table 2): accuracies"),
+    "generation": ("Benchmarks by generation", "(the paper's Table 2): scores"),
+}
+"""By form the section, and what its table is."""
+NAMES = {
+    "ceval": "C-Eval",
+    "cmmlu": "CMMLU",
+    "mmlu": "MMLU",
+    "mmlu_continuation": "MMLU, continuation",
+    "bbh": "BBH",
+    "humaneval": "HumanEval",
+    "mbpp": "MBPP",
+    "gsm8k": "GSM8K",
+    "math": "MATH",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "hellaswag": "HellaSwag",
+}
+"""Of tasks, in the order and the spelling of the paper's Table 2."""
 
 Right = Mapping[str, Mapping[str, bool]]
 """By subtask, which is empty where there are none, and number of the item whether it was answered right."""
@@ -68,12 +86,10 @@ def _flat(right: Right) -> dict[str, bool]:
     return {n: mark for of in right.values() for n, mark in of.items()}
 
 
-def mean(right: Right) -> dict[str, float | None]:
+def mean(right: Right) -> Estimate:
     """The unweighted mean over subtasks of the share that is right, with its 95% interval (Wilson's)."""
     weights, marks = _weights(right), _flat(right)
-    total, successes = sum(weights.values()), sum(w for n, w in weights.items() if marks[n])
-    low, high = wilson(successes, total) or (None, None)
-    return {"value": successes / total if total else None, "low": low, "high": high}
+    return rate(sum(w for n, w in weights.items() if marks[n]), sum(weights.values()))
 
 
 def difference(ours: Right, theirs: Right) -> dict[str, Any] | None:
@@ -89,74 +105,73 @@ def difference(ours: Right, theirs: Right) -> dict[str, Any] | None:
         outcomes[marks[n], other[n]] += weight
     points, low, high = paired_difference(*(outcomes[a, b] for a in (True, False) for b in (True, False)))
     return {
-        "items": len(marks), "points": 100 * points, "low": 100 * low, "high": 100 * high,
+        "items": len(marks),
+        "points": 100 * points,
+        "low": 100 * low,
+        "high": 100 * high,
         "won": sum(mark and not other[n] for n, mark in marks.items()),
         "lost": sum(other[n] and not mark for n, mark in marks.items()),
-    }  # fmt: skip
-
-
-def read_beside(form: str, folder: str | Path, benchmarks: Mapping[str, Benchmark]) -> dict[str, Any]:
-    """The report of another run on the same items.
-
-    Raises:
-        UserError: no results there, or on other items.
-    """
-    path = Path(folder) / f"{FILES[form]}.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        shared = [task for task in benchmarks if task in report["tasks"]]
-        other = [task for task in shared if report["tasks"][task]["sha256"] != benchmarks[task].sha256]
-        about = {"folder": str(folder), "model": report["model"], "weights": report["weights"]}
-        about["tasks"] = {task: report["tasks"][task]["ways"] for task in shared}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: no results of benchmarks there ({e}); give the --out of another run") from e
-    if other:
-        raise UserError(f"{folder}: {other[0]} was measured on other items; run it on the same --data")
-    if not shared:
-        raise UserError(f"{folder}: holds no results of {', '.join(benchmarks)}; run these tasks there first")
-    return about
+    }
 
 
 def compare(form: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Differences to another model: each way against the same one, and slices against its turn-based answers too."""
+    """Differences to another model's tasks: each way against the same one, and slices against its turn-based answers
+    too."""
     rows = []
     for task, of in ours.items():
+        others = theirs.get(task, {"ways": {}})["ways"]
         for way, row in of["ways"].items():
             for other in dict.fromkeys((way, way if way in ("plain", "turn_based") else "turn_based")):
-                if other not in theirs.get(task, {}):
-                    continue
-                found = {m: difference(row["right"][m], theirs[task][other]["right"][m]) for m in FORM_METRICS[form]}
-                if all(found.values()):
-                    rows.append({"task": task, "way": way, "other_way": other} | found)
+                if other in others and others[other] is not row:
+                    found = {m: difference(row["right"][m], others[other]["right"][m]) for m in FORM_METRICS[form]}
+                    rows += [{"task": task, "way": way, "other_way": other} | found] if all(found.values()) else []
     return rows
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text: figures by task and way, then differences to each model beside."""
-    by_choice = report["what"] == "benchmark"
-    metrics = FORM_METRICS["likelihood" if by_choice else "generation"]
-    lines = [f"{report['model']}: {'accuracy' if by_choice else 'scores'} in %, 95% intervals", ""]
-    rows = [["task", "way", "asked", *(["chance"] if by_choice else []), *metrics,
-             *([] if by_choice else ["tokens", "early", "ended by"])]]  # fmt: skip
-    notes = []
-    for task, of in report["tasks"].items():
-        for way, row in of["ways"].items():
-            cells = [task, way, f"{row['scored']} of {of['items']}"]
-            cells += [f"{100 * of['chance']:.1f}"] if by_choice else []
-            cells += [share(row[metric]) for metric in metrics]
-            if not by_choice:
-                ended = ", ".join(f"{name} {n}" for name, n in sorted(row["stopped"].items()))
-                cells += [f"{row['tokens']:.0f}", str(row["early"]), ended]
-            elif row["too_long"]:
-                notes.append(f"{task}, {way}: {row['too_long']} items are longer than the context and left out")
-            rows.append(cells)
-    lines += [*columns(rows), *notes]
+def section(report: Mapping[str, Any]) -> Section:
+    """Figures by task and way, what became of the answers, and differences to the models beside."""
+    form = form_of(report)
+    title, what = TITLES[form]
+    metrics, tasks, model = FORM_METRICS[form], report["tasks"], report["model"]
+    rows, asked = [], []
+    for task in [*NAMES, *(t for t in tasks if t not in NAMES)]:
+        name = NAMES.get(task, task)
+        of = tasks.get(task, {"ways": {}})
+        ways = {f"{model}, {way}": row for way, row in of["ways"].items()}
+        for m in metrics:
+            cells = {column: reports.share(row[m]) for column, row in ways.items()}
+            rows.append(Row(name if m == "score" else f"{name}, {m}", cells, "high", drawn=m == metrics[0]))
+        if "chance" in of:
+            rows.append(Row(f"{name}, chance", dict.fromkeys(ways, reports.share({"value": of["chance"]}))))
+        asked.append(Row(name, {column: Cell(_asked(of, row)) for column, row in ways.items()}))
+    found = [
+        Table(f"{title} {what} in %, 95% intervals. Higher is better.", "Benchmark", rows),
+        Table("What was asked, and what became of it.", "Task", asked),
+    ]
     for beside in report["beside"]:
-        lines += ["", f"less {beside['model']} ({beside['folder']}), the same items: points; won and lost items", ""]
-        rows = [["task", "way", "its way", "items", *metrics]]
-        for row in beside["differences"]:
-            points = [f"{interval(d | {'value': d['points']}, digits=1, sign='+')} {d['won']}:{d['lost']}"
-                      for d in (row[metric] for metric in metrics)]  # fmt: skip
-            rows.append([row["task"], row["way"], row["other_way"], str(row[metrics[0]]["items"]), *points])
-        lines += columns(rows)
-    return lines
+        found += differences(report, f"{beside['model']} ({beside['folder']})", beside["model"], beside["differences"])
+    return Section(title, found, [f"{model}: {'accuracies' if form == 'likelihood' else 'scores'}"])
+
+
+def form_of(report: Mapping[str, Any]) -> str:
+    """`likelihood` or `generation`."""
+    return next(form for form, what in FILES.items() if what == report["what"])
+
+
+def _asked(of: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    told = f"{row['scored']:,} of {of['items']:,}"
+    if "stopped" not in row:
+        return told + (f", {row['too_long']} longer than the context left out" if row["too_long"] else "")
+    return f"{told}, {row['tokens']:.0f} tokens: {reports.counted(row['stopped'] | {'early': row['early']})}"
+
+
+def differences(report: Mapping[str, Any], less: str, model: str, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The table of what `compare` found, of the report's model less another."""
+    made = []
+    for row in rows:
+        name = NAMES.get(row["task"], row["task"])
+        for m in (m for m in FORM_METRICS[form_of(report)] if m in row):
+            points = reports.figure(row[m] | {"value": row[m]["points"]}, 1, 1, "+")
+            sides = (f"{report['model']}, {row['way']}", f"{model}, {row['other_way']}")
+            made.append(reports.difference(f"{name}, {m}", *sides, row[m]["items"], points, row[m]))
+    return reports.difference_table(f"less {less}, in points on the items that both were asked", made)

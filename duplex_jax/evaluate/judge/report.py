@@ -1,4 +1,4 @@
-"""What is made of the verdicts: one JSON object, and a table for a terminal."""
+"""What is made of the verdicts: one JSON object, and its tables."""
 
 import collections
 import json
@@ -10,8 +10,19 @@ from duplex_jax.evaluate.judge import scores
 from duplex_jax.evaluate.judge.judging import PUBLISHED_JUDGES, JudgeModel
 from duplex_jax.evaluate.judge.systems import System
 from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, Questions
-from duplex_jax.evaluate.reports import columns, interval
+from duplex_jax.evaluate.reports import Cell, Row, Section, Table, counted, difference, difference_table, figure
 
+NAMES = {
+    "mt_bench": "MT-Bench",
+    "mt_eval_refinement": "Refinement-multi",
+    "mt_eval_expansion": "Expansion-multi",
+    "mt_eval_follow_up": "Follow-up-multi",
+    "mt_eval_recollection_cls": "Recollection-multi, classes",
+    "mt_eval_recollection_inst": "Recollection-multi, instructions",
+}
+"""Of tasks, in the order and the spelling of the paper's Tables 4 and 5."""
+_TURNS = {"1": "First turn", "2": "Second turn"}
+_OUTCOMES = {"tie": "tied", "disagree": "the orders disagree"}
 Outcomes = Mapping[tuple[str, str], Sequence[tuple[int, int, str]]]
 """By names of two systems, what `judge_pairs` found of their answers to MT-Bench."""
 
@@ -31,18 +42,24 @@ def describe(
                 ways[system.way] |= scores.described(system.verdicts[task])
                 ways[system.way]["score_at_equal_length"] = level.get(system.name)
         found[task] = {
-            "path": str(of.path), "sha256": of.sha256, "questions": len(of.items), "chosen": len(of.chosen(limit)),
-            "published": of.published, "ways": ways,
-        }  # fmt: skip
+            "path": str(of.path),
+            "sha256": of.sha256,
+            "questions": len(of.items),
+            "chosen": len(of.chosen(limit)),
+            "published": of.published,
+            "ways": ways,
+        }
     return found
 
 
 def _answered(rows: Sequence[Answer]) -> dict[str, Any]:
     return {
-        "answers": len(rows), "tokens": sum(row["tokens"] for row in rows),
-        "early_tokens": sum(row["early"] for row in rows), "forgot": sum(row["forgot"] for row in rows),
+        "answers": len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "early_tokens": sum(row["early"] for row in rows),
+        "forgot": sum(row["forgot"] for row in rows),
         "stopped": dict(collections.Counter(row["stopped"] for row in rows)),
-    }  # fmt: skip
+    }
 
 
 def averages(own: Sequence[System]) -> dict[str, dict[str, float | None]]:
@@ -55,25 +72,19 @@ def averages(own: Sequence[System]) -> dict[str, dict[str, float | None]]:
 
 
 def compare(
-    questions: Mapping[str, Questions], pairs: Sequence[tuple[System, System]], outcomes: Outcomes
+    tasks: Sequence[str], pairs: Sequence[tuple[System, System]], outcomes: Outcomes | None = None
 ) -> list[dict[str, Any]]:
     """Differences of scores on the same answers, ours less theirs, and wins where both were shown to the judge."""
     rows = []
     for a, b in pairs:
-        for task in questions:
-            row: dict[str, Any] = {
-                "task": task,
-                "way": a.way,
-                "model": b.model,
-                "folder": str(b.folder),
-                "other_way": b.way,
-            }
+        about = {"way": a.way, "model": b.model, "folder": str(b.folder), "other_way": b.way}
+        for task in tasks:
+            row: dict[str, Any] = {"task": task} | about
             if a.verdicts.get(task) and b.verdicts.get(task):
                 row["score"] = scores.difference(a.verdicts[task], b.verdicts[task])
-            if task == "mt_bench" and (a.name, b.name) in outcomes:
-                row["wins"] = scores.wins(outcomes[a.name, b.name])
-            if "score" in row or "wins" in row:
-                rows.append(row)
+            if task == "mt_bench" and (a.name, b.name) in (outcomes or {}):
+                row["wins"] = scores.wins((outcomes or {})[a.name, b.name])
+            rows += [row] if "score" in row or "wins" in row else []
     return rows
 
 
@@ -95,61 +106,78 @@ def not_comparable(tasks: Mapping[str, Any], judge: JudgeModel, versions: Sequen
     return reasons
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text: scores by task and way, by turn, by category, then differences and wins."""
-    judge = report["judge"]
-    if judge is None:
-        lines = [f"{report['model']}: answered, and not judged; --judge_model names a judge", ""]
-    else:
-        versions = f" (the server says {', '.join(judge['versions'])})" if judge["versions"] else ""
-        lines = [f"{report['model']}, judged by {judge['model']}{versions}: scores of 1 to 10, 95% intervals", ""]
-    rows = [["task", "way", "answers", "judged", "score", "words", "at equal length"]]
-    for task, way, row in _rows(report):
-        rows.append([
-            task, way, str(row["answers"]), str(row.get("judged", "-")), interval(row["score"]),
-            interval(row["words"], digits=1), interval(row.get("score_at_equal_length")),
-        ])  # fmt: skip
-    for way, mean in report["averages"].items():
-        rows.append(["mt_eval, mean of tasks", way, "", "", interval(mean), "", ""])
-    lines += columns(rows)
-    for kind in ("turn", "category"):
-        parts = [
-            f"{task}, {way}, by {kind}: "
-            + ", ".join(f"{k} {interval(v, bounds=False)}" for k, v in row[f"by_{kind}"].items())
-            for task, way, row in _rows(report)
-            if row.get(f"by_{kind}")
-        ]
-        lines += ["", *parts] if parts else []
-    notes = [note for task, way, row in _rows(report) for note in _notes(f"{task}, {way}", row)]
-    lines += ["", *notes] if notes else []
-    rows = [["task", "way", "less", "its way", "answers", "difference"]]
-    for row in (r for r in report["comparisons"] if "score" in r):
-        found = row["score"]
-        rows.append([row["task"], row["way"], row["model"], row["other_way"], str(found["answers"]),
-                     interval(found, sign="+")])  # fmt: skip
-    lines += ["", *columns(rows)] if len(rows) > 1 else []
-    for row in (r for r in report["comparisons"] if "wins" in r):
-        found = row["wins"]
-        lines += ["", f"{row['task']}, {row['way']} against {row['model']} ({row['folder']}, {row['other_way']}), in "
-                  f"both orders: won {found['won']}, lost {found['lost']}, tied {found['tie']}, the orders disagree "
-                  f"{found['disagree']}, unjudged {found['unjudged']}; share of wins "
-                  f"{interval(found['share'])}"]  # fmt: skip
-    for reason in report["not_comparable"]:
-        lines += ["", f"not comparable with published scores: {reason}"]
-    return lines
+def section(report: Mapping[str, Any]) -> Section:
+    """Scores by task, turn and category in the paper's layout, what became of the answers, differences and wins."""
+    tasks, model = report["tasks"], report["model"]
+
+    def row(name: str, task: str, *at: str, better: str = "high", digits: int = 2, drawn: bool = False) -> Row:
+        cells = {}
+        for way, found in tasks.get(task, {"ways": {}})["ways"].items():
+            for field in at:
+                found = (found or {}).get(field)
+            cells |= {f"{model}, {way}": figure(found, digits=digits)} if found else {}
+        return Row(name, cells, better, drawn)
+
+    def by_task(field: str, which: Sequence[str], **how: Any) -> list[Row]:
+        return [row(NAMES[task], task, field, **how) for task in which]
+
+    def parts(task: str, kind: str) -> list[str]:
+        return sorted({part for of in tasks.get(task, {"ways": {}})["ways"].values() for part in of.get(kind, {})})
+
+    known = [task for task in NAMES if task in tasks]
+    turns = [
+        row(_TURNS.get(t, f"Turn {t}"), "mt_bench", "by_turn", t, drawn=True) for t in parts("mt_bench", "by_turn")
+    ]
+    means = {f"{model}, {way}": figure(mean) for way, mean in report["averages"].items()}
+    categories = [row(f"{NAMES[t]}, {c}", t, "by_category", c) for t in known for c in parts(t, "by_category")]
+    counts = [
+        Row(NAMES[t], {f"{model}, {way}": Cell(_counts(of)) for way, of in tasks[t]["ways"].items()}) for t in known
+    ]
+    tail = "scores of 1 to 10, 95% intervals. Higher is better."
+    mt_eval = [*by_task("score", TABLE_5, drawn=True), Row("Avg.", means, "high")]
+    ruled = "Tasks that a rule judges: 10 or 0, 95% intervals. Higher is better."
+    found = [
+        Table(f"MT-Bench (the paper's Table 4): {tail}", "Score", [*turns, row("Avg.", "mt_bench", "score")]),
+        Table(f"MT-Eval (the paper's Table 5): {tail}", "Score", mt_eval),
+        Table(f"By category: {tail}", "Category", categories),
+        Table(ruled, "Score", by_task("score", RULED)),
+        Table(f"Had all answers the same length: {tail}", "Score", by_task("score_at_equal_length", known)),
+        Table("Words an answer, 95% intervals.", "Task", by_task("words", known, better="", digits=1)),
+        Table("What became of the answers.", "Task", counts),
+    ]
+    judge = report.get("judge")
+    versions = f" (its server says {', '.join(judge['versions'])})" if judge and judge["versions"] else ""
+    notes = [
+        f"judged by {judge['model']}{versions}" if judge else "answered, and not judged; --judge_model names a judge"
+    ]
+    notes += [f"not comparable with published scores: {reason}" for reason in report["not_comparable"]]
+    for pair in (r for r in report["comparisons"] if "wins" in r):
+        of = counted({_OUTCOMES.get(name, name): n for name, n in pair["wins"].items() if name != "share"})
+        sides = f"{pair['way']} against {pair['model']} ({pair['folder']}, {pair['other_way']}), in both orders"
+        notes.append(f"{pair['task']}, {sides}: {of}; share of wins {figure(pair['wins']['share']).text}")
+    return Section("Judged dialogue", [*found, *differences(report, report["comparisons"])], notes)
 
 
-def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    return [(task, way, row) for task, of in report["tasks"].items() for way, row in of["ways"].items()]
-
-
-def _notes(name: str, row: Mapping[str, Any]) -> list[str]:
+def _counts(row: Mapping[str, Any]) -> str:
+    """How many answers there are, and how they ended."""
     stopped = row["stopped"]
-    notes = {
-        "answers were broken off at their limit or the context's": stopped.get("length", 0),
-        "queries do not fit the context": stopped.get("too_long", 0),
-        "queries got no answer": stopped.get("silent", 0),
-        "answers came when the beginning had been dropped from the context": row["forgot"],
-        "tokens were said before a query's last slice": row["early_tokens"],
-    } | {f"answers are unjudged: {reason}": n for reason, n in row.get("unjudged", {}).items()}
-    return [f"{name}: {n} {note}" for note, n in notes.items() if n]
+    told = {
+        "judged": row.get("judged", 0),
+        **{f"unjudged ({reason})": n for reason, n in row.get("unjudged", {}).items()},
+        "broken off at a limit": stopped.get("length", 0),
+        "without room for the query": stopped.get("too_long", 0),
+        "silent": stopped.get("silent", 0),
+        "after the beginning was dropped": row["forgot"],
+        "tokens before a query's last slice": row["early_tokens"],
+    }
+    return f"{row['answers']} answers" + (f": {counted(told)}" if any(told.values()) else "")
+
+
+def differences(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The table of what `compare` found, of the report's model less others."""
+    made = []
+    for row in (r for r in rows if r.get("score") and r["score"]["answers"]):
+        sides = f"{report['model']}, {row['way']}", f"{row['model']}, {row['other_way']}"
+        score = figure(row["score"], sign="+")
+        made.append(difference(f"{NAMES[row['task']]}, score", *sides, row["score"]["answers"], score, row["score"]))
+    return difference_table("of scores on the answers that were judged on both sides, by drawing conversations", made)

@@ -12,56 +12,43 @@ from typing import Any
 import numpy as np
 
 from duplex_jax.evaluate.judge.judging import Verdict
-from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of, wilson
-
-Counted = Mapping[int, Mapping[str, float]]
-"""By question number, counts by name."""
+from duplex_jax.evaluate.statistics import Bootstrap, Estimate, Sums, add, estimate, value_of, wilson
 
 
-def _counted(items: Iterable[tuple[Any, Mapping[str, float]]]) -> dict[Any, dict[str, float]]:
-    found: dict[Any, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
-    for number, counts in items:
-        for name, value in counts.items():
-            found[number][name] += value
-    return found
+def _by_question(items: Iterable[tuple[Any, Mapping[str, float]]]) -> dict[Any, Mapping[str, float]]:
+    found: dict[Any, list[Mapping[str, float]]] = collections.defaultdict(list)
+    for question, counts in items:
+        found[question].append(counts)
+    return {question: add(counts) for question, counts in found.items()}
 
 
-def _estimate(
-    items: Sequence[Mapping[str, float]], statistic: Callable[[Sums], Any], strata: Sequence[str] | None = None
-) -> dict[str, float | None]:
-    """A statistic of the summed counts with its interval; see `Bootstrap` for the strata."""
-    sums = _counted((None, item) for item in items).get(None, {})
-    low, high = Bootstrap(items, strata=strata).interval(statistic) or (None, None)
-    return {"value": value_of(statistic, sums), "low": low, "high": high}
+def _mean(sums: Sums) -> Any:
+    return sums["y"] / sums["n"]
 
 
-def _mean(total: str = "y", number: str = "n") -> Callable[[Sums], Any]:
-    return lambda sums: sums[total] / sums[number]
+def _mean_of(items: Iterable[tuple[Any, float]]) -> Estimate:
+    """The mean of figures, each given with its question."""
+    return Bootstrap([*_by_question((n, {"y": y, "n": 1}) for n, y in items).values()]).estimate(_mean)
 
 
-def mean_score(verdicts: Iterable[Verdict]) -> dict[str, float | None]:
+def mean_score(verdicts: Iterable[Verdict]) -> Estimate:
     """The mean of what was judged; for MT-Bench that is the mean over both turns, as FastChat has it."""
-    items = _counted((v.number, {"y": v.score, "n": 1}) for v in verdicts if v.score is not None)
-    return _estimate(list(items.values()), _mean())
+    return _mean_of((v.number, v.score) for v in verdicts if v.score is not None)
 
 
-def mean_words(verdicts: Iterable[Verdict]) -> dict[str, float | None]:
-    """Words an answer."""
-    items = _counted((v.number, {"y": v.words, "n": 1}) for v in verdicts)
-    return _estimate(list(items.values()), _mean())
-
-
-def mean_of_tasks(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, float | None]:
+def mean_of_tasks(verdicts: Mapping[str, Sequence[Verdict]]) -> Estimate:
     """The plain mean of the tasks' means, as in the paper's Table 5; conversations are drawn within each task."""
-    items = _counted(
+    items = _by_question(
         ((task, v.number), {f"{task}/y": v.score, f"{task}/n": 1})
-        for task, found in verdicts.items() for v in found if v.score is not None
-    )  # fmt: skip
-    return _estimate(
-        list(items.values()),
-        lambda sums: sum(sums[f"{t}/y"] / sums[f"{t}/n"] for t in verdicts) / len(verdicts),
-        [task for task, _ in items],
+        for task, found in verdicts.items()
+        for v in found
+        if v.score is not None
     )
+
+    def mean(sums: Sums) -> Any:
+        return sum(sums[f"{task}/y"] / sums[f"{task}/n"] for task in verdicts) / len(verdicts)
+
+    return Bootstrap([*items.values()], strata=[task for task, _ in items]).estimate(mean)
 
 
 def described(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -70,14 +57,16 @@ def described(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     categories = sorted({v.category for v in verdicts if v.category})
     reasons = collections.Counter(v.reason for v in verdicts if v.score is None)
     return {
-        "judged": sum(v.score is not None for v in verdicts), "unjudged": dict(reasons),
-        "score": mean_score(verdicts), "words": mean_words(verdicts),
+        "judged": sum(v.score is not None for v in verdicts),
+        "unjudged": dict(reasons),
+        "score": mean_score(verdicts),
+        "words": _mean_of((v.number, v.words) for v in verdicts),
         "by_turn": {str(t): mean_score(v for v in verdicts if v.turn == t) for t in turns},
         "by_category": {c: mean_score(v for v in verdicts if v.category == c) for c in categories},
-    }  # fmt: skip
+    }
 
 
-def at_equal_length(systems: Mapping[str, Sequence[Verdict]]) -> dict[str, dict[str, float | None]]:
+def at_equal_length(systems: Mapping[str, Sequence[Verdict]]) -> dict[str, Estimate]:
     """Scores of several systems on one task as they would be, had all answers the same length.
 
     With y a score and x = log(1 + words of the answer), one slope for all systems is fitted within them:
@@ -93,11 +82,13 @@ def at_equal_length(systems: Mapping[str, Sequence[Verdict]]) -> dict[str, dict[
     Returns:
         By system value, low and high; None where no two answers of a system differ in length.
     """
-    items = _counted(
+    items = _by_question(
         (v.number, {f"{s}/n": 1, f"{s}/y": v.score, f"{s}/x": x, f"{s}/xx": x * x, f"{s}/xy": x * v.score})
-        for s, verdicts in systems.items() for v in verdicts if v.score is not None
+        for s, verdicts in systems.items()
+        for v in verdicts
+        if v.score is not None
         for x in (math.log1p(v.words),)
-    )  # fmt: skip
+    )
 
     def adjusted(system: str) -> Callable[[Sums], Any]:
         def statistic(sums: Sums) -> Any:
@@ -112,20 +103,19 @@ def at_equal_length(systems: Mapping[str, Sequence[Verdict]]) -> dict[str, dict[
 
         return statistic
 
-    rows = list(items.values())
-    return {system: _estimate(rows, adjusted(system)) for system in systems}
+    bootstrap = Bootstrap([*items.values()])
+    return {system: bootstrap.estimate(adjusted(system)) for system in systems}
 
 
 def difference(ours: Iterable[Verdict], theirs: Iterable[Verdict]) -> dict[str, Any]:
     """The mean difference of scores, ours less theirs, on the answers that were judged on both sides."""
     other = {(v.number, v.turn): v.score for v in theirs}
-    items = _counted(
-        (v.number, {"y": v.score - score, "n": 1})
+    items = [
+        (v.number, v.score - score)
         for v in ours
         if v.score is not None and (score := other.get((v.number, v.turn))) is not None
-    )
-    rows = list(items.values())
-    return {"answers": int(sum(row["n"] for row in rows))} | _estimate(rows, _mean())
+    ]
+    return {"answers": len(items)} | _mean_of(items)
 
 
 def wins(outcomes: Sequence[tuple[int, int, str]]) -> dict[str, Any]:
@@ -138,10 +128,8 @@ def wins(outcomes: Sequence[tuple[int, int, str]]) -> dict[str, Any]:
         outcomes: (number, turn, outcome) as `judge_pairs` gives them.
     """
     worth = {"won": 1.0, "lost": 0.0, "tie": 0.5, "disagree": 0.5}
-    items = _counted((number, {"y": worth[o], "n": 1}) for number, _, o in outcomes if o in worth)
+    items = _by_question((number, {"y": worth[o], "n": 1}) for number, _, o in outcomes if o in worth)
     counts = collections.Counter(o for _, _, o in outcomes)
-    sums = _counted((None, item) for item in items.values()).get(None, {})
-    share = value_of(_mean(), sums)
-    low, high = (None, None) if share is None else wilson(share * len(items), len(items)) or (None, None)
-    found = {name: counts[name] for name in (*worth, "unjudged")}
-    return found | {"share": {"value": share, "low": low, "high": high}}
+    share = value_of(_mean, add(items.values()))
+    bounds = None if share is None else wilson(share * len(items), len(items))
+    return {name: counts[name] for name in (*worth, "unjudged")} | {"share": estimate(share, bounds)}

@@ -11,6 +11,7 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.conversations import WAYS, Answer, answer_rows
 from duplex_jax.evaluate.judge.judging import Verdict, read_verdicts, verdicts_path
 from duplex_jax.evaluate.judge.tasks import Questions
+from duplex_jax.evaluate.reports import shared_tasks
 
 
 @dataclasses.dataclass
@@ -75,23 +76,18 @@ def read_beside(
     """
     folder = Path(folder)
     model = _setting(folder / "settings.json", "model")
+    theirs = {task: path for task in questions if (path := folder / task / "settings.json").exists()}
     systems = {way: System(model, folder, way) for way in WAYS}
-    for task, found in questions.items():
-        if not (folder / task / "settings.json").exists():
-            continue
-        if _setting(folder / task / "settings.json", "sha256") != found.sha256:
-            raise UserError(f"{folder / task}: has answers to other questions; run it on the same --data")
+    ours = {task: of.sha256 for task, of in questions.items()}
+    for task in shared_tasks(folder, ours, {task: _setting(path, "sha256") for task, path in theirs.items()}):
+        numbers = questions[task].chosen(limit)
         for way, system in systems.items():
-            if records_path(folder, task, way).exists():
-                numbers = found.chosen(limit)
-                system.add(task, found, Records(records_path(folder, task, way)), numbers)
+            if (path := records_path(folder, task, way)).exists():
+                system.add(task, questions[task], Records(path), numbers)
                 if task in judges:
                     verdicts = read_verdicts(verdicts_path(folder, task, way), judges[task])
                     system.verdicts[task] = [v for v in verdicts if v.number in numbers]
-    present = [system for system in systems.values() if system.texts]
-    if not present:
-        raise UserError(f"{folder}: holds no answers to {', '.join(questions)}; run these tasks there first")
-    return present
+    return [system for system in systems.values() if system.texts]
 
 
 def _setting(path: Path, name: str) -> str:

@@ -1,7 +1,6 @@
-"""What comes of a study: one JSON object, a table for a terminal, and figures like the paper's Figures 5 and 6."""
+"""What comes of a study: one JSON object, its tables, and figures like the paper's Figures 5 and 6."""
 
 import csv
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from duplex_jax.evaluate.reports import columns, interval, pyplot, save_figure, share, write
-from duplex_jax.evaluate.statistics import Bootstrap, Sums, value_of
+from duplex_jax.evaluate import plots
+from duplex_jax.evaluate.reports import Cell, Figure, Row, Section, Table, figure, share
+from duplex_jax.evaluate.statistics import Bootstrap, Estimate, Sums
 from duplex_jax.evaluate.study.plan import ASPECTS, HIGH, LOW, SYSTEMS
 from duplex_jax.evaluate.study.store import Kept, Participant
 from duplex_jax.files import atomic_write
@@ -26,20 +26,18 @@ def describe(kept: Kept) -> dict[str, Any]:
     """Everything that a report says of a study; scores are those of participants who have confirmed theirs."""
     complete = [p for p in kept.participants if p.confirmed]
     return {
-        "models": {
-            s: {name: kept.setup.get(f"{name}_{s}") for name in ABOUT}
-            for s in SYSTEMS
-        },
+        "models": {s: {name: kept.setup.get(f"{name}_{s}") for name in ABOUT} for s in SYSTEMS},
         "settings": {name: kept.setup.get(name) for name in SETTINGS},
         "participants": {
-            "complete": len(complete), "incomplete": len(kept.participants) - len(complete),
+            "complete": len(complete),
+            "incomplete": len(kept.participants) - len(complete),
             "withdrawn": kept.withdrawn,
         },
         "aspects": {name: _compare(complete, name) for name in ASPECTS},
         "order": _orders(complete),
         "waiting": {s: _waiting(complete, s) for s in SYSTEMS},
         "comments": sum(bool(of.comment) for p in complete for of in p.scores.values()),
-    }  # fmt: skip
+    }
 
 
 def _compare(complete: Sequence[Participant], name: str) -> dict[str, Any]:
@@ -62,11 +60,9 @@ def _mean_of(sums: Sums) -> Any:
     return sums["sum"] / sums["n"]
 
 
-def _mean(items: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+def _mean(items: Sequence[Mapping[str, float]]) -> Estimate:
     """A mean with its 95% bootstrap interval over participants, each with a `sum` of `n` values."""
-    total = {name: sum(item[name] for item in items) for name in ("sum", "n")}
-    low, high = Bootstrap(items).interval(_mean_of) or (None, None)
-    return {"value": value_of(_mean_of, total), "low": low, "high": high}
+    return Bootstrap(items).estimate(_mean_of)
 
 
 def signed_ranks(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> dict[str, Any]:
@@ -146,62 +142,111 @@ def _waiting(complete: Sequence[Participant], system: str) -> dict[str, Any]:
         seconds, asked = latencies(talks)
         conversations, queries = conversations + len(talks), queries + asked
         items.append({"sum": sum(seconds), "n": float(len(seconds)), "asked": float(asked)})
-    bounds = Bootstrap(items).interval(_answered) or (None, None)
-    total = {name: sum(item[name] for item in items) for name in ("sum", "n", "asked")}
-    rate = {"value": value_of(_answered, total), "low": bounds[0], "high": bounds[1]}
-    return {"conversations": conversations, "queries": queries, "answered": rate, "seconds": _mean(items)}
+    answered = Bootstrap(items).estimate(_answered)
+    return {"conversations": conversations, "queries": queries, "answered": answered, "seconds": _mean(items)}
 
 
 def _answered(sums: Sums) -> Any:
     return sums["n"] / sums["asked"]
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text: means, wins and the test, then distributions, order and waiting."""
-    people = report["participants"]
-    lines = [f"{people['complete']} participants complete, {people['incomplete']} incomplete, {people['withdrawn']} "
-             f"withdrawn; scores of {LOW} to {HIGH}, 95% intervals", ""]  # fmt: skip
-    lines += [f"{s} is {m['model']}, {m['mode']}" for s, m in report["models"].items()]
-    rows = [["aspect", "a", "b", "a less b", "a wins", "ties", "b wins", "n", "statistic", "p"]]
-    for name, row in report["aspects"].items():
-        test, wins = row["wilcoxon"], row["wins"]
-        tested = [test["note"], ""] if test["note"] else [f"{test['statistic']:g}", f"{test['p']:.4f}"]
-        means = [interval(row["a"]), interval(row["b"]), interval(row["difference"], sign="+")]
-        rows.append([name, *means, *(str(wins[w]) for w in ("a", "tie", "b")), str(test["n"]), *tested])
-    lines += ["", *columns(rows), "(n, statistic and p: Wilcoxon's signed-rank test, ties left out)"]
+def section(report: Mapping[str, Any]) -> Section:
+    """Means, wins and the test in the layout of the paper's Table 3, then distributions, order and waiting."""
+    people, names = report["participants"], {s: f"{s}: {of['model']}" for s, of in report["models"].items()}
     points = [str(n) for n in range(LOW, HIGH + 1)]
-    rows = [["scores", "", *points]]
+    aspects, scores = [], []
     for name, row in report["aspects"].items():
-        rows += [[name if s == "a" else "", s, *(str(row[s]["scores"][n]) for n in points)] for s in SYSTEMS]
-    lines += ["", *columns(rows)]
-    orders = report["order"]
-    rows = [["means by order", *(f"{way} ({of['participants']})" for way, of in orders.items())]]
-    for name in ASPECTS:
-        cells = [" and ".join("-" if of[name][s] is None else f"{of[name][s]:.2f}" for s in SYSTEMS)
-                 for of in orders.values()]  # fmt: skip
-        rows.append([name, *cells])
-    lines += ["", *columns(rows), "(of a and of b)"]
-    rows = [["waiting", "conversations", "queries", "answered %", "seconds to the answer"]]
-    for s, of in report["waiting"].items():
-        rows.append([s, str(of["conversations"]), str(of["queries"]), share(of["answered"]), interval(of["seconds"])])
-    lines += ["", *columns(rows)]
-    if people["complete"] < _FEW:
-        lines += ["", f"no intervals: they need {_FEW} participants"]
-    return lines
+        test = row["wilcoxon"]
+        p = Cell(test["note"]) if test["note"] else Cell(f"{test['p']:.4f}", test["p"])
+        aspects.append(
+            Row(
+                name,
+                {names[s]: figure(row[s]) for s in SYSTEMS}
+                | {
+                    "difference": figure(row["difference"], sign="+"),
+                    "wins (a:tie:b)": Cell(":".join(map(str, row["wins"].values()))),
+                    "n": Cell(str(test["n"]), test["n"]),
+                    "statistic": figure({"value": test["statistic"]}, digits=1),
+                    "p": p,
+                },
+                "high",
+            )
+        )
+        scores += [
+            Row(f"{name}, {s}", {n: Cell(str(row[s]["scores"][n]), row[s]["scores"][n]) for n in points})
+            for s in SYSTEMS
+        ]
+    ways = {f"{way} ({of['participants']})": of for way, of in report["order"].items()}
+    orders = [
+        Row(f"{name}, {s}", {way: figure({"value": of[name][s]}) for way, of in ways.items()})
+        for name in ASPECTS
+        for s in SYSTEMS
+    ]
+    waiting = [
+        Row(
+            s,
+            {
+                "conversations": Cell(f"{of['conversations']}"),
+                "queries": Cell(f"{of['queries']}"),
+                "answered, %": share(of["answered"]),
+                "seconds to the answer": figure(of["seconds"]),
+            },
+        )
+        for s, of in report["waiting"].items()
+    ]
+    title = (
+        "User study (the paper's Table 3): mean scores, 95% intervals, participants who prefer each, and Wilcoxon's "
+        "signed-rank test, ties left out. Higher is better."
+    )
+    notes = [
+        f"{people['complete']} participants complete, {people['incomplete']} incomplete, {people['withdrawn']} "
+        f"withdrawn; scores of {LOW} to {HIGH}",
+        *(f"{s} is {t}" for s, t in _legend(report).items()),
+    ]
+    notes += [f"no intervals: they need {_FEW} participants"] if people["complete"] < _FEW else []
+    return Section(
+        f"User study: {', '.join(names.values())}",
+        [
+            Table(title, "Metric", aspects, given=[name for name in aspects[0].cells if name not in names.values()]),
+            Table("How often each score was given.", "Aspect", scores),
+            Table("Means by order: a check of the counterbalancing.", "Aspect (participants)", orders),
+            Table("Waiting for answers, in finished conversations.", "System", waiting),
+        ],
+        notes,
+    )
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes `study.json`, `study.txt` and, where matplotlib is, the figures; gives what was written.
+def figures(report: Mapping[str, Any]) -> list[Figure]:
+    """As the paper's Figures 5 and 6: how often each score was given, and who gave which system the higher one."""
+    whole = report["participants"]["complete"]
+    if not whole or not plots.can_draw():
+        return []
+    legend, aspects = _legend(report), report["aspects"]
+    panels = [
+        plots.curves(
+            {
+                f"{legend[s]}: {row[s]['value']:.2f}": [(int(n), Cell("", k)) for n, k in row[s]["scores"].items()]
+                for s in SYSTEMS
+            },
+            name.replace("_", "-"),
+            "participants",
+            whole=True,
+        )
+        for name, row in aspects.items()
+    ]
+    labels = {"a": f"{legend['a']} is higher", "tie": "tie", "b": f"{legend['b']} is higher"}
+    wins = [
+        Row(name.replace("_", "-"), {labels[side]: share({"value": n / whole}) for side, n in row["wins"].items()})
+        for name, row in aspects.items()
+    ]
+    return [
+        Figure("scores.png", plots.draw(panels, "How often each score was given, and its mean", (16, 4)), "scores"),
+        Figure("wins.png", plots.draw([plots.bars(wins, list(labels.values()))], "Participants", (8, 5)), "wins"),
+    ]
 
-    Raises:
-        UserError: the place cannot be written.
-    """
-    written = write(report, table(report), folder)
-    if importlib.util.find_spec("matplotlib") is not None and report["participants"]["complete"]:
-        _plot_scores(report, folder / "scores.png")
-        _plot_wins(report, folder / "wins.png")
-        written += ["scores.png", "wins.png"]
-    return written
+
+def _legend(report: Mapping[str, Any]) -> dict[str, str]:
+    return {s: f"{of['model']}, {of['mode']}" for s, of in report["models"].items()}
 
 
 def write_csv(kept: Kept, folder: Path) -> str:
@@ -230,51 +275,14 @@ def write_conversations(kept: Kept, folder: Path) -> str:
     def timelines() -> Iterator[Any]:
         for p in kept.participants:
             for c in p.conversations:
-                c.timeline.meta |= {"participant": p.number, "system": c.system, "session": c.session,
-                                    "finished": c.finished, "confirmed": p.confirmed}  # fmt: skip
+                c.timeline.meta |= {
+                    "participant": p.number,
+                    "system": c.system,
+                    "session": c.session,
+                    "finished": c.finished,
+                    "confirmed": p.confirmed,
+                }
                 yield c.timeline
 
     write_timelines(folder / "conversations.jsonl", timelines())
     return "conversations.jsonl"
-
-
-def _legend(report: Mapping[str, Any]) -> dict[str, str]:
-    return {s: f"{m['model']}, {m['mode']}" for s, m in report["models"].items()}
-
-
-def _title(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _plot_scores(report: Mapping[str, Any], path: Path) -> None:
-    """How often each score was given, one panel an aspect; a dashed line is the mean (as the paper's Figure 5)."""
-    figure, axes = pyplot().subplots(1, len(ASPECTS), figsize=(14, 3.4), sharey=True, layout="constrained")
-    for ax, (name, row) in zip(axes, report["aspects"].items(), strict=True):
-        for number, (s, label) in enumerate(_legend(report).items()):
-            counts = row[s]["scores"]
-            places = [int(n) + 0.4 * (number - 0.5) for n in counts]
-            ax.bar(places, list(counts.values()), 0.4, color=f"C{number}", label=label)
-            ax.axvline(row[s]["value"], color=f"C{number}", linestyle="--", linewidth=1)
-        ax.set(title=_title(name), xlabel="score", xticks=range(LOW, HIGH + 1))
-    axes[0].set_ylabel("participants")
-    axes[0].yaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save_figure(figure, path)
-
-
-def _plot_wins(report: Mapping[str, Any], path: Path) -> None:
-    """Participants who gave one system the higher score, or both the same (as the paper's Figure 6)."""
-    figure, ax = pyplot().subplots(figsize=(8, 3.6), layout="constrained")
-    names = _legend(report)
-    left = np.zeros(len(ASPECTS))
-    for side, color, label in (("a", "C0", f"{names['a']} is higher"), ("tie", "0.75", "tie"),
-                               ("b", "C1", f"{names['b']} is higher")):  # fmt: skip
-        counts = np.array([row["wins"][side] for row in report["aspects"].values()])
-        shares = 100 * counts / report["participants"]["complete"]
-        bars = ax.barh([_title(n) for n in ASPECTS], shares, left=left, color=color, label=label)
-        ax.bar_label(bars, [str(n) if n else "" for n in counts], label_type="center")
-        left += shares
-    ax.invert_yaxis()
-    ax.set(xlabel="% of participants", xlim=(0, 100))
-    figure.legend(loc="outside lower center", ncols=1)
-    save_figure(figure, path)

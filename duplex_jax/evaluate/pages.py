@@ -1,11 +1,12 @@
-"""A page as one self-contained HTML file, and as Markdown with its pictures beside it."""
+"""Sections as one self-contained HTML file, and as Markdown with its pictures beside it."""
 
 import base64
 import html
 import urllib.parse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from duplex_jax.evaluate.summary.tables import Cell, Figure, Page, Section, Table
+from duplex_jax.evaluate.reports import Cell, Figure, Section, Table
 from duplex_jax.files import atomic_write
 
 _STYLE = """
@@ -26,21 +27,20 @@ thead th { border-bottom-width: 2px; } tbody th { font-weight: normal; }
 .best { font-weight: bold; } .warning { color: var(--warn); overflow-wrap: anywhere; }
 .note, figcaption { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; }
-pre { overflow-x: auto; font-size: .8rem; }
 """
 
 
-def write_page(page: Page, folder: Path) -> list[str]:
+def write_page(title: str, sections: Sequence[Section], folder: Path) -> list[str]:
     """Writes `report.html`, `report.md` and the pictures; gives what was written.
 
     Raises:
         UserError: the place cannot be written.
     """
-    figures = [figure for section in page.sections for figure in section.figures]
+    figures = [figure for section in sections for figure in section.figures]
     for figure in figures:
         with atomic_write(folder / figure.name, "wb") as f:
             f.write(figure.png)
-    for name, text in (("report.html", as_html(page)), ("report.md", as_markdown(page))):
+    for name, text in (("report.html", as_html(title, sections)), ("report.md", as_markdown(title, sections))):
         with atomic_write(folder / name) as f:
             f.write(text)
     return ["report.html", "report.md", *(figure.name for figure in figures)]
@@ -50,46 +50,43 @@ def _escaped(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _html_notes(numbers: list[int]) -> str:
+def _html_sources(numbers: Iterable[int]) -> str:
     return "".join(f' <sup><a href="#source-{n}">[{n}]</a></sup>' for n in numbers)
 
 
-def as_html(page: Page) -> str:
+def _html_lines(kind: str, lines: Iterable[str]) -> list[str]:
+    role = ' role="note"' if kind == "warning" else ""
+    return [f'<p class="{kind}"{role}>{_escaped(line)}</p>' for line in lines]
+
+
+def as_html(title: str, sections: Sequence[Section]) -> str:
     """The page in one file: style inside, pictures as data, readable on a phone, light and dark."""
     lines = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_escaped(page.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f"<h1>{_escaped(page.title)}</h1>",
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{_escaped(title)}</h1>",
     ]
-    for section in page.sections:
-        lines += _html_section(section)
+    for section in sections:
+        lines += [f"<section>\n<h2>{_escaped(section.title)}</h2>", *_html_lines("note", section.notes)]
+        for table in section.tables:
+            lines += _html_table(table)
+        lines += [*map(_html_figure, section.figures), "</section>"]
     return "\n".join([*lines, "</body>\n</html>\n"])
 
 
-def _html_section(section: Section) -> list[str]:
-    lines = [f"<section>\n<h2>{_escaped(section.title)}</h2>"]
-    for table in section.tables:
-        lines += _html_table(table)
-    lines += [_html_figure(figure) for figure in section.figures]
-    if section.text:
-        lines.append(f"<pre>{_escaped(chr(10).join(section.text))}</pre>")
-    return [*lines, "</section>"]
-
-
 def _html_table(table: Table) -> list[str]:
-    lines = [f'<p class="warning" role="note">{_escaped(warning)}</p>' for warning in table.warnings]
     # One that is wider than the screen is scrolled by itself, with the keyboard too.
-    lines.append(f'<div class="wide" tabindex="0">\n<table>\n<caption>{_escaped(table.caption)}'
-                 f"{_html_notes(table.sources)}</caption>")  # fmt: skip
-    heads = "".join(f'<th scope="col">{_escaped(header)}</th>' for header in table.headers)
+    lines = [
+        *_html_lines("warning", table.warnings),
+        f'<div class="wide" tabindex="0">\n<table>\n<caption>{_escaped(table.title)}'
+        f"{_html_sources(table.sources)}</caption>",
+    ]
+    heads = "".join(f'<th scope="col">{_escaped(header)}</th>' for header in (table.first, *table.columns))
     lines.append(f"<thead><tr>{heads}</tr></thead>\n<tbody>")
-    for row in table.rows:
-        place = f' id="source-{row.name[1:-1]}"' if row.name.startswith("[") and not table.sources else ""
-        cells = "".join(map(_html_cell, row.cells))
-        lines.append(f'<tr{place}><th scope="row">{_escaped(row.name)}</th>{cells}</tr>')
-    lines.append("</tbody>\n</table>\n</div>")
-    return lines + [f'<p class="note">{_escaped(note)}</p>' for note in table.notes]
+    for name, cells in table.lines():
+        place = f' id="source-{name[1:-1]}"' if name.startswith("[") and not table.sources else ""
+        lines.append(f'<tr{place}><th scope="row">{_escaped(name)}</th>{"".join(map(_html_cell, cells))}</tr>')
+    return [*lines, "</tbody>\n</table>\n</div>", *_html_lines("note", table.notes)]
 
 
 def _html_cell(cell: Cell) -> str:
@@ -103,42 +100,37 @@ def _html_cell(cell: Cell) -> str:
 def _html_figure(figure: Figure) -> str:
     data = base64.b64encode(figure.png).decode()
     caption = _escaped(figure.caption)
-    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{caption}{_html_notes(figure.sources)}</figcaption></figure>")  # fmt: skip
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}{_html_sources(figure.sources)}</figcaption></figure>"
+    )
 
 
-def as_markdown(page: Page) -> str:
+def as_markdown(title: str, sections: Sequence[Section]) -> str:
     """The same in Markdown, pictures by the names of their files."""
-    lines = [f"# {_plain(page.title)}", ""]
-    for section in page.sections:
-        lines += [f"## {_plain(section.title)}", ""]
+    parts = [f"# {_plain(title)}"]
+    for section in sections:
+        parts += [f"## {_plain(section.title)}", *map(_plain, section.notes)]
         for table in section.tables:
-            lines += [line for warning in table.warnings for line in (f"**{_plain(warning)}**", "")]
-            lines += [f"{_plain(table.caption)}{_numbers(table.sources)}", ""]
-            lines.append(_line(table.headers))
-            lines.append("|" + "---|" * len(table.headers))
-            for row in table.rows:
-                lines.append(_line([row.name, *(c.text for c in row.cells)], [False, *(c.best for c in row.cells)]))
-            lines.append("")
-            lines += [line for note in table.notes for line in (_plain(note), "")]
+            parts += [f"**{_plain(warning)}**" for warning in table.warnings]
+            parts.append(_plain(table.title) + _numbers(table.sources))
+            rows = [_line([table.first, *table.columns]), "|" + "---|" * (1 + len(table.columns))]
+            rows += [
+                _line([name, *(c.text for c in cells)], [False, *(c.best for c in cells)])
+                for name, cells in table.lines()
+            ]
+            parts += ["\n".join(rows), *map(_plain, table.notes)]
         for figure in section.figures:
             caption = _plain(figure.caption)
-            lines += [
-                f"![{caption}]({urllib.parse.quote(figure.name)})",
-                "",
-                f"{caption}{_numbers(figure.sources)}",
-                "",
-            ]
-        # Indented text is shown as it is, whatever it holds.
-        lines += [*(f"    {line}" for line in section.text), ""] if section.text else []
-    return "\n".join(lines).rstrip() + "\n"
+            parts += [f"![{caption}]({urllib.parse.quote(figure.name)})", caption + _numbers(figure.sources)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _numbers(numbers: list[int]) -> str:
+def _numbers(numbers: Iterable[int]) -> str:
     return "".join(f" \\[{n}\\]" for n in numbers)
 
 
-def _line(texts: list[str], best: list[bool] | None = None) -> str:
+def _line(texts: Sequence[str], best: Sequence[bool] = ()) -> str:
     marks = ["**" if b else "" for b in best or [False] * len(texts)]
     return "| " + " | ".join(f"{m}{_plain(t)}{m}" for m, t in zip(marks, texts, strict=True)) + " |"
 

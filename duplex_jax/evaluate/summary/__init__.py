@@ -1,1 +1,0 @@
-"""One page of what was measured of several models: read, put into tables, written as HTML and as Markdown."""
