@@ -1,4 +1,4 @@
-"""Behaviour, measured: from a reference timeline with events and a replay of its user side to counts and metrics.
+"""Behaviour, counted: from a reference timeline with events and a replay of its user side to counts of what happened.
 
 The clock. Pair i takes k seconds (`slice_seconds`, 2). In it the user says slice i; at its end the assistant's slice i
 is computed, and it is heard during the next k seconds. Slices are counted from the pair where something became due:
@@ -16,22 +16,16 @@ Two ways to get decisions, each speak or idle, one for each pair:
 Everything but the forced figures is free-running. The user's side is fixed: it does not react to the assistant. An
 answer longer than the reference's runs into the next query, and stopping there is part of the job.
 
-Sources, by the names used below:
-    tau-voice          Ray et al. 2026, arXiv 2603.13686, section "voice interaction quality"
-    Full-Duplex-Bench  Lin et al. 2025, arXiv 2503.04721 (v1) and 2507.23159 (v1.5)
-    FD-Bench           Peng et al. 2025, arXiv 2507.19040
-    paper              Zhang et al. 2024, arXiv 2406.15718
+Sources are named in `behaviour_metrics`, which makes figures of the counts.
 """
 
 import collections
 import dataclasses
-import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.statistics import Bootstrap, Defaulted, Estimate, Sums, add, rate
 from duplex_jax.slicing import MAX_SLICE_TOKENS
 from duplex_jax.timeline import (
     BACKCHANNEL,
@@ -132,6 +126,23 @@ def find_turns(reference: Timeline) -> list[Turn]:
     return turns
 
 
+def _first(said: Sequence[str | None], pairs: Iterable[int], spoken: bool = True) -> int | None:
+    """The first of some pairs in which the assistant speaks, or in which it is silent."""
+    return next((i for i in pairs if (said[i] is not None) == spoken), None)
+
+
+def _spoken_before(said: Sequence[str | None], i: int) -> str:
+    """What the assistant has said without a pause up to pair `i`."""
+    first = i
+    while first and said[first - 1] is not None:
+        first -= 1
+    return _text(said[first:i])
+
+
+def _text(said: Iterable[str | None]) -> str:
+    return "".join(words or "" for words in said)
+
+
 def _events(reference: Timeline) -> dict[str, list[int]]:
     found: dict[str, list[int]] = collections.defaultdict(list)
     for event in reference.events:
@@ -152,9 +163,7 @@ class Output:
     tokens: Sequence[int] | None = None
 
     def spoken_tokens(self, i: int) -> int:
-        if self.tokens is not None:
-            return self.tokens[i]
-        return len(_words(self.said[i] or ""))
+        return len(_WORD.findall(self.said[i] or "")) if self.tokens is None else self.tokens[i]
 
 
 def output_of(reference: Timeline, replayed: Timeline) -> Output:
@@ -172,24 +181,14 @@ def output_of(reference: Timeline, replayed: Timeline) -> Output:
     return Output([pair.assistant for pair in replayed.pairs], replayed.meta.get("tokens"))
 
 
-def oracle(reference: Timeline) -> Output:
-    """The reference itself: what a perfect assistant says."""
-    return Output([pair.assistant for pair in reference.pairs])
-
-
-def always_idle(reference: Timeline) -> Output:
-    """An assistant that never speaks."""
-    return Output([None] * len(reference.pairs))
-
-
-def always_talking(reference: Timeline) -> Output:
-    """An assistant that speaks in every slice, ten tokens each."""
-    return Output([" and so on"] * len(reference.pairs), [MAX_SLICE_TOKENS] * len(reference.pairs))
-
-
 DEGENERATE: dict[str, Callable[[Timeline], Output]] = {
-    "oracle": oracle, "always_idle": always_idle, "always_talking": always_talking,
-}  # fmt: skip
+    "oracle": lambda reference: Output([pair.assistant for pair in reference.pairs]),
+    "always_idle": lambda reference: Output([None] * len(reference.pairs)),
+    "always_talking": lambda reference: Output(
+        [" and so on"] * len(reference.pairs), [MAX_SLICE_TOKENS] * len(reference.pairs)
+    ),
+}
+"""Assistants that need no model: the reference itself, silence, and ten tokens in every slice."""
 
 
 def interrupts(turn: Turn, said: Sequence[str | None]) -> bool:
@@ -275,20 +274,17 @@ def count(reference: Timeline, output: Output, slice_seconds: float = 2.0) -> Co
     turns = [dataclasses.replace(t, until=len(said)) if t is turns[-1] else t for t in turns]
     counts: Counts = collections.Counter(conversations=1, slices=len(said))
     counts["spoken"] = sum(s is not None for s in said)
-    counts["spoken_reference"] = sum(pair.assistant is not None for pair in reference.pairs)
     for label, words in zip(due(padded, said, turns), said, strict=True):
         if label is not None:
             counts[f"free/{'speak' if label else 'idle'}/{'speak' if words is not None else 'idle'}"] += 1
     queries = 0
     for turn in turns:
+        listening = _listening(turn)
         counts["turns"] += 1
-        counts["interruptions"] += sum(
-            said[i] is not None and (i == 0 or said[i - 1] is None) for i in _listening(turn)
-        )
-        over = [*_listening(turn)] + [turn.last] * (turn.first == turn.last and interrupts(turn, said))
-        over = [i for i in dict.fromkeys(over) if said[i] is not None]
-        counts["talk_over_slices"] += len(over)
-        counts["talk_over_tokens"] += sum(output.spoken_tokens(i) for i in over)
+        counts["interruptions"] += sum(said[i] is not None and (not i or said[i - 1] is None) for i in listening)
+        over = dict.fromkeys([*listening, *[turn.last] * (turn.first == turn.last and interrupts(turn, said))])
+        talked = [i for i in over if said[i] is not None]
+        counts["talk_over_tokens"] += sum(output.spoken_tokens(i) for i in talked)
         _count_yield(counts, turn, said, slice_seconds)
         if turn.kind == "query":
             _count_query(counts, turn, reference, said, queries)
@@ -304,37 +300,29 @@ def count(reference: Timeline, output: Output, slice_seconds: float = 2.0) -> Co
 
 def _count_query(counts: Counts, turn: Turn, reference: Timeline, said: Sequence[str | None], number: int) -> None:
     """Answers: too early, on time, late, never."""
-    early = next((i for i in range(turn.first, turn.last) if said[i] is not None), None)
-    answer = next((i for i in range(turn.last, turn.until) if said[i] is not None), None)
+    early = _first(said, range(turn.first, turn.last))
+    answer = _first(said, range(turn.last, turn.until))
     at_sentence = early is not None and bool(_SENTENCE_END.search(reference.pairs[early].user or ""))
     carried = early == turn.first and turn.first > 0 and said[turn.first - 1] is not None
     prompt = answer is not None and answer - turn.last <= 1
     stopped = not interrupts(turn, said) or _yield_at(turn, said) in (turn.first, turn.first + 1)
-    counts["queries"] += 1
-    counts["early"] += early is not None
-    counts["early_at_sentence"] += at_sentence
-    counts["early_carried"] += carried
-    counts["answered"] += answer is not None
-    counts["answered_within_1"] += prompt
     clean = early is None and prompt and stopped
-    counts["clean"] += clean
+    found = {"queries": 1, "early": early is not None, "answered_within_1": prompt, "clean": clean}
+    counts.update(found)
+    counts.update({f"round/{number + 1}/{name}": n for name, n in found.items()})
+    avoidable = early is not None and not at_sentence
+    counts.update(early_at_sentence=at_sentence, early_avoidable=avoidable, early_carried=carried)
+    counts.update(answered=answer is not None, unanswered=answer is None)
     if answer is not None:
         counts["latency_slices"] += answer - turn.last
         counts[f"latency/{answer - turn.last}"] += 1
-    place = f"round/{number + 1}"
-    counts[f"{place}/queries"] += 1
-    counts[f"{place}/early"] += early is not None
-    counts[f"{place}/answered_within_1"] += prompt
-    counts[f"{place}/clean"] += clean
     # Sums for the least-squares slope of clean answers on the round.
-    counts["slope/x"] += number
-    counts["slope/xx"] += number * number
-    counts["slope/xy"] += number * clean
+    counts.update({"slope/x": number, "slope/xx": number * number, "slope/xy": number * clean})
 
 
 def _yield_at(turn: Turn, said: Sequence[str | None]) -> int | None:
     """The first silent pair from the barge-in to the pair behind the turn; later silence is no yield."""
-    return next((i for i in range(turn.first, min(turn.last + 2, turn.until)) if said[i] is None), None)
+    return _first(said, range(turn.first, min(turn.last + 2, turn.until)), spoken=False)
 
 
 def _count_yield(counts: Counts, turn: Turn, said: Sequence[str | None], slice_seconds: float) -> None:
@@ -346,85 +334,60 @@ def _count_yield(counts: Counts, turn: Turn, said: Sequence[str | None], slice_s
     if silent is None:
         return
     slices = silent - turn.first
-    counts["yielded"] += 1
-    counts["yielded_at_once"] += slices == 0
-    counts["yielded_within_1"] += slices <= 1
     # The slice before the barge-in is heard while the user begins to speak.
-    counts["yielded_in_window"] += (slices + 1) * slice_seconds <= YIELD_SECONDS + 1e-9
-    counts["yield_slices"] += slices
-    counts[f"yield/{slices}"] += 1
+    in_window = (slices + 1) * slice_seconds <= YIELD_SECONDS + 1e-9
+    counts.update(yielded=1, yielded_at_once=slices == 0, yielded_within_1=slices <= 1, yielded_in_window=in_window)
+    counts.update({"yield_slices": slices, f"yield/{slices}": 1})
     if turn.kind == "query":
-        counts["yielded_to_query"] += 1
-        counts["yielded_and_answered"] += any(said[i] is not None for i in range(max(silent, turn.last), turn.until))
+        answer = _first(said, range(max(silent, turn.last), turn.until))
+        counts.update(yielded_to_query=1, yielded_and_answered=answer is not None)
 
 
 def _count_quiet(counts: Counts, turn: Turn, said: Sequence[str | None]) -> None:
     room = turn.until - turn.last - 1
     if not room:
         return
-    run = next((i for i in range(room) if said[turn.last + 1 + i] is not None), room)
-    counts["quiet"] += 1
-    counts["quiet_kept"] += run >= min(QUIET_SLICES, room)
-    counts["quiet_throughout"] += run == room
-    counts["quiet_slices"] += run
-    counts["quiet_room"] += room
+    spoke = _first(said, range(turn.last + 1, turn.until))
+    run = room if spoke is None else spoke - turn.last - 1
+    counts.update(quiet=1, quiet_kept=run >= min(QUIET_SLICES, room), quiet_throughout=run == room, quiet_slices=run)
     counts[f"quiet_run/{run}"] += 1
 
 
 def _count_resume(counts: Counts, turn: Turn, reference: Timeline, said: Sequence[str | None]) -> None:
-    first = turn.first
-    while first and said[first - 1] is not None:
-        first -= 1
-    before = "".join(s or "" for s in said[first : turn.first])
-    reply = "".join(s or "" for s in said[turn.last : turn.until])
-    resumed = None
-    if turn.resume is not None and list(said[turn.last : turn.resume + 1]) == [
-        pair.assistant for pair in reference.pairs[turn.last : turn.resume + 1]
-    ]:
+    before, reply = _spoken_before(said, turn.first), _text(said[turn.last : turn.until])
+    assert turn.resume is not None
+    meant = [pair.assistant for pair in reference.pairs[turn.last : turn.resume + 1]]
+    if list(said[turn.last : turn.resume + 1]) == meant:
         # The reference's own words: its event says where, in whatever words it is done.
-        resumed = "".join(s or "" for s in said[turn.resume : turn.until])
+        resumed: str | None = _text(said[turn.resume : turn.until])
     else:
         place = find_resumption(before, reply)
         resumed = None if place is None else reply[place:]
     counts["resumes_due"] += 1
     if resumed is not None:
         repeated, ngrams = repeated_ngrams(resumed, before)
-        counts["resumed"] += 1
-        counts["resumed_ngrams"] += ngrams
-        counts["repeated_ngrams"] += repeated
+        counts.update(resumed=1, resumed_ngrams=ngrams, repeated_ngrams=repeated)
 
 
 def _count_other(counts: Counts, reference: Timeline, said: Sequence[str | None]) -> None:
     at = _events(reference)
+    users = [pair.user is not None for pair in reference.pairs]
     for i in at[BACKCHANNEL]:
         if i == 0 or said[i - 1] is None:
             continue  # the assistant was not speaking: nothing to go on with
-        begin = i
-        while begin and said[begin - 1] is not None:
-            begin -= 1
-        inside = not _SENTENCE_END.search("".join(s or "" for s in said[begin:i]))
-        counts["backchannels"] += 1
-        counts["gone_on"] += said[i] is not None
-        counts["backchannels_inside"] += inside
-        counts["gone_on_inside"] += inside and said[i] is not None
+        inside, speaks = not _SENTENCE_END.search(_spoken_before(said, i)), said[i] is not None
+        counts.update(backchannels=1, gone_on=speaks, false_yields=not speaks)
+        counts.update(backchannels_inside=inside, gone_on_inside=inside and speaks)
     for i in at[HESITATION]:
-        stop = i
-        while stop < len(reference.pairs) and reference.pairs[stop].user is None:
-            stop += 1
-        counts["hesitations"] += 1
-        counts["hesitations_taken"] += any(s is not None for s in said[i:stop])
+        stop = next((j for j in range(i, len(users)) if users[j]), len(users))
+        counts.update(hesitations=1, hesitations_taken=_first(said, range(i, stop)) is not None)
     for _ in at[OPENING]:
-        first = next((i for i, pair in enumerate(reference.pairs) if pair.user is not None), len(reference.pairs))
-        counts["openings"] += 1
-        counts["opened"] += any(s is not None for s in said[:first])
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+        stop = users.index(True) if any(users) else len(users)
+        counts.update(openings=1, opened=_first(said, range(stop)) is not None)
 
 
 def _ngrams(text: str, n: int = REPEAT_WORDS) -> list[tuple[str, ...]]:
-    words = _words(text)
+    words = _WORD.findall(text.lower())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
@@ -521,280 +484,15 @@ def count_forced(reference: Timeline, silent: Sequence[float | None]) -> Counts:
     """
     if len(silent) != len(reference.pairs):
         raise UserError(f"conversation {reference.id!r}: {len(silent)} decisions for {len(reference.pairs)} pairs")
-    counts: Counts = collections.Counter()
+    counts: Any = collections.Counter()
     for pair, situation, p in zip(reference.pairs, situations(reference), silent, strict=True):
-        if p is None:
-            continue
-        label = "idle" if pair.assistant is None else "speak"
-        counts[f"forced/{label}/idle"] += p  # type: ignore[assignment]
-        counts[f"forced/{label}/speak"] += 1 - p  # type: ignore[assignment]
-        counts[f"forced/at/{situation}"] += 1
-        counts[f"forced/right/{situation}"] += p if label == "idle" else 1 - p  # type: ignore[assignment]
+        if p is not None:
+            label, right = ("idle", p) if pair.assistant is None else ("speak", 1 - p)
+            counts.update({f"forced/{label}/idle": p, f"forced/{label}/speak": 1 - p})
+            counts.update({f"forced/at/{situation}": 1, f"forced/right/{situation}": right})
     return counts
 
 
 def forced_of(reference: Timeline, output: Output) -> list[float | None]:
     """The forced decisions of an assistant whose output is known: 1 where it is silent, else 0."""
     return [float(words is None) for words in output.said[: len(reference.pairs)]]
-
-
-# Metrics.
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """One figure: a function of summed counts.
-
-    Attributes:
-        name: as JSON and docs have it.
-        group: under which heading it stands.
-        text: what it says, in a line, with formula and source.
-        of: from counts (numbers, or arrays over resamples) to the value.
-        rate: names of successes and trials where it is a rate of events; its interval is Wilson's.
-        unit: `share`, `slices`, or what is counted by what.
-        better: `high`, `low`, or empty where neither is.
-        seconds: how many slices lie between the figure's 0 and the clock's, where it is a time: x slices are
-            (x + seconds) * slice_seconds seconds.
-    """
-
-    name: str
-    group: str
-    text: str
-    of: Callable[[Sums], Any]
-    rate: tuple[str, str] | None = None
-    unit: str = "share"
-    better: str = "high"
-    seconds: int | None = None
-
-
-def _rate(name: str, group: str, successes: str, trials: str, text: str, better: str = "high") -> Metric:
-    return Metric(name, group, text, lambda c: c[successes] / c[trials], (successes, trials), better=better)
-
-
-def _mean(
-    name: str, group: str, total: str, number: str, text: str, unit: str, better: str = "low",
-    seconds: int | None = None,
-) -> Metric:  # fmt: skip
-    return Metric(name, group, text, lambda c: c[total] / c[number], unit=unit, better=better, seconds=seconds)
-
-
-def _f1(kind: str, of: str) -> Callable[[Sums], Any]:
-    other = "speak" if of == "idle" else "idle"
-
-    def f1(c: Sums) -> Any:
-        right = c[f"{kind}/{of}/{of}"]
-        return 2 * right / (2 * right + c[f"{kind}/{other}/{of}"] + c[f"{kind}/{of}/{other}"])
-
-    return f1
-
-
-def _decisions(kind: str) -> list[Metric]:
-    idle, speak = _f1(kind, "idle"), _f1(kind, "speak")
-
-    def share(name: str, label: str, taken: str, over: str, text: str, better: str = "high") -> Metric:
-        def of(c: Sums) -> Any:
-            hit = c[f"{kind}/{label}/{taken}"]
-            other = "idle" if (taken if over == "label" else label) == "speak" else "speak"
-            rest = c[f"{kind}/{label}/{other}"] if over == "label" else c[f"{kind}/{other}/{taken}"]
-            return hit / (hit + rest)
-
-        return Metric(f"{kind}_{name}", f"decisions, {kind}", text, of, better=better)
-
-    def metric(name: str, of: Callable[[Sums], Any], text: str) -> Metric:
-        return Metric(f"{kind}_{name}", f"decisions, {kind}", text, of)
-
-    return [
-        share("idle_precision", "idle", "idle", "taken", "of the pairs left silent, those where idle was right"),
-        share("idle_recall", "idle", "idle", "label", "of the pairs where idle was right, those left silent"),
-        metric("idle_f1", idle, "2 P R / (P + R) of idle"),
-        share("speak_precision", "speak", "speak", "taken", "of the pairs spoken in, those where speaking was right"),
-        share("speak_recall", "speak", "speak", "label", "of the pairs where speaking was right, those spoken in"),
-        metric("speak_f1", speak, "2 P R / (P + R) of speak"),
-        metric("macro_f1", lambda c: (idle(c) + speak(c)) / 2, "the mean of both F1"),
-        share("missed_rate", "speak", "idle", "label", "should have spoken, stayed silent: 1 - speak recall", "low"),
-    ]
-
-
-def _slope(c: Sums) -> Any:
-    """Least squares of clean (0 or 1) on the round: (n Sxy - Sx Sy) / (n Sxx - Sx^2)."""
-    n, x, y = c["queries"], c["slope/x"], c["clean"]
-    return (n * c["slope/xy"] - x * y) / (n * c["slope/xx"] - x * x)
-
-
-METRICS: tuple[Metric, ...] = (
-    *_decisions("forced"),
-    *_decisions("free"),
-    # Answers. "In time" and latency count from the pair with the query's last words.
-    _rate("early_rate", "answers", "early", "queries",
-          "the assistant speaks in a pair where the query goes on / queries (FD-Bench: EIRate)", "low"),
-    _rate("early_avoidable_rate", "answers", "early_avoidable", "queries",
-          "the same, but for those whose first such pair ends where a sentence does", "low"),
-    _rate("early_at_sentence_share", "answers", "early_at_sentence", "early",
-          "of the early ones, those whose first such pair ends where a sentence does: nobody could know", ""),
-    _rate("early_carried_share", "answers", "early_carried", "early",
-          "of the early ones, those that go on from before the query: an older message that did not stop", ""),
-    _rate("response_rate", "answers", "answered", "queries",
-          "the assistant speaks from the end of the query on, before the user's next turn / queries (tau-voice: R_R; "
-          "FD-Bench: SRRate; Full-Duplex-Bench: takeover rate)"),
-    _rate("response_within_1", "answers", "answered_within_1", "queries",
-          "the same, no later than in the pair behind the query's last"),
-    _mean("response_latency", "answers", "latency_slices", "answered",
-          "mean pairs from the query's last words to the answer's first, over answered ones (tau-voice: L_R; "
-          "FD-Bench: FSED); already speaking counts 0: read it beside early_rate", "slices", seconds=0),
-    _rate("clean_rate", "answers", "clean", "queries",
-          "not early, answered within one slice, and yielded within one slice where the query was a barge-in"),
-    _rate("unanswered_rate", "answers", "unanswered", "queries",
-          "missed intervention, by query: 1 - response_rate (Full-Duplex-Bench: 1 - takeover rate)", "low"),
-    _mean("interruptions_per_turn", "answers", "interruptions", "turns",
-          "the assistant starts to speak while the user does / user turns (tau-voice: I_A)", "per turn"),
-    _rate("pause_takeover_rate", "answers", "hesitations_taken", "hesitations",
-          "the assistant speaks in a pause inside a query / pauses (Full-Duplex-Bench: takeover rate in pause "
-          "handling)", "low"),
-    _rate("opening_rate", "answers", "opened", "openings",
-          "the assistant speaks before the user's first words, where the reference does"),
-    # Barge-ins.
-    _rate("barge_in_met_rate", "barge-ins", "barge_ins", "barge_ins_meant",
-          "the assistant was speaking in the pair before the barge-in / barge-ins; only these count below", ""),
-    _rate("yield_rate", "barge-ins", "yielded", "barge_ins",
-          "silent in some pair from the barge-in's first to the one behind its last / barge-ins met (tau-voice: R_Y "
-          "without its window; FD-Bench: SIRate)"),
-    _rate("yield_at_once", "barge-ins", "yielded_at_once", "barge_ins",
-          "silent in the very pair in which the user starts"),
-    _rate("yield_within_1", "barge-ins", "yielded_within_1", "barge_ins", "silent in that pair or the next"),
-    _rate("yield_within_2s", "barge-ins", "yielded_in_window", "barge_ins",
-          "silence is heard no later than 2.0 s after the user starts (tau-voice: R_Y)"),
-    _mean("yield_latency", "barge-ins", "yield_slices", "yielded",
-          "mean pairs from the barge-in's first to the first silent one, over yields; in seconds to the silence that "
-          "is heard, one slice more (tau-voice: L_Y; Full-Duplex-Bench v1.5: stop latency; FD-Bench: IRD)", "slices",
-          seconds=1),
-    _rate("reply_per_interruption", "barge-ins", "yielded_and_answered", "yielded_to_query",
-          "answered / queries by which the assistant was interrupted and yielded (FD-Bench: SRIRate)"),
-    _mean("talk_over_tokens", "barge-ins", "talk_over_tokens", "turns",
-          "tokens said in pairs in which the user is not finished / user turns", "tokens per turn"),
-    # Holding the floor, and leaving it.
-    _rate("goes_on_rate", "backchannels", "gone_on", "backchannels",
-          "speaks in the pair of a backchannel / backchannels that met a speaking assistant (tau-voice: S_BC; "
-          "Full-Duplex-Bench v1.5: resume after backchannel)"),
-    _rate("goes_on_inside_rate", "backchannels", "gone_on_inside", "backchannels_inside",
-          "the same, of those that met it inside a sentence: at its end the message may have been over"),
-    _rate("false_yield_rate", "backchannels", "false_yields", "backchannels", "1 - goes_on_rate", "low"),
-    _rate("quiet_3_rate", "quiet", "quiet_kept", "quiet",
-          "at least 3 silent pairs behind a demand for silence (or all, where fewer come before the next turn) / "
-          "demands"),
-    _rate("quiet_throughout_rate", "quiet", "quiet_throughout", "quiet", "silent until the user's next turn / demands"),
-    _mean("quiet_run", "quiet", "quiet_slices", "quiet",
-          "mean silent pairs behind the demand's last, up to the next turn", "slices", "high", seconds=0),
-    _rate("resume_rate", "back on topic", "resumed", "resumes_due",
-          "takes the interrupted message up again (`find_resumption`) / where the reference does and it yielded"),
-    _rate("resume_repeat_share", "back on topic", "repeated_ngrams", "resumed_ngrams",
-          "word trigrams of the resumed text that it had said before (`repeated_ngrams`)", ""),
-    Metric("clean_slope", "rounds", "least-squares slope of clean_rate on the round of the conversation: what each "
-           "further round costs (FD-Bench: later interruptions)", _slope, unit="per round"),
-    _mean("talk_share", "overall", "spoken", "slices", "pairs in which the assistant speaks / pairs", "share", ""),
-)  # fmt: skip
-
-BY_NAME = {metric.name: metric for metric in METRICS}
-# Trigrams of one text are no independent trials, and seeds repeat the same conversations.
-_BOOTSTRAPPED = {"resume_repeat_share"}
-
-
-def complete(counts: Mapping[str, float]) -> Counts:
-    """Counts with those that follow from others."""
-    full: Counts = collections.Counter(counts)
-    full["early_avoidable"] = full["early"] - full["early_at_sentence"]
-    full["unanswered"] = full["queries"] - full["answered"]
-    full["false_yields"] = full["backchannels"] - full["gone_on"]
-    return full
-
-
-def summarise(
-    conversations: Sequence[Sequence[Mapping[str, float]]], slice_seconds: float = 2.0, resamples: int = 1000
-) -> dict[str, dict[str, Any]]:
-    """Every metric with its 95% interval.
-
-    Args:
-        conversations: for each conversation its counts, one for each seed. Seeds repeat a conversation, so they count
-            as one where intervals are made: Wilson's n is events divided by seeds, and the bootstrap draws
-            conversations with all their seeds.
-        slice_seconds: k.
-        resamples: of the bootstrap.
-
-    Returns:
-        By metric: `value` (None where nothing was there to be measured), `low`, `high`, and for rates `successes` and
-        `trials`, for times `seconds`.
-    """
-    items = [complete(add(seeds)) for seeds in conversations]
-    seeds = max((len(seeds) for seeds in conversations), default=1)
-    total, bootstrap = add(items), Bootstrap(items, resamples)
-    result: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
-        if metric.rate is not None and metric.name not in _BOOTSTRAPPED:
-            successes, trials = (total[name] for name in metric.rate)
-            row: dict[str, Any] = rate(successes, trials, seeds) | {"unit": metric.unit}
-            row |= {"successes": successes, "trials": trials}
-        else:
-            row = bootstrap.estimate(metric.of) | {"unit": metric.unit}
-        if metric.seconds is not None and row["value"] is not None:
-            row["seconds"] = (row["value"] + metric.seconds) * slice_seconds
-        result[metric.name] = row
-    return result
-
-
-def differences(
-    ours: Mapping[int, Sequence[Counts]], theirs: Mapping[int, Sequence[Counts]], resamples: int = 1000
-) -> dict[str, Estimate]:
-    """By metric ours less theirs on the conversations of both, with its 95% interval: conversations are drawn with what
-    both made of them.
-
-    Args:
-        ours: by number of the conversation, its counts, one for each seed.
-        theirs: the other's; seeds may be other ones.
-        resamples: of the bootstrap.
-    """
-    sides = {"a/": ours, "b/": theirs}
-    items = [
-        {f"{side}{name}": number for side, of in sides.items() for name, number in complete(add(of[n])).items()}
-        for n in ours if n in theirs
-    ]  # fmt: skip
-    bootstrap = Bootstrap(items, resamples)
-
-    def less(of: Callable[[Sums], Any]) -> Callable[[Sums], Any]:
-        return lambda sums: operator.sub(
-            *(of(Defaulted({k[2:]: v for k, v in sums.items() if k.startswith(side)})) for side in sides)
-        )
-
-    return {metric.name: bootstrap.estimate(less(metric.of)) for metric in METRICS}
-
-
-ROUNDS = ("early", "answered_within_1", "clean")
-
-
-def rounds(total: Mapping[str, float], seeds: int = 1) -> list[dict[str, Any]]:
-    """Degradation over long conversations: `early`, `answered_within_1` and `clean` by round, with Wilson's intervals.
-
-    Args:
-        total: summed counts.
-        seeds: how often each conversation is in them.
-    """
-    numbers = sorted({int(name.split("/")[1]) for name in total if name.startswith("round/")})
-    rows = []
-    for number in numbers:
-        trials = total[f"round/{number}/queries"]
-        figures = {name: rate(total.get(f"round/{number}/{name}", 0), trials, seeds) for name in ROUNDS}
-        rows.append({"round": number, "queries": trials} | figures)
-    return rows
-
-
-def histogram(total: Mapping[str, float], name: str) -> dict[int, float]:
-    """How many events took how many slices; `name` is `latency`, `yield` or `quiet_run`."""
-    found = {int(key.split("/")[1]): n for key, n in total.items() if key.startswith(f"{name}/")}
-    return dict(sorted(found.items()))
-
-
-def situation_accuracy(total: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Share of right forced decisions in each of `SITUATIONS` that occurs."""
-    return {
-        name: {"value": total[f"forced/right/{name}"] / total[f"forced/at/{name}"], "decisions": number}
-        for name in SITUATIONS
-        if (number := total.get(f"forced/at/{name}", 0))
-    }

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from duplex_jax.evaluate import plots
-from duplex_jax.evaluate.behaviour import (
+from duplex_jax.evaluate.behaviour import DEGENERATE, SITUATIONS, Counts
+from duplex_jax.evaluate.behaviour_metrics import (
     BY_NAME,
-    DEGENERATE,
     METRICS,
     ROUNDS,
-    SITUATIONS,
-    Counts,
-    complete,
     differences,
     histogram,
     rounds,
@@ -63,10 +60,10 @@ def describe(data: HeldOut, counts: Mapping[int, Sequence[Counts]], slice_second
     for number, seeds in counts.items():
         by_category[data.category(number)].append(seeds)
     n_seeds = max(map(len, counts.values()))
-    total = complete(add([c for seeds in counts.values() for c in seeds]))
+    total = add(c for seeds in counts.values() for c in seeds)
     by_seed = []
     for seed in range(n_seeds):
-        one = complete(add([seeds[seed] for seeds in counts.values()]))
+        one = add(seeds[seed] for seeds in counts.values())
         by_seed.append({m.name: value_of(m.of, one) for m in METRICS if not m.name.startswith("forced_")})
     return {
         "all": summarise(list(counts.values()), slice_seconds),

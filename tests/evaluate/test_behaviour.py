@@ -13,6 +13,7 @@ from data_gen.dialogues import Dialogue
 from data_gen.rewriter import LeftOut, TemplateRewriter
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour as b
+from duplex_jax.evaluate import behaviour_metrics as metrics
 from duplex_jax.evaluate.statistics import Bootstrap, add, value_of, wilson
 from duplex_jax.timeline import Event, SlicePair, Timeline
 from tests.tiny import byte_tokenizer
@@ -66,7 +67,7 @@ TALK = timeline(
 
 def figures(reference: Timeline, output: b.Output) -> dict[str, float | None]:
     counts = b.count(reference, output) + b.count_forced(reference, b.forced_of(reference, output))
-    return {name: row["value"] for name, row in b.summarise([[counts]]).items()}
+    return {name: row["value"] for name, row in metrics.summarise([[counts]]).items()}
 
 
 def changed(**slices: str | None) -> b.Output:
@@ -115,7 +116,7 @@ PERFECT = {
 
 
 def test_oracle_by_hand():
-    found = figures(TALK, b.oracle(TALK))
+    found = figures(TALK, b.DEGENERATE["oracle"](TALK))
     assert {name: found[name] for name in PERFECT} == PERFECT | {"opening_rate": None}
     # Its last query is a barge-in of one slice: silence first, the answer a pair later. 1 / 5.
     assert found["response_latency"] == pytest.approx(0.2)
@@ -126,7 +127,7 @@ def test_oracle_by_hand():
 
 
 def test_always_idle_by_hand():
-    found = figures(TALK, b.always_idle(TALK))
+    found = figures(TALK, b.DEGENERATE["always_idle"](TALK))
     # The reference is silent in 13 of 24 pairs.
     assert found["forced_idle_precision"] == pytest.approx(13 / 24)
     assert found["forced_idle_recall"] == 1
@@ -145,7 +146,7 @@ def test_always_idle_by_hand():
 
 
 def test_always_talking_by_hand():
-    found = figures(TALK, b.always_talking(TALK))
+    found = figures(TALK, b.DEGENERATE["always_talking"](TALK))
     assert found["forced_speak_precision"] == pytest.approx(11 / 24)
     assert found["forced_speak_recall"] == 1
     # Idle is due at 0, 5, 9, 10, 13-18 and, since it is interrupted, at 21; speaking at 1, 6, 11, 19 and 22.
@@ -199,7 +200,7 @@ def test_late_and_missing_answers():
     assert found["clean_rate"] == pytest.approx(3 / 5)
     # Speaking was due at 1, 2, 3 (but that is the backchannel), 6, 11, 12, 19, 20, 22, and 3 was spoken in.
     assert found["free_missed_rate"] == pytest.approx(5 / 8)
-    summary = b.summarise([[b.count(TALK, b.oracle(TALK))]], slice_seconds=0.5)
+    summary = metrics.summarise([[b.count(TALK, b.DEGENERATE["oracle"](TALK))]], slice_seconds=0.5)
     assert summary["response_latency"]["seconds"] == pytest.approx(0.2 * 0.5)
     assert summary["yield_latency"]["seconds"] == pytest.approx(0.5)  # the slice said before is still heard
 
@@ -303,9 +304,11 @@ def test_situations():
 def test_forced_in_expectation():
     reference = timeline("a | -\nb | x\n- | -\n- | -", {"query_end": [1]})
     counts = b.count_forced(reference, [0.75, 0.25, 0.5, None])
-    found = {name: value_of(b.BY_NAME[name].of, counts) for name in ("forced_idle_precision", "forced_missed_rate")}
+    found = {
+        name: value_of(metrics.BY_NAME[name].of, counts) for name in ("forced_idle_precision", "forced_missed_rate")
+    }
     assert found == pytest.approx({"forced_idle_precision": 1.25 / 1.5, "forced_missed_rate": 0.25})
-    assert b.situation_accuracy(counts) == {
+    assert metrics.situation_accuracy(counts) == {
         "mid_query": {"value": 0.75, "decisions": 1},
         "query_end": {"value": 0.75, "decisions": 1},
         "over": {"value": 0.5, "decisions": 1},
@@ -319,12 +322,12 @@ def test_rounds_and_slope():
     reference = timeline("a | x\n- | -\n" * 4, {"query_end": [0, 2, 4, 6]})
     output = b.Output([" x", None, " x", None, None, None, None, None])
     counts = b.count(reference, output)
-    assert value_of(b.BY_NAME["clean_slope"].of, counts) == pytest.approx(-0.4)
-    found = b.rounds(counts)
+    assert value_of(metrics.BY_NAME["clean_slope"].of, counts) == pytest.approx(-0.4)
+    found = metrics.rounds(counts)
     assert [row["clean"]["value"] for row in found] == [1, 1, 0, 0]
     assert [row["round"] for row in found] == [1, 2, 3, 4]
     assert found[0]["clean"]["low"] == pytest.approx(wilson(1, 1)[0])
-    assert b.histogram(counts, "latency") == {0: 2}
+    assert metrics.histogram(counts, "latency") == {0: 2}
 
 
 def test_a_replay_of_something_else_is_refused():
@@ -341,8 +344,8 @@ def test_a_replay_of_something_else_is_refused():
 
 def test_every_figure_is_explained():
     page = (Path(__file__).parents[2] / "docs" / "behaviour.md").read_text()
-    assert [metric.name for metric in b.METRICS if f"`{metric.name}`" not in page] == []
-    assert len(b.BY_NAME) == len(b.METRICS)
+    assert [metric.name for metric in metrics.METRICS if f"`{metric.name}`" not in page] == []
+    assert len(metrics.BY_NAME) == len(metrics.METRICS)
 
 
 # Made by the generator: nothing here knows how it composes its categories.
@@ -384,7 +387,7 @@ def test_oracle_is_perfect_and_degenerates_are_not(name: str):
         for reference in references:
             output = b.DEGENERATE[assistant](reference)
             counts.append([b.count(reference, output) + b.count_forced(reference, b.forced_of(reference, output))])
-        return {name: row["value"] for name, row in b.summarise(counts, resamples=10).items()}
+        return {name: row["value"] for name, row in metrics.summarise(counts, resamples=10).items()}
 
     found = summary("oracle")
     assert {n: v for n, v in found.items() if n in PERFECT and v is not None} == pytest.approx(
@@ -410,10 +413,10 @@ def test_oracle_is_perfect_and_degenerates_are_not(name: str):
 @given(st.lists(st.booleans(), min_size=24, max_size=28), st.lists(st.booleans(), min_size=24, max_size=28))
 def test_any_output_gives_sound_figures(one: list[bool], two: list[bool]):
     outputs = [b.Output([" word" if spoken else None for spoken in said]) for said in (one, two)]
-    counts = [b.complete(b.count(TALK, output)) for output in outputs]
+    counts = [b.count(TALK, output) for output in outputs]
     for found in (*counts, add(counts)):
         assert all(n >= 0 for n in found.values())
-        for metric in b.METRICS:
+        for metric in metrics.METRICS:
             value = value_of(metric.of, found)
             if metric.rate is not None:
                 assert 0 <= found[metric.rate[0]] <= found[metric.rate[1]]
@@ -425,7 +428,7 @@ def test_any_output_gives_sound_figures(one: list[bool], two: list[bool]):
     assert labels[19] is True
     assert labels[21] is (outputs[0].said[20] is None)
     # Summing up does not depend on how conversations are split.
-    both = b.summarise([counts], resamples=10)["early_rate"]
+    both = metrics.summarise([counts], resamples=10)["early_rate"]
     assert both["value"] == pytest.approx((counts[0]["early"] + counts[1]["early"]) / 10)
     assert both["trials"] == 10
 
@@ -449,7 +452,7 @@ def test_wilson_holds_the_rate(successes: int, trials: int):
 def test_seeds_are_no_more_evidence():
     """The same conversation three times gives the interval of one, not of three."""
     counts = b.count(TALK, changed(at0=" Oh"))
-    once, thrice = (b.summarise([[counts] * n])["early_rate"] for n in (1, 3))
+    once, thrice = (metrics.summarise([[counts] * n])["early_rate"] for n in (1, 3))
     assert (once["low"], once["high"]) == (thrice["low"], thrice["high"])
     assert thrice["trials"] == 3 * once["trials"]
 

@@ -14,7 +14,7 @@ from duplex_jax.decode.replay import Replay, replay
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate import behaviour_run as runs
-from duplex_jax.evaluate.behaviour import count, count_forced, oracle, output_of
+from duplex_jax.evaluate.behaviour import DEGENERATE, count, count_forced, output_of
 from duplex_jax.evaluate.forced import forced_decisions, windows
 from duplex_jax.evaluate.statistics import add
 from duplex_jax.timeline import Event, SlicePair, Timeline, dump_line, from_row
@@ -279,7 +279,7 @@ def test_a_replay_that_was_edited_is_refused(data: runs.HeldOut, tmp_path: Path)
         forced.add(n, {"silent": {"0.0": [0.5] * len(reference.pairs)}})
         replays.add(n, json.loads(dump_line(reference)))
     counts = runs.recorded_counts(data, [replays], forced, 0.0, 2.0)
-    assert counts[0][0]["answered"] == count(data.timelines[0], oracle(data.timelines[0]))["answered"]
+    assert counts[0][0]["answered"] == count(data.timelines[0], DEGENERATE["oracle"](data.timelines[0]))["answered"]
     row = json.loads(dump_line(data.timelines[0]))
     row["output"][0]["content"] = "something else"
     replays.add(0, row)
