@@ -7,18 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from duplex_jax.checkpoint.registry import save_model
-from duplex_jax.decode.engine import Engine
-from duplex_jax.decode.sampling import Sampling
-from duplex_jax.decode.session import DuplexSession
-from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.behaviour_run import Records
-from duplex_jax.evaluate.benchmarks.ways import duplex_pairs
-from duplex_jax.evaluate.conversations import WAYS, Asking, ask_questions
 from duplex_jax.evaluate.judge import judging, report, rules, scores
 from duplex_jax.evaluate.judge.judging import JudgeModel, Verdict
 from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_sentences, read_prompts
@@ -27,10 +19,9 @@ from duplex_jax.evaluate.judge.tasks import RULED, TASKS, Questions, read_questi
 from duplex_jax.evaluate.judge.verdicts import json_score, rating, winner
 from duplex_jax.llm.cache import ReplyCache
 from duplex_jax.llm.client import Client
-from duplex_jax.timeline import SlicePair
 from tests.data_gen.fake_server import FakeServer
 from tests.launch.test_evaluate_behaviour import run
-from tests.tiny import FreshForward, tiny_model
+from tests.tiny import tiny_model
 
 ARTICLE = "A cook looks for a berry.\n\nShe finds it."
 SINGLE = "[Question]\n{question}\n\n[Answer]\n{answer}\n"
@@ -94,12 +85,6 @@ def data(tmp_path: Path) -> Path:
           {"id": "2", "inst_name": "punctuation:no_comma", "inst_args": {"letter": None},
            "conv": [turn("No commas.", "ok.", asked=False), turn("Hi?"), turn("Ha?")]})  # fmt: skip
     return folder
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as running:
-        yield running
 
 
 @pytest.fixture
@@ -329,149 +314,6 @@ def test_prompts_of_the_published_files(shared: Path):
                     assert not any(f"{{{name}}}" in text for name in ("content", "conversation", "num_sent"))
 
 
-# Answers.
-
-
-@pytest.fixture(scope="module")
-def model() -> Engine:
-    tiny = tiny_model()
-    return Engine(tiny.model, tiny.template, rows=3, capacity=512)
-
-
-def test_what_was_said_elsewhere_stands_in_the_context(model: Engine):
-    """In slices as training has it, in turns as the chat template has it; old rounds go."""
-    template = model.template
-    pairs = duplex_pairs(template, "Tell me all about the big blue sea", " It is big, and it is blue.", "s")
-    session = DuplexSession(model)
-    for pair in pairs:
-        session.say(pair.user, template.tokenizer.encode(pair.assistant or ""))
-    assert session.ids == template.encode(pairs).ids.tolist()
-    assert session.timeline == pairs
-    assert session.dropped == 0
-    np.testing.assert_allclose(
-        session.logits()[:262], FreshForward(tiny_model())(session.ids)[:262], atol=2e-4, rtol=2e-4
-    )  # fmt: skip
-    session.close()
-
-    turns = TurnSession(model)
-    turns.say("a?", "b")
-    turns.say("c?", "d")
-    messages = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d"), ("user", "e?")]
-    room = turns.room("e?")
-    turns.ask("e?", room)
-    said = step_turns([turns])[turns]
-    assert turns._row.ids == [*template.turn_prompt(messages), *said]
-    assert turns.forget()
-    assert turns.room("e?") > room - len(said) - len(template.turn_prompt([("user", "e?")]))
-    assert turns.room("x" * 600) < 1
-    turns.ask("f?", 1)
-    said_then = step_turns([turns])[turns]
-    whole = [*messages[2:], ("assistant", said), ("user", "f?")]
-    assert turns._row.ids == [*template.turn_prompt(whole), *said_then]
-    for _ in range(3):
-        assert turns.forget()
-    assert not turns.forget()
-    turns.close()
-
-
-ASKING = Asking(Sampling(temperature=1.0, top_p=1.0), seed=3, max_tokens=40, quiet=2, patience=4)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_was_killed_goes_on(way: str, data: Path, tmp_path: Path, model: Engine):
-    """The same answers as in one go, whatever stood beside them; nothing is asked twice."""
-    questions = read_questions("mt_bench", data)
-
-    def ask(folder: str, kill_after: int = 99, numbers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> dict[int, Any]:
-        done: list[int] = []
-
-        def count(tokens: int) -> None:
-            done.append(tokens)
-            if len(done) == kill_after:
-                raise KeyboardInterrupt
-
-        records = Records(tmp_path / folder / "answers.jsonl")
-        before = dict(records.rows)
-        try:
-            ask_questions(lambda: model, "mt_bench", questions.items, numbers, way, ASKING, records, count)
-        except KeyboardInterrupt:
-            assert not model.rows
-        assert all(records.rows[n] == row for n, row in before.items())
-        lines = (tmp_path / folder / "answers.jsonl").read_text().splitlines()
-        assert len(lines) == len(records.rows) == len(before) + len(done)
-        return records.rows
-
-    whole = ask("whole")
-    assert len(whole) == 6
-    assert len(ask("killed", kill_after=2)) == 2
-    assert ask("killed") == whole
-    assert ask("alone", numbers=(4,)) == {4: whole[4]}
-    assert len({row["turns"][0]["answer"] for row in whole.values()}) > 1
-    for row in whole.values():
-        assert [0 <= t["early"] <= t["tokens"] <= 40 + 9 for t in row["turns"]] == [True, True]
-        assert {t["stopped"] for t in row["turns"]} <= {"end", "quiet", "silent", "length"}
-
-    def never() -> Engine:
-        raise AssertionError("asked again")
-
-    records = Records(tmp_path / "killed" / "answers.jsonl")
-    ask_questions(never, "mt_bench", questions.items, range(6), way, ASKING, records, lambda n: None)
-
-
-def test_slices_are_fed_one_by_one_and_their_words_joined(
-    data: Path, tmp_path: Path, model: Engine, monkeypatch: pytest.MonkeyPatch
-):
-    """Given answers stand in the timeline as said; behind each query comes silence until the model falls silent."""
-    sessions: list[DuplexSession] = []
-    close = DuplexSession.close
-    monkeypatch.setattr(DuplexSession, "close", lambda self: (sessions.append(self), close(self))[1])
-    questions = read_questions("mt_eval_follow_up", data)
-    records = Records(tmp_path / "answers.jsonl")
-    ask_questions(lambda: model, "mt_eval_follow_up", questions.items, [0], "duplex", ASKING, records, lambda n: None)
-    rows = records.rows[0]["turns"]
-    assert rows[:2] == [None, None]
-    pairs = sessions[0].timeline
-    users = [p.user for p in pairs if p.user]
-    assert " ".join(users) == "Draft a mail to my dear boss, please. Say more. And 0? Bye?"
-    given = pairs[: [p.user for p in pairs].index("And 0?")]
-    assert "".join(p.assistant or "" for p in given) == "Dear boss, I am well. I really am. "
-    assert given[-1] == SlicePair(None, None)
-    starts = [i for i, p in enumerate(pairs) if p.user in ("And 0?", "Bye?")]
-    for row, start, end in zip(rows[2:], starts, [starts[1], len(pairs)], strict=True):
-        assert row["answer"] == "".join(p.assistant or "" for p in pairs[start:end]).strip()
-        if row["stopped"] == "quiet":
-            assert all(p.assistant is None for p in pairs[end - ASKING.quiet : end])
-        elif row["stopped"] == "silent":
-            assert end - start == ASKING.patience
-
-
-def test_turns_that_outgrow_the_context(data: Path, tmp_path: Path, model: Engine):
-    """Old rounds are dropped and that is told; a query that never fits is told too."""
-    write(data / "mt_eval_follow-up_multi.jsonl", {"id": "1", "conv": [
-        turn("a" * 150, "b" * 150, asked=False), turn("c" * 60), turn("d" * 600), turn("e")]})  # fmt: skip
-    questions = read_questions("mt_eval_follow_up", data)
-    records = Records(tmp_path / "answers.jsonl")
-    ask_questions(lambda: model, "x", questions.items, [0], "turn_based", ASKING, records, lambda n: None)
-    first, second, third = records.rows[0]["turns"][1:]
-    assert not first["forgot"]
-    assert (second["stopped"], second["answer"], second["forgot"]) == ("too_long", "", True)
-    assert third["stopped"] in ("end", "length", "silent")
-
-
-@pytest.mark.parametrize("way", ["duplex", "duplex_whole"])
-def test_a_slice_that_outgrows_the_context(way: str, data: Path, tmp_path: Path, model: Engine):
-    """It is told as too long, and the turn behind it is asked."""
-    turns = [turn("c"), turn("d" * 400), turn("e")]
-    write(data / "mt_eval_follow-up_multi.jsonl", {"id": "1", "conv": turns}, {"id": "2", "conv": [turn("d" * 400)]})
-    questions = read_questions("mt_eval_follow_up", data)
-    records = Records(tmp_path / "answers.jsonl")
-    ask_questions(lambda: model, "x", questions.items, [0, 1], way, ASKING, records, lambda n: None)
-    stopped = [row["stopped"] for row in records.rows[0]["turns"]]
-    assert stopped[1] == "too_long"
-    assert "too_long" not in (stopped[0], stopped[2])
-    assert [(row["stopped"], row["tokens"]) for row in records.rows[1]["turns"]] == [("too_long", 0)]
-
-
 # Verdicts.
 
 
@@ -609,7 +451,7 @@ def test_verdicts_are_kept_and_another_judge_is_refused(data: Path, tmp_path: Pa
     with pytest.raises(UserError, match="judge both alike"):
         judging.read_verdicts(path, {"judge": "gpt-4"})
     (tmp_path / "settings.json").write_text('{"model": "m"}')
-    with pytest.raises(UserError, match="holds no answers to mt_eval_recollection_cls"):
+    with pytest.raises(UserError, match="holds no results of mt_eval_recollection_cls"):
         read_beside(tmp_path, questions, 0, {})
 
 
