@@ -203,6 +203,12 @@ def paths_flag(name: str, help: str) -> Any:
     return flags.DEFINE(_Paths(), name, [], help, serializer=flags.ListSerializer(","), module_name=_caller())
 
 
+def template_flag(name: str = "template") -> Any:
+    """The flag of the template that a model's slices are written in; its own by default."""
+    help = "Template that turns slices into tokens; by default the model's own."
+    return flags.DEFINE_enum(name, None, ["minicpm", "chatml", "compact"], help, module_name=_caller())
+
+
 def _caller() -> str:
     """Name of the job's module that defines a flag here, because `--help` lists flags by module."""
     return str(sys._getframe(2).f_globals["__name__"])

@@ -30,12 +30,7 @@ _MODEL = app.path_flag(
     "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
     "smollm2-135m-instruct with --mode=turn_based.",
 )  # fmt: skip
-_TEMPLATE = flags.DEFINE_enum(
-    "template",
-    None,
-    ["minicpm", "chatml", "compact"],
-    "Template that turns slices into tokens; by default the model's own.",
-)
+_TEMPLATE = app.template_flag()
 _MODE = flags.DEFINE_enum(
     "mode",
     "duplex",

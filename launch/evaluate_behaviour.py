@@ -24,12 +24,7 @@ _MODEL = app.path_flag(
 )
 _DATA = app.path_flag("data", None, "Held-out timelines with events: a JSONL file, or a folder of JSONL files.")
 _OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
-_TEMPLATE = flags.DEFINE_enum(
-    "template",
-    None,
-    ["minicpm", "chatml", "compact"],
-    "Template that turns slices into tokens; by default the model's own.",
-)
+_TEMPLATE = app.template_flag()
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Random seeds; every conversation is replayed once per seed.")
 _IDLE_BIAS = flags.DEFINE_list(
     "idle_bias", ["0"], "Biases on <idle> for the trade-off curve, on top of the model's own. The table shows 0, or "

@@ -40,12 +40,7 @@ _DATA = app.path_flag("data", "", "Folder with the benchmark files; by default t
 _OUT = app.path_flag("out", None, "Output folder; an interrupted run resumes from it.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Maximum number of items per task, the same for every model; 0 for all.", 0)
 _BESIDE = app.paths_flag("beside", "Folders with other models' results on the same items, for comparison.")
-_TEMPLATE = flags.DEFINE_enum(
-    "template",
-    None,
-    ["minicpm", "chatml", "compact"],
-    "Template that turns slices into tokens; by default the model's own.",
-)
+_TEMPLATE = app.template_flag()
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
 
 

@@ -39,12 +39,7 @@ _BESIDE = app.paths_flag("beside", "Folders with other models' judged answers, f
 _PAIRWISE = flags.DEFINE_bool(
     "pairwise", False, "Also have the judge compare MT-Bench answers in pairs, in both orders."
 )
-_TEMPLATE = flags.DEFINE_enum(
-    "template",
-    None,
-    ["minicpm", "chatml", "compact"],
-    "Template that turns slices into tokens; by default the model's own.",
-)
+_TEMPLATE = app.template_flag()
 _ROWS = flags.DEFINE_integer("rows", 8, "Number of conversations run at once (batch size).", lower_bound=1)
 _CAPACITY = flags.DEFINE_integer("capacity", None, "Maximum context length in tokens; 4096 by default.", lower_bound=1)
 _SAMPLING = app.SamplingFlags(__name__)

@@ -35,20 +35,7 @@ _MODE = {
     "a": flags.DEFINE_enum("mode_a", "duplex", MODES, "Whether this model talks in slices or in whole turns."),
     "b": flags.DEFINE_enum("mode_b", "turn_based", MODES, "Whether this model talks in slices or in whole turns."),
 }
-_TEMPLATE = {
-    "a": flags.DEFINE_enum(
-        "template_a",
-        None,
-        ["minicpm", "chatml", "compact"],
-        "Template that turns slices into tokens; by default the model's own.",
-    ),
-    "b": flags.DEFINE_enum(
-        "template_b",
-        None,
-        ["minicpm", "chatml", "compact"],
-        "Template that turns slices into tokens; by default the model's own.",
-    ),
-}
+_TEMPLATE = {s: app.template_flag(f"template_{s}") for s in SYSTEMS}
 _SESSIONS = flags.DEFINE_integer("sessions", 5, "Number of conversations with each model; the paper has at least 5.", 1)
 _OPENINGS = app.path_flag("openings", None, "File of opening sentences, one per line; by default the package's own.")
 _NOTE = app.path_flag("note", None, "File of sample instructions, one per line; by default the package's own.")

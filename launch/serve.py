@@ -7,12 +7,7 @@ from launch import app
 from launch.listening import ListenFlags
 
 _MODEL = app.path_flag("model", "smollm2-135m-duplex", "Model: a folder, a file, hf:owner/name, or a known name.")
-_TEMPLATE = flags.DEFINE_enum(
-    "template",
-    None,
-    ["minicpm", "chatml", "compact"],
-    "Template that turns slices into tokens; by default the model's own.",
-)
+_TEMPLATE = app.template_flag()
 _LISTEN = ListenFlags(__name__, "this server")
 _SESSIONS = flags.DEFINE_integer("sessions", 8, "Maximum number of simultaneous sessions (batch size).", lower_bound=1)
 _WAITING = flags.DEFINE_integer("waiting", 64, "Maximum number of sessions waiting for a free row.", lower_bound=0)

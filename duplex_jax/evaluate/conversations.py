@@ -22,23 +22,22 @@ if TYPE_CHECKING:
     from duplex_jax.checkpoint.registry import LoadedModel
 
 
-class Turn(Protocol):
+class Turn(NamedTuple):
     """One query of a conversation.
 
     Attributes:
         user: what is asked.
         given: an answer that stands already; empty where there is none.
         answered: whether `given` stands in the context as said, and nobody is asked.
+        category: what kind of query it is, as far as the file tells.
+        instruction: `user` without the content that it is about.
     """
 
-    @property
-    def user(self) -> str: ...
-
-    @property
-    def given(self) -> str: ...
-
-    @property
-    def answered(self) -> bool: ...
+    user: str
+    given: str = ""
+    answered: bool = False
+    category: str = ""
+    instruction: str = ""
 
 
 class Question(Protocol):
@@ -51,23 +50,12 @@ class Question(Protocol):
     def turns(self) -> Sequence[Turn]: ...
 
 
-class _Query(NamedTuple):
-    user: str
-    given: str = ""
-    answered: bool = False
-    ids: tuple[int, ...] = ()
-
-
 class SingleTurn(NamedTuple):
-    """A question without a conversation around it."""
+    """A question without a conversation around it, which may be token ids already."""
 
     id: str
-    turns: tuple[_Query]
-
-    @classmethod
-    def of(cls, name: str, query: str, ids: Sequence[int] = ()) -> "SingleTurn":
-        """The question `name` that asks `query`, or begins with `ids`."""
-        return cls(name, (_Query(query, ids=tuple(ids)),))
+    turns: tuple[Turn]
+    ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +196,10 @@ def _stops(template: Template, ids: list[int], until: Sequence[str]) -> bool:
     return bool(ids and until) and any(text in decode(template.tokenizer, ids) for text in until)
 
 
-def _go_on(session: TurnSession, question: Question, asking: Asking, seed: int) -> Conversation:
+def _go_on(session: TurnSession, question: SingleTurn, asking: Asking, seed: int) -> Conversation:
     """One prompt, which is token ids already, and what the model goes on with; as `_by_turns`."""
     ids: list[int] = []
-    session.go_on(question.turns[0].ids, asking.max_tokens)  # type: ignore[attr-defined]
+    session.go_on(question.ids, asking.max_tokens)
     while session.answering and not _stops(session.engine.template, ids, asking.until):
         ids += yield None
     text = decode(session.engine.template.tokenizer, ids) if ids else ""
@@ -239,7 +227,7 @@ the whole query in one slice."""
 
 
 PLAIN = Way(functools.partial(TurnSession, start=()), _go_on, step_turns)
-"""Bare text, which the model goes on with; a turn's `ids` are the prompt."""
+"""Bare text, which the model goes on with; the question's `ids` are the prompt."""
 
 
 def ask_questions(

@@ -29,7 +29,7 @@ from duplex_jax.evaluate.behaviour_run import Records
 from duplex_jax.evaluate.benchmarks.likelihood import Likelihoods, log_likelihoods, make_row
 from duplex_jax.evaluate.benchmarks.questions import Item
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation
-from duplex_jax.evaluate.conversations import Asking, SingleTurn, answer_rows, ask_questions, make_engine
+from duplex_jax.evaluate.conversations import Asking, SingleTurn, Turn, answer_rows, ask_questions, make_engine
 from duplex_jax.model.minicpm import MiniCPM
 from duplex_jax.tokenizer import decode
 
@@ -346,7 +346,7 @@ class DuplexLM(LM):  # type: ignore[misc, unused-ignore]
         used[task, name.partition("/")[0]] += 1
         number = place if number is None or again else number
         ids = self._prompt(context, asking.max_tokens) if self.way == "plain" else ()
-        return _Wanted(number, SingleTurn.of(name, context, ids), task, asking)
+        return _Wanted(number, SingleTurn(name, (Turn(context),), tuple(ids)), task, asking)
 
     def _prompt(self, context: str, max_tokens: int) -> list[int]:
         ids = [*self._start(context), *self._encode(context)] or [self._prefix_id]

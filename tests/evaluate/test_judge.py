@@ -1,7 +1,6 @@
 """MT-Bench and MT-Eval: questions, answers that survive a kill, prompts, verdicts over HTTP, scores."""
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,11 @@ import pytest
 
 from duplex_jax.checkpoint.registry import save_model
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.judge import judging, report, rules, scores
-from duplex_jax.evaluate.judge.judging import JudgeModel, Verdict
+from duplex_jax.evaluate.judge import judging, rules, scores
+from duplex_jax.evaluate.judge.judging import JudgeModel
 from duplex_jax.evaluate.judge.prompts import ask_about, ask_which, count_sentences, read_prompts
-from duplex_jax.evaluate.judge.systems import System, pairs_of, read_beside
-from duplex_jax.evaluate.judge.tasks import RULED, TASKS, Questions, read_questions
-from duplex_jax.evaluate.judge.verdicts import json_score, rating, winner
+from duplex_jax.evaluate.judge.systems import read_beside
+from duplex_jax.evaluate.judge.tasks import RULED, TABLE_5, TASKS, Questions, read_questions
 from duplex_jax.llm.cache import ReplyCache
 from duplex_jax.llm.client import Client
 from tests.data_gen.fake_server import FakeServer
@@ -94,62 +92,6 @@ def client(server: FakeServer, tmp_path: Path) -> Iterator[Client]:
     yield client
     client.close()
     cache.close()
-
-
-# What judges say.
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("Good. Rating: [[7]]", 7), ("Rating: [[8.5]]", 8.5), ("[1] is cited. Rating: [[3]]", 3), ("Rating: [6]", 6),
-        ("[[2]] then [[9]]", 2), ("Rating: 7", None), ("", None), ("[[11]]", None), ("[[0]]", None), ("[[x]]", None),
-        ("Rating: [[10]]", 10), ("[[rating]]", None),
-    ],
-)  # fmt: skip
-def test_ratings(text: str, score: float | None):
-    assert rating(text) == score
-
-
-def test_ratings_of_real_verdicts(shared: Path):
-    rows = (shared / "data/benchmarks/mt_bench_gpt4_judgments_sample.jsonl").read_text().splitlines()
-    read = [(rating(row["judgment"]), row["score"]) for row in map(json.loads, rows)]
-    assert len(read) == 200
-    assert all(mine == theirs for mine, theirs in read)
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ('{"Rationale": "Fine.", "Score": 7}', 7),
-        ('```json\n{\n  "Rationale": "Fine.",\n  "Score": 10\n}\n```', 10),
-        ('Here it is:\n```\n{"Rationale": "a {b} \\"c\\"", "Score": "3"}\n```\nI hope it helps.', 3),
-        ('{"Rationale": "line\nbreak", "score": 4.0}', 4),
-        ('{"Rationale": "It says "no" to that", "Score": 6}', 6),
-        ('{"Rationale": "I would write \\"Score\\": 2, or so", "Score": 9}', 9),
-        ('{"Rationale": "the text has {"Score": 2} in it, "truly"", "Score": 2}', 2),
-        ('{"Rationale": "x", "Score": 5}\n{"Rationale": "y", "Score": 5}', 5),
-        ('{"Rationale": "x", "Score": 5}\n{"Rationale": "y", "Score": 6}', None),
-        ('{"Rationale": "cut off in the mid', None),
-        ('{"Rationale": "x", "Score": 0}', None),
-        ('{"Rationale": "x", "Score": 11}', None),
-        ('{"Rationale": "x", "Score": 7.5}', None),
-        ('{"Rationale": "x", "Score": true}', None),
-        ('{"Rationale": "x", "Score": null}', None),
-        ('{"Rationale": "x", "Score": <An integer score from 1 to 10.>}', None),
-        ("Score: 7", None),
-        ("[[7]]", None),
-        ("{" * 5000, None),
-    ],
-)
-def test_scores_in_json(text: str, score: float | None):
-    assert json_score(text) == score
-
-
-def test_winners():
-    assert [winner(t) for t in ("So [[A]].", "[[B]]", "[[C]]", "A is better", "[[A]] or [[B]]", "[[D]]")] == [
-        "A", "B", "C", None, None, None
-    ]  # fmt: skip
 
 
 def test_sentences():
@@ -291,18 +233,7 @@ def test_prompts_of_the_published_files(shared: Path):
             filled = ask_about(prompts, "mt_bench", item, ["A {b}\n", "é"], place)
             text = bench[name]["prompt_template"].format(**fields, **given)
             assert filled.messages == (("system", bench[name]["system_prompt"]), ("user", text))
-    published = json.loads((folder / "mt_eval_judge_prompts.json").read_text())["prompts"]
-    row = json.loads((folder / "mt_eval_refinement_multi.jsonl").read_text().splitlines()[0])
-    item = read_questions("mt_eval_refinement", folder).items[0]
-    content = row["conv"][0]["user"].removeprefix("Content: ").split("\n\nInstruction: ")[0]
-    insts = [t["inst"] for t in row["conv"]]
-    filled = ask_about(prompts, "mt_eval_refinement", item, ["One two. Three."] * 12, 8)
-    assert filled.messages[0][1] == (
-        published["refinement_multi_evaluation"].replace("{response}", "One two. Three.").replace("{content}", content)
-        .replace("{num_words}", "3").replace("{num_sent}", "2")
-        .replace("{constraints}", f"1. {insts[6]}\n2. {insts[7]}\n3. {insts[8]}")
-    )  # fmt: skip
-    for task in ("mt_eval_expansion", "mt_eval_follow_up", *RULED):
+    for task in (*TABLE_5, *RULED):
         for item in read_questions(task, folder).items:
             for place in item.asked:
                 answers = ["x, y"] * len(item.turns)
@@ -414,10 +345,6 @@ def test_pairs_in_both_orders(data: Path, server: FakeServer, client: Client):
     found = scores.wins(outcomes)
     assert [found[k] for k in ("won", "lost", "tie", "disagree", "unjudged")] == [2, 2, 2, 4, 2]
     assert found["share"]["value"] == pytest.approx((2 + 6 * 0.5) / 10)
-    ties = scores.wins([(n, 1, "disagree") for n in range(8)])["share"]
-    reach = 1.96 / 2 / (8 + 1.96**2) ** 0.5  # Wilson's at one half
-    assert ties == pytest.approx({"value": 0.5, "low": 0.5 - reach, "high": 0.5 + reach}, rel=1e-4)
-    assert scores.wins([(0, 1, "unjudged")])["share"] == {"value": None, "low": None, "high": None}
     mirrored = judging.judge_pairs(questions, theirs, ours, prompts, JudgeModel("j"), client, lambda n: None)
     swap = {"won": "lost", "lost": "won"}
     assert mirrored == [(n, t, swap.get(o, o)) for n, t, o in outcomes]
@@ -453,88 +380,6 @@ def test_verdicts_are_kept_and_another_judge_is_refused(data: Path, tmp_path: Pa
     (tmp_path / "settings.json").write_text('{"model": "m"}')
     with pytest.raises(UserError, match="holds no results of mt_eval_recollection_cls"):
         read_beside(tmp_path, questions, 0, {})
-
-
-# Scores, against values by hand.
-
-
-def verdict(number: int, turn: int, score: float | None, words: int = 10, category: str = "") -> Verdict:
-    return Verdict(number, turn, category, words, score)
-
-
-def test_scores_by_hand():
-    verdicts = [
-        verdict(0, 1, 8, 10, "math"), verdict(0, 2, 4, 30, "math"), verdict(1, 1, 9, 20, "stem"),
-        verdict(1, 2, None, 0, "stem"), verdict(2, 1, 7, 20, "stem"), verdict(2, 2, 5, 40, "stem"),
-    ]  # fmt: skip
-    found = scores.described(verdicts)
-    assert (found["judged"], found["unjudged"]) == (5, {"": 1})
-    assert found["score"]["value"] == pytest.approx(33 / 5)
-    assert {t: row["value"] for t, row in found["by_turn"].items()} == {"1": 8, "2": 4.5}
-    assert {c: row["value"] for c, row in found["by_category"].items()} == {"math": 6, "stem": 7}
-    assert found["words"]["value"] == 20
-    assert found["score"]["low"] < 6.6 < found["score"]["high"]
-    # One question alone has no interval.
-    assert found["by_category"]["math"]["low"] is None
-    tasks = {"a": [verdict(0, 1, 5.87), verdict(1, 1, 5.87)], "b": [verdict(0, 1, 6.31)], "c": [verdict(0, 1, 8.48)]}
-    mean = scores.mean_of_tasks(tasks)
-    assert mean["value"] == pytest.approx((5.87 + 6.31 + 8.48) / 3)
-    # One conversation of a task says nothing of how its conversations differ.
-    assert mean["low"] is mean["high"] is None
-    # Each task keeps its number of conversations in every draw, however few: the variance is that of the first alone.
-    tasks = {"a": [verdict(i, 1, 1 + 8 * (i % 2)) for i in range(100)], "b": [verdict(i, 1, 6) for i in range(2)]}
-    mean = scores.mean_of_tasks(tasks)
-    half = 1.96 * (4 / math.sqrt(100)) / 2
-    assert (mean["low"], mean["high"]) == pytest.approx((5.5 - half, 5.5 + half), abs=0.06)
-    assert scores.mean_score([])["value"] is None
-
-
-def test_differences_are_paired():
-    ours = [verdict(0, 1, 8), verdict(0, 2, 5), verdict(1, 1, 3), verdict(2, 1, None)]
-    theirs = [verdict(0, 1, 6), verdict(0, 2, 5), verdict(1, 1, 4), verdict(2, 1, 9), verdict(3, 1, 1)]
-    found = scores.difference(ours, theirs)
-    assert (found["answers"], found["value"]) == (3, pytest.approx(1 / 3))
-    assert scores.difference(ours, ours)["value"] == scores.difference(ours, ours)["high"] == 0
-
-
-def test_scores_at_equal_length():
-    """A judge that likes nothing but length likes both alike; where lengths are alike, nothing changes."""
-    short, long = [5, 10, 20, 40], [10, 40, 80, 160]
-
-    def judged(lengths: list[int], bonus: float) -> list[Verdict]:
-        return [verdict(i, 1, 2 + 1.5 * math.log1p(n) + bonus, n) for i, n in enumerate(lengths)]
-
-    found = scores.at_equal_length({"a": judged(short, 0), "b": judged(long, 0)})
-    mean = sum(math.log1p(n) for n in short + long) / 8
-    assert found["a"]["value"] == pytest.approx(found["b"]["value"])
-    assert found["a"]["value"] == pytest.approx(2 + 1.5 * mean)
-    found = scores.at_equal_length({"a": judged(short, 1), "b": judged(long, 0)})
-    assert found["a"]["value"] - found["b"]["value"] == pytest.approx(1)
-    same = {"a": [verdict(i, 1, i + 1, 7) for i in range(3)], "b": [verdict(i, 1, 4, 7) for i in range(3)]}
-    assert scores.at_equal_length(same)["a"]["value"] is None
-
-
-def test_only_the_published_judge_on_all_questions_is_comparable():
-    row = {"chosen": 80, "published": 80}
-    assert report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4"), ["gpt-4-0613"]) == []
-    assert report.not_comparable({RULED[0]: row}, JudgeModel("llama"), []) == []
-    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("llama"), ["llama-3"])
-    assert reason == "the judge is llama, and that of published scores is gpt-4 or gpt-4-0613"
-    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4"), ["gpt-4-turbo"])
-    assert "says that it runs gpt-4-turbo" in reason
-    (reason,) = report.not_comparable({"mt_bench": row | {"chosen": 64}}, JudgeModel("gpt-4"), [])
-    assert reason == "mt_bench has 64 of the published 80 questions"
-    (reason,) = report.not_comparable({"mt_bench": row}, JudgeModel("gpt-4", {"rating": {"top_p": 0.5}}), [])
-    assert reason == """the judge's requests carry more: {"rating": {"top_p": 0.5}}"""
-
-
-def test_who_is_compared():
-    turns, slices = System("m", Path("a"), "turn_based"), System("m", Path("a"), "duplex")
-    others = [System("o", Path("b"), "turn_based"), System("o", Path("b"), "duplex")]
-    assert [(a.name, b.name) for a, b in pairs_of([turns, slices], others)] == [
-        ("a, duplex", "a, turn_based"), ("a, turn_based", "b, turn_based"), ("a, duplex", "b, turn_based"),
-        ("a, duplex", "b, duplex"),
-    ]  # fmt: skip
 
 
 # The program.

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,45 +86,55 @@ def text(value: Any) -> str:
     return value
 
 
+def sha256_of(items: Iterable[Any]) -> str:
+    """A hash of questions, whatever their file spells around them."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def files_of(folder: Path, file: str) -> list[Path]:
     """The files of a folder whose name begins with `file` and ends in `.jsonl`, `.jsonl.gz` or `.jsonl.zst`."""
     return sorted(p for end in ("", ".gz", ".zst") for p in folder.glob(f"{file}*.jsonl{end}"))
 
 
 def find_file(folder: str | Path, file: str, reader: str, source: str) -> Path:
-    """The one file of a folder whose name begins with `file`.
+    """The one file of a folder that a task reads.
 
     Args:
         folder: where the files of all tasks are.
-        file: how the name begins; `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
+        file: its name; without an ending it is how the name begins, and `.jsonl`, `.jsonl.gz` or `.jsonl.zst` ends it.
         reader: who reads it, for the message.
         source: where it comes from, for the message.
 
     Raises:
         UserError: no such folder or file, or several of them.
     """
-    folder = Path(folder)
+    folder, whole = Path(folder), file if "." in file else f"{file}.jsonl"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data is a folder of benchmark files such as {file}.jsonl")
-    paths = files_of(folder, file)
+        raise UserError(f"{folder}: no such folder; --data is a folder of files such as {whole}")
+    paths = files_of(folder, file) if whole != file else [folder / file] if (folder / file).is_file() else []
     if not paths:
-        raise UserError(f"{folder / file}.jsonl: is missing, and {reader} reads it; it is {source}")
+        raise UserError(f"{folder / whole}: is missing, and {reader} reads it; it is {source}")
     if len(paths) > 1:
         raise UserError(f"{folder}: holds {' and '.join(p.name for p in paths)}, and {reader} reads one of them; "
                         "leave one there")  # fmt: skip
     return paths[0]
 
 
-def parse_line(where: str, line: bytes, parse: Callable[[Row], Parsed], file: str, source: str) -> Parsed:
-    """What `parse` makes of a line.
+def read_lines(path: Path, parse: Callable[[Row], Parsed], file: str, source: str) -> Iterator[tuple[str, Parsed]]:
+    """(where, what `parse` makes of it) of each line of a file.
 
     Raises:
-        UserError: the line is no JSON object with the fields that `parse` wants; names it, its file and its source.
+        UserError: a line is no JSON object with the fields that `parse` wants; names it, its file and its source.
     """
-    try:
-        return parse(json.loads(line))
-    except UNREADABLE as e:
-        raise UserError(f"{where}: is no line of {file} ({reason(e)}); it is {source}") from e
+    for where, line in input_lines([path]):
+        try:
+            parsed = parse(json.loads(line))
+        except UNREADABLE as e:
+            raise UserError(f"{where}: is no line of {file} ({reason(e)}); it is {source}") from e
+        yield where, parsed
 
 
 def read_rows(
@@ -132,15 +143,12 @@ def read_rows(
     """(where, what `parse` makes of it) of each row of a file; from the hub where `folder` is empty.
 
     Raises:
-        UserError: as `find_file` and `parse_line`, or the hub cannot be read.
+        UserError: as `find_file` and `read_lines`, or the hub cannot be read.
     """
     if folder:
-        path = find_file(folder, file, reader, source(file))
-        for where, line in input_lines([path]):
-            yield where, parse_line(where, line, parse, file, source(file))
+        yield from read_lines(find_file(folder, file, reader, source(file)), parse, file, source(file))
     else:
-        for where, _, parsed in _hub_rows(file, parse):
-            yield where, parsed
+        yield from ((where, parsed) for where, _, parsed in _hub_rows(file, parse))
 
 
 def fetch(file: str, folder: str | Path, parse: Callable[[Row], Any], count: Callable[[int], None]) -> Path:

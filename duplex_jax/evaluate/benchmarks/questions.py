@@ -9,8 +9,6 @@ The harness runs both; see `harness_tasks`.
 """
 
 import dataclasses
-import hashlib
-import json
 import random
 import re
 from collections import defaultdict
@@ -18,18 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
 from duplex_jax.evaluate.benchmarks import extraction
-from duplex_jax.evaluate.benchmarks.files import (
-    Row,
-    chosen,
-    find_file,
-    parse_line,
-    read_rows,
-    source,
-    text,
-)
+from duplex_jax.evaluate.benchmarks.files import Row, chosen, find_file, read_lines, read_rows, sha256_of, source, text
 from duplex_jax.evaluate.sandbox import Program
 
 
@@ -370,10 +359,8 @@ def read_benchmark(form: str, name: str, folder: str) -> Benchmark:
         if count <= task.shots:
             raise UserError(f"{path}: holds {count} questions of {subtask or task.name}, and {task.shots + 1} or more "
                             f"are needed to draw shots from; it is {task.source}")  # fmt: skip
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps(item if form == "likelihood" else dataclasses.asdict(item)).encode() + b"\n")
-    return Benchmark(task, items, digest.hexdigest())
+    hashed = items if form == "likelihood" else map(dataclasses.asdict, items)
+    return Benchmark(task, items, sha256_of(hashed))
 
 
 def _descriptions(task: Task, folder: str | Path) -> dict[str, str]:
@@ -386,7 +373,7 @@ def _descriptions(task: Task, folder: str | Path) -> dict[str, str]:
         raise UserError(f"task {task.name} reads {CONFIGS}.jsonl, which is not on the hub: give a folder of files with "
                         f"it; it is {CONFIGS_SOURCE}")  # fmt: skip
     path = find_file(folder, CONFIGS, f"task {task.name}", CONFIGS_SOURCE)
-    rows = [parse_line(where, line, parse, CONFIGS, CONFIGS_SOURCE) for where, line in input_lines([path])]
+    rows = [row for _, row in read_lines(path, parse, CONFIGS, CONFIGS_SOURCE)]
     return {subject: description for dataset, subject, description in rows if dataset == task.configs}
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.judge.tasks import Question, existing
+from duplex_jax.evaluate.benchmarks.files import Row, find_file, read_lines
+from duplex_jax.evaluate.judge.tasks import Question
 
 MT_BENCH_PROMPTS = "mt_bench_judge_prompts.jsonl"
 MT_EVAL_PROMPTS = "mt_eval_judge_prompts.json"
@@ -71,21 +71,19 @@ def read_prompts(folder: str | Path, tasks: Collection[str]) -> Prompts:
     Raises:
         UserError: a file is missing, or is not what was published.
     """
-    folder = Path(folder)
     bench: dict[str, tuple[str, str]] = {}
     chat: dict[str, tuple[str, str]] = {}
     if "mt_bench" in tasks:
         source = "fastchat/llm_judge/data/judge_prompts.jsonl of github.com/lm-sys/FastChat"
-        path = existing(folder, MT_BENCH_PROMPTS, "judging mt_bench", source)
-        for where, line in input_lines([path]):
-            try:
-                row = json.loads(line)
-                bench[str(row["name"])] = str(row["system_prompt"]), str(row["prompt_template"])
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{where}: is no judge prompt ({e}); it is {source}") from e
+        path = find_file(folder, MT_BENCH_PROMPTS, "judging mt_bench", source)
+
+        def parse(row: Row) -> tuple[str, tuple[str, str]]:
+            return str(row["name"]), (str(row["system_prompt"]), str(row["prompt_template"]))
+
+        bench = dict(parsed for _, parsed in read_lines(path, parse, MT_BENCH_PROMPTS, source))
     if set(_MT_EVAL) & set(tasks):
         source = 'a JSON object {"prompts": {...}} of prompts/*.txt of github.com/KwanWaiChung/MT-Eval, by file name'
-        path = existing(folder, MT_EVAL_PROMPTS, "judging MT-Eval", source)
+        path = find_file(folder, MT_EVAL_PROMPTS, "judging MT-Eval", source)
         try:
             prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
             chat = {str(name): ("", str(text)) for name, text in prompts.items()}

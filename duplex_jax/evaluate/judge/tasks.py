@@ -5,38 +5,18 @@ Kwan et al. 2024, "MT-Eval: A Multi-Turn Capabilities Evaluation Benchmark for L
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from duplex_jax.data.encode import input_lines
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.benchmarks.files import chosen, parse_line
+from duplex_jax.evaluate.benchmarks.files import chosen, find_file, read_lines, sha256_of
+from duplex_jax.evaluate.conversations import Turn
 
 # The judge sees a reference answer to these (FastChat).
 WITH_REFERENCE = ("math", "reasoning", "coding")
 MT_BENCH_REFERENCES = "mt_bench_reference_gpt4.jsonl"
 _MT_EVAL_SOURCE = "wckwan/MT-Eval on Hugging Face ({}, test), written with its to_json"
-
-
-class Turn(NamedTuple):
-    """One query of a conversation.
-
-    Attributes:
-        user: what is asked.
-        given: the answer in the file; empty where there is none.
-        answered: whether `given` stands in the context as said, and nobody is asked.
-        category: what kind of query it is, as far as the file tells.
-        instruction: `user` without the content that it is about.
-    """
-
-    user: str
-    given: str = ""
-    answered: bool = False
-    category: str = ""
-    instruction: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,41 +156,25 @@ def read_questions(name: str, folder: str | Path) -> Questions:
     Raises:
         UserError: no such folder or file, or a line that is no question; names what would be right.
     """
-    task, folder = TASKS[name], Path(folder)
-    path = existing(folder, task.file, f"task {name}", task.source)
-    items = [parse_line(where, line, task.parse, task.file, task.source) for where, line in input_lines([path])]
+    task = TASKS[name]
+    path = find_file(folder, task.file, f"task {name}", task.source)
+    items = [item for _, item in read_lines(path, task.parse, task.file, task.source)]
     if not items:
         raise UserError(f"{path}: holds no question; it is {task.source}")
     if name == "mt_bench":
         items = _with_references(items, folder)
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps(dataclasses.asdict(item)).encode() + b"\n")
-    return Questions(path, items, digest.hexdigest(), task.published)
+    return Questions(path, items, sha256_of(map(dataclasses.asdict, items)), task.published)
 
 
-def existing(folder: Path, file: str, who: str, source: str) -> Path:
-    """The path of a file that somebody needs.
-
-    Raises:
-        UserError: no such folder or file; says where it comes from.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data is a folder of files such as {file}")
-    if not (folder / file).is_file():
-        raise UserError(f"{folder / file}: is missing, and {who} reads it; it is {source}")
-    return folder / file
-
-
-def _with_references(items: list[Question], folder: Path) -> list[Question]:
+def _with_references(items: list[Question], folder: str | Path) -> list[Question]:
     source = "fastchat/llm_judge/data/mt_bench/reference_answer/gpt-4.jsonl of github.com/lm-sys/FastChat"
-    path = existing(folder, MT_BENCH_REFERENCES, "task mt_bench", source)
+    path = find_file(folder, MT_BENCH_REFERENCES, "task mt_bench", source)
 
     def answers(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         first, second = row["choices"][0]["turns"]
         return str(row["question_id"]), (_text(first), _text(second))
 
-    found = dict(parse_line(where, line, answers, path.name, source) for where, line in input_lines([path]))
+    found = dict(parsed for _, parsed in read_lines(path, answers, path.name, source))
     complete = []
     for item in items:
         if item.turns[0].category in WITH_REFERENCE:
