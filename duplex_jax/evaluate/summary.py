@@ -6,6 +6,7 @@ the first; a table at the end says where every number comes from.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_sources(folders: Sequence[str]) -> list[Source]:
                 f"{folder}: holds no report ({', '.join(f'{what}.json' for what in KINDS)}), nor does a "
                 "folder in it; give the --out of an evaluation that has finished"
             )
-        for place, what in inside[0] or [found for some in inside for found in some]:
+        for place, what in inside[0] or itertools.chain(*inside):
             path = (place / f"{what}.json").resolve()
             if any(source.path.resolve() == path for source in found):
                 raise UserError(f"{path}: is named twice; name each folder once")
@@ -118,12 +119,8 @@ def make_page(sources: Sequence[Source]) -> tuple[str, list[Section]]:
         of = [s for s in sources if s.what == what]
         for group in [[s] for s in of] if what == "study" else [of] if of else []:
             sections.append(_section(what, group))
-    with contextlib.ExitStack() as stack:
-        for source in sources:
-            stack.enter_context(source.read())
-        models = list(dict.fromkeys(s.model for s in sources))
-        sections.append(_provenance(sources))
-    return f"Evaluation: {', '.join(models)}", sections
+    models = dict.fromkeys(s.model for s in sources)
+    return f"Evaluation: {', '.join(models)}", [*sections, _provenance(sources)]
 
 
 def _section(what: str, sources: Sequence[Source]) -> Section:
