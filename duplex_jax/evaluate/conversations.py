@@ -212,7 +212,7 @@ class Way:
     """Opens a session, leads its conversation, and steps several sessions at once."""
 
     session: Callable[..., Any]
-    conversation: Callable[[Any, Question, Asking, int], Conversation]
+    conversation: Callable[[Any, Any, Asking, int], Conversation]
     step: Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
 
 

@@ -186,7 +186,7 @@ def join(found: Sequence[tuple[Source, Table]]) -> Table:
 
 
 def _charts(what: str, title: str, tables: Sequence[Table]) -> list[Figure]:
-    made = []
+    made: list[Figure] = []
     for table in tables if plots.can_draw() else ():
         rows = [row for row in table.rows if row.drawn and row.cells]
         if rows:

@@ -111,7 +111,7 @@ def section(report: Mapping[str, Any]) -> Section:
     tasks, model = report["tasks"], report["model"]
 
     def row(name: str, task: str, *at: str, better: str = "high", digits: int = 2, drawn: bool = False) -> Row:
-        cells = {}
+        cells: dict[str, Cell] = {}
         for way, found in tasks.get(task, {"ways": {}})["ways"].items():
             for field in at:
                 found = (found or {}).get(field)
