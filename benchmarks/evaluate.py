@@ -29,9 +29,8 @@ from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.sampling import Sampling
 from duplex_jax.decode.turns import TurnSession, step_turns
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.batches import token_budget
 from duplex_jax.evaluate.benchmarks.harness_tasks import answer
-from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row
+from duplex_jax.evaluate.benchmarks.likelihood import log_likelihoods, make_row, token_budget
 from duplex_jax.evaluate.benchmarks.questions import Item, is_right, read_benchmark
 from duplex_jax.evaluate.benchmarks.ways import plain
 from duplex_jax.tokenizer import decode

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,12 @@ from duplex_jax.decode.backends import Backend
 from duplex_jax.decode.engine import Engine
 from duplex_jax.decode.rows import never_sampled
 from duplex_jax.decode.sampling import Sampling, nucleus_mask
-from duplex_jax.evaluate.batches import by_length, in_chunks
 from duplex_jax.template import Template
 from duplex_jax.timeline import SlicePair
 
+# Tokens of one forward pass, padding included, and decisions whose logits are made at once.
+_TOKENS = 4096
 _DECISIONS = 32
-"""Decisions whose logits are made at once."""
 
 
 class Window(NamedTuple):
@@ -143,9 +143,11 @@ def forced_decisions(
         waiting += cut
         if not cut:
             yield number, results.pop(number)
-    for numbers, shape in by_length([len(window.ids) for window in waiting]):
-        batch = [waiting[number] for number in numbers]
-        tokens = np.zeros(shape, np.int32)
+    # Windows of like length go together, so that little is padding.
+    waiting.sort(key=lambda w: len(w.ids))
+    while waiting:
+        batch, waiting = _next_batch(waiting, engine.capacity)
+        tokens = np.zeros(_batch_shape(len(batch[-1].ids), engine.capacity), np.int32)
         for row, window in enumerate(batch):
             tokens[row, : len(window.ids)] = window.ids
         hidden = _encode(backend, backend.weights, tokens)
@@ -154,7 +156,7 @@ def forced_decisions(
         decide = functools.partial(
             _decide, backend, tuple(samplings), template.stop_ids, template.idle_id, backend.weights, suppress, hidden
         )
-        silent = in_chunks(decide, _DECISIONS, rows, places)
+        silent = _in_chunks(decide, rows, places)
         start = 0
         for window in batch:
             for of, values in zip(results[window.conversation], silent, strict=True):
@@ -164,3 +166,33 @@ def forced_decisions(
             parts[window.conversation] -= 1
             if not parts[window.conversation]:
                 yield window.conversation, results.pop(window.conversation)
+
+
+def _batch_shape(longest: int, capacity: int) -> tuple[int, int]:
+    """Rows and columns of a batch: few shapes, so few compilations."""
+    columns = 64
+    while columns < longest:
+        columns *= 2
+    columns = min(columns, max(capacity, longest))
+    return max(1, _TOKENS // columns), columns
+
+
+def _next_batch(waiting: list[Window], capacity: int) -> tuple[list[Window], list[Window]]:
+    """The windows of the next forward pass, and the rest; they are sorted by length."""
+    _, columns = _batch_shape(len(waiting[0].ids), capacity)
+    rows = max(1, _TOKENS // columns)
+    taken = 0
+    while taken < min(rows, len(waiting)) and len(waiting[taken].ids) <= columns:
+        taken += 1
+    return waiting[:taken], waiting[taken:]
+
+
+def _in_chunks(decide: Callable[..., jax.Array], rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """float32 `[samplings, N]`, a fixed number of decisions at a time: the logits of all would take too much room."""
+    found = []
+    for start in range(0, len(rows), _DECISIONS):
+        part = [np.zeros(_DECISIONS, np.int32), np.zeros(_DECISIONS, np.int32)]
+        n = len(rows[start : start + _DECISIONS])
+        part[0][:n], part[1][:n] = rows[start : start + n], places[start : start + n]
+        found.append(np.asarray(decide(*part))[:, :n])
+    return np.concatenate(found, axis=1)

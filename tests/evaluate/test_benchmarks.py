@@ -13,11 +13,10 @@ import pytest
 
 from duplex_jax.checkpoint.registry import LoadedModel, save_model
 from duplex_jax.errors import UserError
-from duplex_jax.evaluate.batches import padded_length
 from duplex_jax.evaluate.benchmarks import questions
 from duplex_jax.evaluate.benchmarks.files import chosen
 from duplex_jax.evaluate.benchmarks.harness_tasks import METRICS, choice_marks
-from duplex_jax.evaluate.benchmarks.likelihood import Likelihoods, log_likelihoods, make_row
+from duplex_jax.evaluate.benchmarks.likelihood import Likelihoods, log_likelihoods, make_row, padded_length
 from duplex_jax.evaluate.benchmarks.questions import Benchmark, Item
 from duplex_jax.evaluate.benchmarks.report import chance, difference, mean
 from duplex_jax.evaluate.benchmarks.ways import WAYS, Continuation, duplex_pairs
@@ -168,7 +167,7 @@ def one_by_one(model: LoadedModel, continuations: list[Continuation]) -> Likelih
 def test_likelihoods_are_those_of_one_pass_for_each_choice(
     way: str, template_name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("duplex_jax.evaluate.batches._TOKENS_CPU", 512)  # several batches
+    monkeypatch.setattr("duplex_jax.evaluate.benchmarks.likelihood._TOKENS_CPU", 512)  # several batches
     monkeypatch.setattr("duplex_jax.evaluate.benchmarks.likelihood._QUERY_CHUNK", 64)
     monkeypatch.setattr("duplex_jax.evaluate.benchmarks.likelihood._HEAD_CHUNK", 16)
     model = tiny_model(template_name)

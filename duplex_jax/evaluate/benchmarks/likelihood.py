@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duplex_jax.evaluate.batches import by_length, in_chunks
 from duplex_jax.evaluate.benchmarks.ways import Continuation
 from duplex_jax.model.minicpm import MiniCPM
 
-# Queries whose scores, and tokens whose logits, are made at once.
+# Tokens of a forward pass, padding included; queries whose scores, and tokens whose logits, are made at once.
+_TOKENS_CPU, _TOKENS = 2048, 16384
 _QUERY_CHUNK = 256
 _HEAD_CHUNK = 128
 _SHARED, _PADDING = 0, -1
@@ -126,15 +126,20 @@ def log_likelihoods(
     Yields:
         (index of the question, its log-likelihoods), in an order of their own.
     """
-    score = functools.partial(_score, model, tuple(stop_ids))
-    for batch, shape in by_length([len(row.ids) for row in rows]):
-        tokens, positions, branches = (np.full(shape, fill, np.int32) for fill in (0, 0, _PADDING))
+    budget = token_budget()
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    while waiting:
+        # The longest first: what does not fit into memory is known at once.
+        columns = padded_length(len(rows[waiting[-1]].ids))
+        B = max(1, budget // columns)
+        batch, waiting = waiting[-B:], waiting[:-B]
+        tokens, positions, branches = (np.full((B, columns), fill, np.int32) for fill in (0, 0, _PADDING))
         for b, i in enumerate(batch):
             n = len(rows[i].ids)
             tokens[b, :n], positions[b, :n], branches[b, :n] = rows[i].ids, rows[i].positions, rows[i].branches
         hidden = np.asarray(_hidden(model, capacity, tokens, positions, branches))
         places = np.concatenate([hidden[b, rows[i].places] for b, i in enumerate(batch)])
-        scores = in_chunks(score, _HEAD_CHUNK, places, np.concatenate([rows[i].targets for i in batch]))
+        scores = _in_chunks(model, tuple(stop_ids), places, np.concatenate([rows[i].targets for i in batch]))
         start = 0
         for i in batch:
             row, n = rows[i], int(rows[i].choices[-1]) + 1
@@ -142,3 +147,27 @@ def log_likelihoods(
             start += len(row.targets)
             of_all, of_words, missed = (np.bincount(row.choices, kind, n).tolist() for kind in own)
             yield i, Likelihoods(of_all, of_words, tuple(count == 0 for count in missed))
+
+
+def token_budget() -> int:
+    """Tokens of a forward pass, padding included."""
+    return _TOKENS_CPU if jax.default_backend() == "cpu" else _TOKENS
+
+
+def padded_length(longest: int) -> int:
+    """64, 96, 128, 192, 256, ...: few shapes, so few compilations, and a quarter of padding at most behind 64."""
+    columns = 64
+    while columns < longest:
+        columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns // 3 * 4
+    return columns
+
+
+def _in_chunks(model: MiniCPM, stop_ids: tuple[int, ...], hidden: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """float32 `[3, P]`, a fixed number of tokens at a time: the logits of all would take too much room."""
+    found = []
+    for start in range(0, len(targets), _HEAD_CHUNK):
+        x, y = hidden[start : start + _HEAD_CHUNK], targets[start : start + _HEAD_CHUNK]
+        missing = _HEAD_CHUNK - len(y)
+        scores = _score(model, stop_ids, np.pad(x, ((0, missing), (0, 0))), np.pad(y, (0, missing)))
+        found.append(np.asarray(scores)[:, : len(y)])
+    return np.concatenate(found, axis=1)
