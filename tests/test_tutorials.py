@@ -1,9 +1,11 @@
 """The tutorials do what they say: their `sh` and `python` blocks are run in order, each page in a folder of its own."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +31,13 @@ def test_blocks_run(page: Path, tmp_path: Path):
         "PATH": f"{job.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
-        command = ["sh", "-e", "-c", block] if kind == "sh" else [sys.executable, "-c", block]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        assert done.stdout.strip() or "<<'END'" in block, f"{block}: says nothing"
+    try:
+        for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            command = ["sh", "-e", "-c", block] if kind == "sh" else [sys.executable, "-c", block]
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            assert done.stdout.strip() or "<<'END'" in block, f"{block}: says nothing"
+    finally:
+        for started in tmp_path.glob("*.pid"):  # servers that a page starts and a failure left running
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(started.read_text()), signal.SIGTERM)
