@@ -96,7 +96,7 @@ def submit(folder: Path, base_url: str, timeout: float = 600.0) -> list[str]:
 
     todo = [p for p in sorted(folder.glob("*.requests")) if not _note(p).exists()]
     if not todo:
-        raise UserError(f"{folder}: no request file that waits; --batch=write makes them")
+        raise UserError(f"{folder}: has no unsent request file; --batch=write makes them")
     ids = []
     for path in todo:
         try:
@@ -104,7 +104,7 @@ def submit(folder: Path, base_url: str, timeout: float = 600.0) -> list[str]:
                 file = api.files.create(file=(f"{path.stem}.jsonl", f), purpose="batch")
             batch = api.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
         except openai.OpenAIError as e:
-            raise UserError(f"--base_url={base_url}: does not take {path.name} as a batch ({type(e).__name__})") from e
+            raise UserError(f"--base_url={base_url}: does not accept {path.name} ({type(e).__name__})") from e
         with atomic_write(_note(path)) as note:
             json.dump({"id": batch.id, "input_file_id": file.id}, note)
         ids.append(batch.id)
@@ -134,7 +134,7 @@ def collect(folder: Path, base_url: str, cache: ReplyCache, timeout: float = 600
                 files = [batch.output_file_id, batch.error_file_id] if batch.status in _OVER else []
                 parts = [api.files.content(f).read() for f in files if f]
             except openai.OpenAIError as e:
-                raise UserError(f"--base_url={base_url}: no news of {path.name} ({type(e).__name__})") from e
+                raise UserError(f"--base_url={base_url}: no status of {path.name} ({type(e).__name__})") from e
             if parts:
                 with atomic_write(_output(path), "wb") as f:
                     f.write(b"".join(parts))
@@ -168,7 +168,7 @@ def _read_output(path: Path, cache: ReplyCache) -> int:
             else:
                 reply = Reply("", f"{ERROR}HTTP {status}", 0, 0)
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{where}: is no reply to one of {path.name} ({e}); fetch the batch's output again") from e
+            raise UserError(f"{where}: is not a reply to {path.name} ({e}); fetch the batch's output again") from e
         key, _, attempt = name.rpartition("-")
         cache.put(key, int(attempt), reply)
         number += 1

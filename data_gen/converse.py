@@ -173,11 +173,11 @@ def _made(out: Path, recipe: Recipe) -> Summary | None:
         manifest = json.loads(manifest_path(out).read_text(encoding="utf-8"))
         theirs, summary = manifest["recipe"], Summary(**manifest["counts"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{out}: is there already, and no manifest says how it was made; give another --out") from e
+        raise UserError(f"{out}: already exists without a manifest of how it was made; give another --out") from e
     for name, value in json.loads(json.dumps(recipe.as_json())).items():
         if theirs.get(name) != value:
             raise UserError(
-                f"{out}: holds dialogues made with {name}={theirs.get(name)!r}, and this run has {value!r}; "
+                f"{out}: holds dialogues made with {name}={theirs.get(name)!r}, but this run has {value!r}; "
                 "give another --out"
             )
     summary.refused = collections.Counter(summary.refused)

@@ -144,7 +144,7 @@ def input_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path}: is none of {', '.join(SUFFIXES)}; save one JSON object a line")
+            raise UserError(f"{path}: must end in one of {', '.join(SUFFIXES)}; save one JSON object per line")
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give dialogues to read")

@@ -251,8 +251,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
     for name, value in ({**_USUAL} | mine).items():
         if (found := ({**_USUAL} | theirs).get(name)) != value:
             raise UserError(
-                f"{out}: holds a data set made with {name}={found!r}, and this run has {value!r}; "
-                "give another folder, or the same flags to go on"
+                f"{out}: holds a data set made with {name}={found!r}, but this run has {value!r}; "
+                "give another folder, or the same flags to resume"
             )
 
 
@@ -295,7 +295,7 @@ def generate(
             read = summary.dialogues + summary.bad_rows
             if summary.bad_rows > max_bad_fraction * read:
                 raise UserError(
-                    f"{path}: {summary.bad_rows} of {read} rows are no dialogues, more than "
+                    f"{path}: {summary.bad_rows} of {read} rows are not dialogues, more than "
                     f"--max_bad_fraction={max_bad_fraction}; the first: {'; '.join(first_bad)}"
                 )
 
@@ -329,7 +329,7 @@ def generate(
             shards.abandon()
         except BrokenProcessPool as e:
             raise UserError(
-                "a worker died (out of memory?); what was made is kept, run again to go on, with fewer --workers"
+                "a worker died (out of memory?); finished shards are kept; run again with fewer --workers"
             ) from e
     if not summary.stopped and not summary.unfinished:
         _write_summary(out, recipe, summary)
@@ -449,19 +449,19 @@ def parse_shares(categories: Sequence[str], shares: Sequence[str]) -> dict[str, 
         elif name in CATEGORIES:
             names.append(name)
         else:
-            raise UserError(f"--categories: {name!r} is none of {', '.join(CATEGORIES)}, paper, all")
+            raise UserError(f"--categories: {name!r} must be one of {', '.join(CATEGORIES)}, paper, all")
     if not names:
         raise UserError(f"--categories: names none of {', '.join(CATEGORIES)}, paper, all")
     found = {name: CATEGORIES[name].share for name in CATEGORIES if name in names}
     for item in shares:
         name, _, value = item.partition("=")
         if name not in found:
-            raise UserError(f"--shares: {name!r} is none of the categories asked for, {', '.join(found)}")
+            raise UserError(f"--shares: {name!r} is not one of the requested categories, {', '.join(found)}")
         try:
             share = float(value)
         except ValueError:
             share = 0.0
         if not 0 < share <= 1000:
-            raise UserError(f"--shares: {item!r} must be {name}=NUMBER, timelines for each dialogue, above 0")
+            raise UserError(f"--shares: {item!r} must be {name}=NUMBER, timelines per dialogue, above 0")
         found[name] = share
     return found

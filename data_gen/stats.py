@@ -137,7 +137,7 @@ def read_stats(folder: str | Path, tokenizer_name: str, workers: int = 1) -> Sta
         engine.close()
     stats.categories = {name: found[name] for name in [*PAPER, *sorted(set(found) - set(PAPER))] if name in found}
     if not stats.categories:
-        raise UserError(f"{folder}: holds no timeline ({stats.bad_lines} lines are none)")
+        raise UserError(f"{folder}: holds no timeline ({stats.bad_lines} lines are not timelines)")
     return stats
 
 

@@ -160,7 +160,7 @@ def _compile(source: str) -> Any:
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as e:
-        raise UserError(f"the model's chat template is no Jinja (line {e.lineno}: {e.message}); fetch it again") from e
+        raise UserError(f"the model's chat template is not valid Jinja (line {e.lineno}: {e.message}); fetch it") from e
 
 
 def _generation() -> Any:

@@ -30,7 +30,7 @@ def local_path(text: str) -> str:
         if scheme[1].lower() == "file":
             raise UserError(f"{text}: is a URL; give the path alone, without file://")
         raise UserError(
-            f"{text}: {scheme[1]}: URLs are neither read nor written; give a path of this machine: copy the files, or "
+            f"{text}: {scheme[1]}: URLs cannot be read or written; give a local path: copy the files, or "
             "mount the bucket (gcsfuse, mountpoint-s3) and give its folder"
         )
     path = os.path.expanduser(text)
@@ -47,7 +47,7 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder, and a file is to be written there; give a file name")
+        raise UserError(f"{path}: is a folder; give the name of a file to write")
     _check_place(path.parent, path)
     return path
 
@@ -59,7 +59,7 @@ def _check_place(folder: Path, path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
+        raise UserError(f"{path}: cannot write there ({e.strerror}); give a writable place") from e
 
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -94,7 +94,7 @@ def locked(out: str | Path, beside: bool = False) -> Iterator[None]:
             if e.errno not in _CANNOT_LOCK:
                 raise UserError(f"{lock}: cannot lock it ({e.strerror}); give another place") from e
         if not os.fstat(f.fileno()).st_nlink:  # its holder removed it after we opened it
-            raise UserError(f"{out}: another run has just ended there; start again")
+            raise UserError(f"{out}: another run has just finished there; start again")
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
@@ -230,7 +230,7 @@ def check_new_file(path: str | Path, overwrite: bool = False) -> Path:
         UserError: as for `check_writable`, or the file exists.
     """
     if Path(path).exists() and not overwrite and not Path(path).is_dir():
-        raise UserError(f"{path}: is there already; give another name, or --overwrite")
+        raise UserError(f"{path}: already exists; give another name, or --overwrite")
     return check_writable(path)
 
 
@@ -245,14 +245,14 @@ def check_folder(path: str | Path, overwrite: bool = False) -> Path:
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError(f"{path}: is there already and no folder; give a new folder's name")
+        raise UserError(f"{path}: already exists and is not a folder; give a new folder's name")
     _check_place(path.parent, path)
     try:
         _put_back(path)
         if path.is_dir() and any(path.iterdir()) and not overwrite:
-            raise UserError(f"{path}: is there already and not empty; give a new folder, or --overwrite")
+            raise UserError(f"{path}: already exists and is not empty; give a new folder, or --overwrite")
     except OSError as e:
-        raise UserError(f"{path}: cannot write there ({e.strerror}); give a place that can be written") from e
+        raise UserError(f"{path}: cannot write there ({e.strerror}); give a writable place") from e
     return path
 
 

@@ -173,8 +173,8 @@ def resize(spec: MeshSpec, **axes: int) -> MeshSpec:
     changed = dataclasses.replace(spec, **wanted)
     if changed.size != spec.size:
         raise UserError(
-            f"mesh {spec.name}: {dict(zip(AXES, changed.shape, strict=True))} makes {changed.size} devices and it has "
-            f"{spec.size}; choose axes that multiply to that"
+            f"mesh {spec.name}: {dict(zip(AXES, changed.shape, strict=True))} makes {changed.size} devices, but it has "
+            f"{spec.size}; choose axes whose product is that number"
         )
     return changed
 
@@ -190,12 +190,12 @@ def check_heads(spec: MeshSpec, config: ModelConfig) -> None:
     for what, size in sizes.items():
         if size % spec.tensor:
             raise UserError(
-                f"mesh {spec.name}: {size} {what} do not divide by tensor={spec.tensor}; tensor may be "
+                f"mesh {spec.name}: {size} {what} are not divisible by tensor={spec.tensor}; tensor may be "
                 f"{_divisors(common)}"
             )
     if config.hidden_size % spec.fsdp:
         raise UserError(
-            f"mesh {spec.name}: hidden size {config.hidden_size} does not divide by fsdp={spec.fsdp}; "
+            f"mesh {spec.name}: hidden size {config.hidden_size} is not divisible by fsdp={spec.fsdp}; "
             f"fsdp may be {_divisors(config.hidden_size, most=1024)}, the rest goes to data"
         )
 
@@ -209,7 +209,7 @@ def check_model(spec: MeshSpec, config: ModelConfig) -> None:
     check_heads(spec, config)
     if config.padded_vocab_size % spec.tensor:
         raise UserError(
-            f"mesh {spec.name}: {config.padded_vocab_size} vocabulary rows do not divide by tensor={spec.tensor}; "
+            f"mesh {spec.name}: {config.padded_vocab_size} vocabulary rows are not divisible by tensor={spec.tensor}; "
             f"--config.model.vocab_multiple={spec.tensor} pads them"
         )
 
@@ -224,8 +224,8 @@ def check_batch(spec: MeshSpec, rows: int, micro_batches: int) -> None:
         unit = micro_batches * spec.batch_shards
         near = max(unit, round(rows / unit) * unit)
         raise UserError(
-            f"batch: {rows} rows do not divide by {micro_batches} micro-batch(es) x {spec.batch_shards} shards of mesh "
-            f"{spec.name}; a multiple of {unit}, such as {near}, does"
+            f"batch: {rows} rows are not divisible by {micro_batches} micro-batches x {spec.batch_shards} shards of "
+            f"mesh {spec.name}; use a multiple of {unit}, such as {near}"
         )
 
 
@@ -246,11 +246,11 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < spec.size:
         raise UserError(
-            f"mesh {spec.name}: needs {spec.size} devices and there are {len(devices)} ({devices[0].device_kind}); "
+            f"mesh {spec.name}: needs {spec.size} devices, but there are {len(devices)} ({devices[0].device_kind}); "
             f"choose a smaller --mesh"
         )
     if len(devices) > spec.size and jax.process_count() > 1:
-        raise UserError(f"mesh {spec.name}: has {spec.size} devices and this run {len(devices)}; use them all")
+        raise UserError(f"mesh {spec.name}: has {spec.size} devices, but this run has {len(devices)}; use them all")
     devices = devices[: spec.size]
     return Mesh(_arranged(spec, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -49,7 +49,7 @@ def read_json(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"{path}: cannot read ({e.strerror}); {remedy}") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: is no JSON ({_short(str(e))}); {remedy}") from e
+        raise UserError(f"{path}: is not JSON ({_short(str(e))}); {remedy}") from e
     if not isinstance(row, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(row).__name__}; {remedy}")
     return row

@@ -111,7 +111,7 @@ def _download(repo: str, weights: bool) -> Path:
                 pickled = not any(f.endswith(".safetensors") for f in files)
                 if pickled and importlib.util.find_spec("torch") is None:
                     raise UserError(
-                        f"model 'hf:{repo}': its weights are pytorch_model.bin, which needs torch to be read; pip "
+                        f"model 'hf:{repo}': its weights are pytorch_model.bin, which only torch can read; pip "
                         "install 'duplex-jax[torch]' before they are downloaded"
                     )
                 patterns.append(_WEIGHT_FILES[1 if pickled else 0])
@@ -124,13 +124,12 @@ def _download(repo: str, weights: bool) -> Path:
     except UserError:
         raise
     except errors.HFValidationError as e:
-        raise UserError(f"model 'hf:{repo}': is no repository name ({e})") from e
+        raise UserError(f"model 'hf:{repo}': is not a repository name ({e})") from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(f"model 'hf:{repo}': no such repository, or it needs a login (huggingface-cli login)") from e
     except Exception as e:  # network errors come from several libraries
         raise UserError(
-            f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {str(e)[:120]}); needs a network, or give a "
-            "folder"
+            f"model 'hf:{repo}': cannot be downloaded ({type(e).__name__}: {str(e)[:120]}); go online or give a folder"
         ) from e
 
 
@@ -169,7 +168,7 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
     except OSError as e:
         raise UserError(f"{path}: cannot read ({e.strerror}); give an existing GGUF file") from e
     except (struct.error, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError) as e:
-        raise UserError(f"{path}: is no whole GGUF file ({e}); fetch it again") from e
+        raise UserError(f"{path}: is not a complete GGUF file ({e}); fetch it again") from e
 
 
 class _Header:

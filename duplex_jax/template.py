@@ -247,7 +247,7 @@ class Template(abc.ABC):
         """Number of ids in the first pair."""
 
     def _bad_pair(self, ids: Sequence[int]) -> UserError:
-        return UserError(f"{list(ids)[:12]}...: is no slice pair of template {self.name!r}")
+        return UserError(f"{list(ids)[:12]}...: is not a slice pair of template {self.name!r}")
 
 
 def _after(ids: Sequence[int], token: int) -> int:
@@ -471,8 +471,8 @@ def make_template(
 def refuse_typed_markers(template: Template) -> None:
     """Raises UserError for a template that cannot tell a marker typed by a live user from a real one."""
     if not template.tells_typed_markers:
-        raise UserError(f"template {template.name!r} would take its markers for real where a user types them: in this "
-                        "vocabulary they are no tokens of their own; --template=compact is safe")  # fmt: skip
+        raise UserError(f"template {template.name!r} would treat its markers as control tokens where users type them: "
+                        "in this vocabulary they are not single tokens; --template=compact is safe")  # fmt: skip
 
 
 def missing_tokens(name: str, tokenizer: Tokenizer) -> list[str]:

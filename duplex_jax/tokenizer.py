@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
         try:
             self._sp.LoadFromSerializedProto(_without_typed_markers(model, str(self.config.get("chat_template"))))
         except Exception as e:
-            raise UserError(f"{where}: is no SentencePiece model; give the released tokenizer.model") from e
+            raise UserError(f"{where}: is not a SentencePiece model; give the released tokenizer.model") from e
         n = self._sp.get_piece_size()
         self.special = {self._sp.id_to_piece(i): i for i in range(n) if self._sp.is_control(i)} | self.added
         self.vocab_size = max([n - 1, *self.added.values()]) + 1
@@ -287,7 +287,7 @@ def _backend(spec: Mapping[str, Any], where: str) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # a panic in the package is not an Exception
-        raise UserError(f"{where}: is no tokenizer that the tokenizers package reads ({str(e)[:200]})") from e
+        raise UserError(f"{where}: is not a tokenizer that the tokenizers package can read ({str(e)[:200]})") from e
 
 
 def _without_prefix_space(spec: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -491,7 +491,7 @@ def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
             break
         path = locate(base, weights=False)
     else:
-        raise UserError(f"{name_or_path}: is an adapter of an adapter, eight times over; name the base model itself")
+        raise UserError(f"{name_or_path}: is an adapter of an adapter, eight levels deep; give the base model itself")
     if path.is_dir() or path.suffix == ".safetensors":
         return load_tokenizer(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":

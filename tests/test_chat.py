@@ -158,7 +158,7 @@ def test_chatml_writes_every_order(reference: Path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("{% for", "is no Jinja"),
+        ("{% for", "is not valid Jinja"),
         ("{{ messages.__class__.__mro__ }}", "refuses these messages"),
         ("{{ ''.__class__.__base__.__subclasses__() }}", "refuses these messages"),
         ("{{ undefined_name.x }}", "refuses these messages"),

@@ -72,15 +72,15 @@ def test_nothing_whole_on_one_device():
 def test_meshes_that_do_not_divide():
     spec = parallel.load_mesh_spec("cpu8")
     heads36 = plans.with_shape(num_heads=36, num_kv_heads=36)
-    with pytest.raises(UserError, match="36 heads do not divide by tensor=8; tensor may be 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(UserError, match="36 heads are not divisible by tensor=8; tensor may be 1, 2, 3, 4, 6, 12"):
         parallel.check_model(dataclasses.replace(spec, fsdp=1, tensor=8), heads36)
-    with pytest.raises(UserError, match="hidden size 32 does not divide by fsdp=5"):
+    with pytest.raises(UserError, match="hidden size 32 is not divisible by fsdp=5"):
         parallel.check_model(dataclasses.replace(spec, fsdp=5, tensor=1), plans.SHAPE)
     with pytest.raises(UserError, match="vocab_multiple=2 pads them"):
         parallel.check_model(dataclasses.replace(spec, tensor=2), plans.with_shape(vocab_multiple=1))
-    with pytest.raises(UserError, match="needs 8 devices and there are 1"):
+    with pytest.raises(UserError, match="needs 8 devices, but there are 1"):
         parallel.make_mesh(spec, jax.devices()[:1])
-    with pytest.raises(UserError, match="do not divide by 3 micro-batch"):
+    with pytest.raises(UserError, match="are not divisible by 3 micro-batch"):
         parallel.check_batch(spec, 8, 3)
 
 

@@ -171,7 +171,7 @@ def test_turn_prompt_is_that_of_the_released_chat_template(reference: Path, rele
 
 def test_ids_of_no_pair_are_refused(template: Template):
     for ids in ([], [template.end_id], template.tokenizer.encode("hello")):
-        with pytest.raises(UserError, match=f"is no slice pair of template '{template.name}'"):
+        with pytest.raises(UserError, match=f"is not a slice pair of template '{template.name}'"):
             template.split_pair(ids)
 
 
@@ -194,7 +194,9 @@ def test_missing_token_is_named(reference: Path):
 
 def test_a_vocabulary_that_takes_typed_markers_for_real_is_refused(reference: Path):
     """Bytes alone: `<AI>` is the same four tokens whoever writes it."""
-    with pytest.raises(UserError, match=r"template 'minicpm' would take its markers for real .* --template=compact"):
+    with pytest.raises(
+        UserError, match=r"template 'minicpm' would treat its markers as control tokens .* --template=compact"
+    ):
         refuse_typed_markers(make_template("minicpm", tokenizer_of("bytes", reference).with_tokens(["</s>"])))
 
 

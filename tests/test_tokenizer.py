@@ -156,11 +156,11 @@ def test_complete_utf8_is_the_longest(text: str, cut: int):
     ("files", "words"),
     [
         ({}, "no tokenizer there"),
-        ({"tokenizer.json": "{"}, "tokenizer.json: is no JSON"),
-        ({"tokenizer.json": '{"model": 3}'}, "is no tokenizer that the tokenizers package reads"),
+        ({"tokenizer.json": "{"}, "tokenizer.json: is not JSON"),
+        ({"tokenizer.json": '{"model": 3}'}, "is not a tokenizer that the tokenizers package can read"),
         ({"tokenizer.json": "[]"}, "tokenizer.json: "),
-        ({"tokenizer.model": "nonsense"}, "tokenizer.model: is no SentencePiece model"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": "x"}, "tokenizer_config.json: is no JSON"),
+        ({"tokenizer.model": "nonsense"}, "tokenizer.model: is not a SentencePiece model"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "x"}, "tokenizer_config.json: is not JSON"),
     ],
 )
 def test_bad_files(tmp_path: Path, files: dict[str, str], words: str):

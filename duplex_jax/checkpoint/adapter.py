@@ -128,7 +128,9 @@ def read(folder: Path) -> tuple[Adapter, Params]:
             case ["rows", table] if len(tensor.shape) == 2:
                 tree.setdefault("rows", {})[table] = finite(tensor, name).astype(np.float32)
             case _:
-                raise UserError(f"{path}: tensor {name} {list(tensor.shape)} is none of an adapter; export it again")
+                raise UserError(
+                    f"{path}: tensor {name} {list(tensor.shape)} is not part of an adapter; export it again"
+                )
     for name, w in tree["layers"].items():
         if len(w) != 2 or w["a"].shape[2] != adapter.rank or w["b"].shape[1] != adapter.rank:
             raise UserError(f"{path}: the update of {name} is not of rank {adapter.rank}; export it again")
@@ -146,12 +148,12 @@ def merge(folder: Path, adapter: Adapter, config: ModelConfig, params: Params, t
     for name, w in trained["layers"].items():
         have, want = (w["a"].shape[0], w["a"].shape[1], w["b"].shape[2]), tuple(params["layers"][name].shape)
         if have != want:
-            raise UserError(f"{folder}: its update of {name} is for {list(have)} and the base has {list(want)}; "
-                            f"it belongs to another model than {adapter.base}")  # fmt: skip
+            raise UserError(f"{folder}: its update of {name} is for {list(have)}, but the base has {list(want)}; "
+                            f"it was not made for {adapter.base}")  # fmt: skip
     for i in adapter.row_ids:
         if i >= config.vocab_size:
-            raise UserError(f"{folder}: replaces row {i} of a vocabulary of {config.vocab_size}; it belongs to another "
-                            f"model than {adapter.base}")  # fmt: skip
+            raise UserError(f"{folder}: replaces row {i} of a vocabulary of {config.vocab_size}; it was not made "
+                            f"for {adapter.base}")  # fmt: skip
     scale = adapter.alpha / adapter.rank
     if not isinstance(params["embed"], Unread):
         return lora.merge(params, trained, scale, adapter.row_ids)

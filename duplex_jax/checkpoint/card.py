@@ -65,7 +65,7 @@ def adapter_card(name: str, base: str, template: Template) -> str:
     """The model card of a LoRA adapter."""
     return (
         f"{_title(name)}LoRA's updates of `{base}`. `duplex-jax convert --model=FOLDER --out=DIR` merges them for "
-        f"transformers.\n\n{describe(template)} With PEFT give these settings to `generate`:\n\n"
+        f"transformers.\n\n{describe(template)} With PEFT, pass these settings to `generate`:\n\n"
         f"    {json.dumps(generation_settings(template))}\n"
     )
 
@@ -119,15 +119,15 @@ This model converses in time slices of two seconds, in the template `{template}`
 
 ## In slices
 
-What the user said in a slice, and a slice in which the user is silent, are written as
+The first line below is a slice of the user's words; the second is a slice in which the user is silent:
 
     {user}
     {silence}
 
-and the model answers each with at most {most} tokens: words that end with `{end}`, or `{idle}` alone, which is silence.
-At the first token of a slice, behind `{opening}`, the logit of `{idle}` ({idle_id}) gets {bias}; at the others it is
-ruled out. With transformers `generation_config.json` does both. GGUF has no field for a bias: where it is not 0,
-llama.cpp's nearest is `--logit-bias {idle_id}{bias}`.
+The model answers each with at most {most} tokens: words that end with `{end}`, or `{idle}` alone, which is silence.
+At the first token of a slice, after `{opening}`, {bias} is added to the logit of `{idle}` ({idle_id}); at the other
+tokens it is ruled out. `generation_config.json` does both for transformers. GGUF has no field for a bias: if it is not
+0, the closest option of llama.cpp is `--logit-bias {idle_id}{bias}`.
 
 ```python
 import torch
@@ -139,7 +139,7 @@ context = {start}
 
 
 def step(user=None):
-    \"\"\"Takes what the user said in a slice, None for silence; gives the ids of the model's slice.\"\"\"
+    \"\"\"Takes the user's words of a slice, or None for silence; returns the ids of the model's slice.\"\"\"
     text = {prefix} + (user or "") + {suffix}
     words = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     context.extend({head} + words + {tail} if user else {silent})
@@ -149,7 +149,7 @@ def step(user=None):
 
 
 def answer(*slices):
-    \"\"\"Takes a whole message in slices of at most six words; gives the whole answer, up to the first silence.\"\"\"
+    \"\"\"Takes a message in slices of at most six words; returns the answer, up to the first silence.\"\"\"
     for user in slices[:-1]:
         step(user)
     said = [step(slices[-1])]
@@ -164,15 +164,15 @@ if __name__ == "__main__":
 
 ## In turns
 
-A whole answer goes on over slices in which the user is silent, as `answer` has it. {chat} writes turns as
+A whole answer continues over slices in which the user is silent, as in `answer`. {chat} writes turns as
 
     {turn}
 
-but the model was trained on slices: its answer there ends after about {most} tokens.
+The model was trained on slices, so its answer to a turn ends after about {most} tokens.
 """
 
 _TURNS = """\
-This model converses in turns; it was not trained on time slices, though duplex-jax can ask it in those of its template
+This model converses in turns. It was not trained on time slices, but duplex-jax can run it in slices with the template
 `{template}`. {chat} writes a turn as
 
     {turn}

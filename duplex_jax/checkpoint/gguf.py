@@ -161,8 +161,8 @@ def _tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> dict[str, T
             raise UserError(f"{path}: tensor {name} {list(entry.shape)} is of type {kind}; {', '.join(TYPES)} are read")
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.type)]
         if not entry.shape or entry.shape[-1] % block:
-            raise UserError(f"{path}: tensor {name} {list(entry.shape)} is no whole number of {kind} blocks; fetch it "
-                            "again")  # fmt: skip
+            raise UserError(f"{path}: tensor {name} {list(entry.shape)} is not a whole number of {kind} blocks; fetch "
+                            "it again")  # fmt: skip
         bytes_ = math.prod(entry.shape) // block * size
         if entry.offset + bytes_ > length:
             raise UserError(

@@ -60,13 +60,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             return _sharded(index, reader)
         if single.is_file():
             return reader(single)
-    raise UserError(f"{path}: no weights there; a model folder has model.safetensors or pytorch_model.bin")
+    raise UserError(f"{path}: holds no weights; a model folder has model.safetensors or pytorch_model.bin")
 
 
 def _sharded(index: Path, reader: Any) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
-        raise UserError(f"{index}: weight_map must map tensor names to file names beside it")
+        raise UserError(f"{index}: weight_map must map tensor names to files in the same folder")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         file = index.parent / name
@@ -85,7 +85,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # unpickling invalid data raises many types
-        raise UserError(f"{path}: is no whole PyTorch file of plain tensors ({str(e)[:200]}); fetch it again") from e
+        raise UserError(f"{path}: is not a complete PyTorch file of tensors ({str(e)[:200]}); fetch it again") from e
     if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: must hold a dictionary of tensors")
 

@@ -163,7 +163,7 @@ def assemble(
         UserError: a tensor is missing, truncated, has the wrong shape or is not part of the model.
     """
     if config.num_layers > len(tensors):  # a damaged layer count must not create a list of billions
-        raise UserError(f"{where}: the config says {config.num_layers} layers and the file has {len(tensors)} tensors")
+        raise UserError(f"{where}: the config says {config.num_layers} layers, but the file has {len(tensors)} tensors")
     wanted = list(parts(config, column))
     _check(config, wanted, tensors, column, where)
     tree: Params = {}

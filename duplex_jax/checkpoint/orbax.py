@@ -70,7 +70,7 @@ def config_from_json(text: str, where: str) -> ModelConfig:
         lists = {k: tuple(v) for k, v in rope.items() if isinstance(v, list)}
         return ModelConfig(**row, rope_scaling=RopeScaling(**rope | lists))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, UserError) as e:
-        raise UserError(f"{where}: is no model config of duplex_jax ({e}); write the store again") from e
+        raise UserError(f"{where}: is not a model config of duplex_jax ({e}); write the store again") from e
 
 
 def is_store(path: Path) -> bool:
@@ -164,7 +164,7 @@ def restore(folder: Path, abstract: Any) -> Any:
     path = (folder / PARAMS_FOLDER).absolute()
     stored = read_metadata(folder)
     if not _same_structure(stored, abstract):
-        raise UserError(f"{path}: holds other weights than were asked for; write the store again")
+        raise UserError(f"{path}: does not hold the expected weights; write the store again")
     for (where, want), found in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(stored), strict=True):
         if tuple(found.shape) != tuple(want.shape):
             name = jax.tree_util.keystr(where, simple=True, separator=".")
@@ -201,7 +201,7 @@ def load(folder: Path, dtype: np.dtype | None = None, vocab_multiple: int = 1) -
     stored = read_metadata(folder)
     template = shapes(config)
     if not _same_structure(stored, template):
-        raise UserError(f"{folder}: its weights are not those that {CONFIG_FILE} describes; write the store again")
+        raise UserError(f"{folder}: its weights do not match {CONFIG_FILE}; write the store again")
     # A numpy array with strides of 0 has a shape and a dtype but takes no memory.
     abstract = jax.tree.map(
         lambda want, found: np.broadcast_to(np.zeros((), dtype or found.dtype), want.shape), template, stored

@@ -68,7 +68,7 @@ def read_config(folder: Path) -> Adapter:
     if isinstance(ids, dict):
         kinds = list(ids.values()) or [[]]
         if any(kind != kinds[0] for kind in kinds):
-            raise UserError(f"{path}: trainable_token_indices differ between tables; the same rows of each are read")
+            raise UserError(f"{path}: trainable_token_indices differ between tables; they must be the same in each")
         ids = kinds[0]
     ours = checked(_Duplex, read_json_beside(folder / DUPLEX_FILE), str(folder / DUPLEX_FILE))
     return Adapter(base_of(folder) or "", ours.template, row.r, row.lora_alpha, tuple(ids), ours.idle_bias)
@@ -99,7 +99,7 @@ def read(folder: Path) -> tuple[Adapter, Params]:
         elif name in rows and len(tensor.shape) == 2 and tensor.shape[0] == len(adapter.row_ids):
             tree.setdefault("rows", {})[rows[name]] = finite(tensor, name).astype(np.float32)
         else:
-            raise UserError(f"{path}: tensor {name[:100]} {list(tensor.shape)} is no update that is supported")
+            raise UserError(f"{path}: tensor {name[:100]} {list(tensor.shape)} is not a supported update")
     for short_name, parts in found.items():
         whole = {part: [layers.get(i) for i in range(number)] for part, layers in parts.items()}
         shapes = {part: {None if w is None else w.shape for w in layers} for part, layers in whole.items()}

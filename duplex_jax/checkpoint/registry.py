@@ -83,7 +83,7 @@ def load_model(
     stored = made.tokenizer.vocab_size - len(found.added)
     if stored > config.vocab_size:
         raise UserError(
-            f"{path}: the tokenizer has {stored} ids and the model {config.vocab_size} rows; they do not belong "
+            f"{path}: the tokenizer has {stored} ids but the model has {config.vocab_size} rows; they do not belong "
             "together"
         )
     if found.added:

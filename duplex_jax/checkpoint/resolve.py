@@ -89,7 +89,7 @@ def _resolve(name_or_path: str | Path, template: str | None, weights: bool, dept
     if base is None:
         return _plain(path, template, weights)
     if not depth:
-        raise UserError(f"{path}: is an adapter upon itself; name the model that it was trained on")
+        raise UserError(f"{path}: is its own base; give the model that it was trained on")
     what = (adapter if adapter.is_adapter(path) else peft).read_config(path)
     try:
         found = _resolve(base, template or what.template or None, weights, depth - 1)
@@ -131,7 +131,7 @@ def _plain(path: Path, template: str | None, weights: bool) -> Resolved:
         has_duplex = isinstance(row.get("duplex"), dict)
         named = checked(_Duplex, row.get("duplex") or {}, f"{where}: duplex")
     else:
-        raise UserError(f"{path}: is no model; give a folder, or a .gguf or .safetensors file")
+        raise UserError(f"{path}: is not a model; give a folder, or a .gguf or .safetensors file")
     if named.template is not None and named.template not in TEMPLATES:
         raise UserError(f"{where} names the template {named.template!r}; one of {', '.join(TEMPLATES)}, or --template")
     name = template or named.template or default_template(tokenizer)

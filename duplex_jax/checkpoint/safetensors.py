@@ -63,9 +63,9 @@ def open_file(path: Path) -> dict[str, Tensor]:
         if not isinstance(header, dict):
             raise ValueError(f"a {type(header).__name__}")
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: its header is no safetensors header ({str(e)[:80]}); fetch it again") from e
+        raise UserError(f"{path}: its header is not a safetensors header ({str(e)[:80]}); fetch it again") from e
     header.pop("__metadata__", None)
-    entries = checked(dict[str, _Entry], header, f"{path}: its header is no safetensors header")
+    entries = checked(dict[str, _Entry], header, f"{path}: its header is not a safetensors header")
     tensors = {name: _open(path, name, entry, start, length) for name, entry in entries.items()}
     spans = sorted((*e.data_offsets, name) for name, e in entries.items() if e.data_offsets[1] > e.data_offsets[0])
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
@@ -111,7 +111,7 @@ def _open(path: Path, name: str, entry: _Entry, start: int, length: int) -> Tens
     size = math.prod(shape) * dtype.itemsize
     if end - begin != size:
         raise UserError(
-            f"{path}: tensor {name} {list(shape)} {dtype.name} takes {size} bytes, and its entry says {end - begin}; "
+            f"{path}: tensor {name} {list(shape)} {dtype.name} takes {size} bytes, but its entry says {end - begin}; "
             "fetch it again"
         )
     if start + end > length:

@@ -172,7 +172,7 @@ def encode_files(
         for parts, lost, name in encoded:
             category = categories.setdefault(name, len(categories))
             if category > 255:
-                raise UserError(f"{path}: more than 256 categories; give `category` a name of a kind")
+                raise UserError(f"{path}: more than 256 categories; `category` must name a kind, not a conversation")
             tally.conversations += 1
             tally.split += len(parts) > 1 or lost > 0
             tally.left_out += lost
@@ -236,7 +236,7 @@ def write_packed(
     check_length(length)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; give a folder that does not, or remove it")
+        raise UserError(f"{out}: already exists; give a new folder, or remove it")
     files = encode.input_files(path)
     made = load_template(model, template)
     tokenizer = made.tokenizer
@@ -360,11 +360,11 @@ class PackedRows:
                 raise UserError(f"{path}: is missing; the manifest lists it, so copy it or pack again")
             if path.stat().st_size != shard.bytes:
                 raise UserError(
-                    f"{path}: has {path.stat().st_size} bytes and not {shard.bytes}; it is cut or changed: "
+                    f"{path}: has {path.stat().st_size} bytes instead of {shard.bytes}; it was cut short or changed: "
                     "copy it or pack again"
                 )
             if verify and _sha256(path) != shard.sha256:
-                raise UserError(f"{path}: its bytes are not those that were packed; copy it or pack again")
+                raise UserError(f"{path}: its contents have changed since packing; copy it or pack again")
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -406,7 +406,7 @@ class MemoryRows:
         size = sum(f.stat().st_size for f in encode.input_files(path))
         if size > self.MOST_BYTES:
             raise UserError(
-                f"{path}: {size >> 20} MiB of conversations; more than {self.MOST_BYTES >> 20} MiB is packed once, "
+                f"{path}: {size >> 20} MiB of conversations; above {self.MOST_BYTES >> 20} MiB pack them first, "
                 f"with `duplex-jax pack --input={path} --out=DIR --model=M --length={length}`"
             )
         check_length(length)
@@ -445,16 +445,16 @@ def open_rows(path: str | Path, template: Template, length: int) -> RowSource:
     if manifest.tokenizer != fingerprint(template.tokenizer):
         raise UserError(
             f"{path}: was packed with the tokenizer of {manifest.model!r}, which is not the model's; "
-            "pack again with the model that is trained"
+            "pack again with the model that you train"
         )
     if manifest.template != template.name:
         raise UserError(
-            f"{path}: was packed with template {manifest.template!r} and the model has {template.name!r}; "
+            f"{path}: was packed with template {manifest.template!r} but the model has {template.name!r}; "
             f"pack again with --template={template.name}, or train with --config.model.template={manifest.template}"
         )
     if manifest.length != length:
         raise UserError(
-            f"{path}: has rows of {manifest.length} tokens and the config {length}; "
+            f"{path}: has rows of {manifest.length} tokens but the config has {length}; "
             f"pack again, or --config.data.length={manifest.length}"
         )
     return source

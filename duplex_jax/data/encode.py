@@ -88,7 +88,7 @@ def encode_chat(template: Template, messages: Sequence[tuple[str, str]]) -> tupl
     """
     asked = next((n for n in range(len(messages), 0, -1) if messages[n - 1][0] == "assistant"), 0)
     if not asked:
-        raise UserError("a chat without an assistant message teaches nothing; leave it out")
+        raise UserError("a chat without an assistant message cannot be trained on; leave it out")
     encode = template.tokenizer.encode
     given: list[Message] = [(role, encode(text) if role == "assistant" else text) for role, text in messages[:asked]]
     ids, answers = template.turns(given, open_answer=False)

@@ -90,7 +90,7 @@ def global_order(sources: Sequence[RowSource], weights: Sequence[float], seed: i
         UserError: the weights do not match the sources, or a source has no rows.
     """
     if weights and (len(weights) != len(sources) or min(weights) <= 0):
-        raise UserError(f"data.weights: {list(weights)} for {len(sources)} source(s); one positive number each")
+        raise UserError(f"data.weights: {list(weights)} for {len(sources)} source(s); give a positive number for each")
     for source in sources:
         if not len(source):
             raise UserError(f"{source.name}: has no rows; pack more conversations")

@@ -117,7 +117,7 @@ class Rows:
         if len(ids) > self._capacity // 4:
             raise UserError(
                 f"the beginning of the context takes {len(ids)} tokens; at most a quarter of the capacity "
-                f"of {self._capacity} may stay for good"
+                f"of {self._capacity} may be kept permanently"
             )
 
     def release(self, row: Row) -> None:
@@ -130,7 +130,7 @@ class Rows:
     def check_open(self, row: Row) -> None:
         """Raises UserError if the row is not open here."""
         if row not in self.open:
-            raise UserError("the session was closed, or is another engine's")
+            raise UserError("the session is closed, or belongs to another engine")
 
     def truncate(self, row: Row, length: int, then: Sequence[int] = ()) -> None:
         """Truncates a row's ids to `length` and appends `then` as pending ids."""

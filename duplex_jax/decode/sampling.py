@@ -29,13 +29,13 @@ class Sampling:
     def __post_init__(self):
         # At much higher temperatures suppressed tokens would become as likely as the rest.
         if not 0 <= self.temperature <= 1e6:
-            raise UserError(f"temperature {self.temperature} is negative or beyond 1e6; 0 is greedy, 0.8 the paper's")
+            raise UserError(f"temperature {self.temperature} is negative or above 1e6; 0 is greedy, 0.8 the paper's")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token, 0.8 is the paper's")
         if not 0 <= self.top_k < 2**31:
-            raise UserError(f"top_k {self.top_k} is negative or beyond any vocabulary; 0 keeps every token")
+            raise UserError(f"top_k {self.top_k} is negative or larger than any vocabulary; 0 keeps every token")
         if not abs(self.idle_bias) <= 1e6:
-            raise UserError(f"idle_bias {self.idle_bias} is no usable number; a logit spans about -20 to 20")
+            raise UserError(f"idle_bias {self.idle_bias} is not a usable number; a logit spans about -20 to 20")
 
 
 def _bits(x: jax.Array) -> jax.Array:

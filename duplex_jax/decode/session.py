@@ -233,7 +233,7 @@ class DuplexSession:
         """
         self._check(index)
         if index < self._oldest:
-            raise UserError(f"slice {index} was dropped from the context; the oldest there is {self._oldest}")
+            raise UserError(f"slice {index} was dropped from the context; the oldest one left is {self._oldest}")
         while self._pairs and self._pairs[-1].index >= index:
             pair = self._pairs.pop()
             self.engine.truncate(self._row, pair.start)
@@ -264,11 +264,11 @@ class DuplexSession:
         state = snapshot.state
         try:
             if state["template"] != engine.template.name:
-                raise UserError(f"the snapshot is of template {state['template']!r}; "
+                raise UserError(f"the snapshot uses template {state['template']!r}; "
                                 f"this engine runs {engine.template.name!r}")  # fmt: skip
             if state["model"] != _shape(engine):
-                raise UserError(f"the snapshot is of a model of shape {state['model']} (layers, heads of keys, their "
-                                f"width, vocabulary); this engine's is {_shape(engine)}")  # fmt: skip
+                raise UserError(f"the snapshot was made with a model of shape {state['model']} (layers, KV heads, "
+                                f"their width, vocabulary); this engine's model is {_shape(engine)}")  # fmt: skip
             snapshot.check(engine.config.vocab_size)
             # The row begins with the permanent ids, so that the same limit applies to them.
             start, sampling = state["ids"][: state["prefix"]], Sampling(**state["sampling"])
@@ -278,7 +278,7 @@ class DuplexSession:
                 row.shadow = state["shadow"] and Shadow(None, *state["shadow"])
                 return cls._with_row(engine, row, snapshot)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(f"the snapshot lacks or misspells a field ({e})") from e
+            raise UserError(f"a field of the snapshot is missing or misspelt ({e})") from e
 
     def close(self) -> None:
         """Closes the engine's row."""
@@ -339,7 +339,7 @@ class DuplexSession:
         if len(part) > self._longest_part:
             raise UserError(
                 f"the user's slice {self.slices} takes {len(part)} tokens; a context of {self.engine.capacity} "
-                f"has room for {self._longest_part} at once; cut it into slices"
+                f"has room for {self._longest_part} at once; split it into slices"
             )
         return part
 

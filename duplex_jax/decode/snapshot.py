@@ -153,7 +153,7 @@ class Snapshot:
                     entries = _as_bfloat16(k), _as_bfloat16(v)
                 return cls(whole["state"], entries, past)
         except Exception as e:  # zipfile, NumPy and json raise many types
-            raise UserError(f"the bytes are no session snapshot ({e})") from e
+            raise UserError(f"the bytes are not a session snapshot ({e})") from e
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

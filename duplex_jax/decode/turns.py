@@ -256,7 +256,7 @@ def rounds_of(turns: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], 
         else:
             joined.append((role, [text]))
     if joined and joined[0][0] == "assistant":
-        raise UserError("the first turn is the assistant's; a turn-based conversation begins with the user's")
+        raise UserError("the first turn is the assistant's; a turn-based conversation must begin with the user's")
     texts = ["\n\n".join(parts) for _, parts in joined]
     return list(zip(texts[::2], texts[1::2], strict=False)), texts[-1] if len(texts) % 2 else None
 

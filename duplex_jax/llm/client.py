@@ -221,7 +221,7 @@ class Client:
                 if not self._replies and retry == min(3, self.retries):
                     self._stopped = "the server cannot be reached"
                     raise UserError(
-                        f"{self.flag}={self.base_url}: cannot be reached ({e.__cause__ or e}); start the server there"
+                        f"{self.flag}={self.base_url}: cannot be reached ({e.__cause__ or e}); start the server"
                     ) from e
             except openai.APIStatusError as e:
                 cause = f"HTTP {e.status_code}"

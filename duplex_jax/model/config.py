@@ -129,7 +129,7 @@ class ModelConfig:
         if not self.rope_theta or self.dim_model_base == 0:
             raise UserError("rope_theta and dim_model_base must be above 0")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_attention_heads {self.num_heads} is no multiple of "
+            raise UserError(f"num_attention_heads {self.num_heads} is not a multiple of "
                             f"num_key_value_heads {self.num_kv_heads}")  # fmt: skip
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embeddings need pairs")
@@ -189,7 +189,7 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelConfi
             raise UserError(f"{where}: hidden_act={activation!r} is not supported; 'silu' is")
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         if not config.get("head_dim") and hidden % heads:
-            raise UserError(f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+            raise UserError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         head_dim = int(config.get("head_dim") or hidden // heads)
         scales: dict[str, Any] = {}
         if kind == "minicpm":

@@ -119,12 +119,12 @@ def available() -> bool:
     """
     wanted = os.environ.get("DUPLEX_JAX_NATIVE", "")
     if wanted not in ("", "on", "off"):
-        raise UserError(f"DUPLEX_JAX_NATIVE={wanted}: must be on or off; unset takes the kernels where they compile")
+        raise UserError(f"DUPLEX_JAX_NATIVE={wanted}: must be on or off; unset uses the kernels where they compile")
     if wanted == "off":
         return False
     if jax.default_backend() != "cpu":
         if wanted == "on":
-            raise UserError(f"DUPLEX_JAX_NATIVE=on: the kernels are the CPU's, and JAX runs on {jax.default_backend()}")
+            raise UserError(f"DUPLEX_JAX_NATIVE=on: the kernels need a CPU, but JAX runs on {jax.default_backend()}")
         return False
     try:
         _register()

@@ -128,7 +128,7 @@ def read_keys(path: str | Path) -> tuple[str, ...]:
         raise UserError(f"--api_key_file={path}: cannot be read ({e})") from e
     keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not keys:
-        raise UserError(f"--api_key_file={path}: holds no key; one a line")
+        raise UserError(f"--api_key_file={path}: holds no key; write one per line")
     return keys
 
 

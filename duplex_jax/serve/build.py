@@ -103,9 +103,9 @@ def make_mind(url: str | None, model: str | None, filler_after: float | None) ->
             raise UserError("--mind_model, --mind_filler_after: need --mind, the address of an OpenAI-compatible API")
         return None
     if not model:
-        raise UserError("--mind: needs --mind_model, the model's name there")
+        raise UserError("--mind: needs --mind_model, the model's name on that server")
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"--mind={url}: not an address; such as http://localhost:8000/v1")
+        raise UserError(f"--mind={url}: not an address; give one such as http://localhost:8000/v1")
     return Mind(url, model, filler_after=filler_after)
 
 

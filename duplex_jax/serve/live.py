@@ -193,7 +193,7 @@ class LiveSession:
             UserError: no words, half a character, or too many words wait already.
         """
         if not (text.strip() and whole_characters(text)):
-            raise UserError("commentary is whole characters, and not blank")
+            raise UserError("commentary must be whole characters and not blank")
         self._talk.comment(text)
 
     async def instruct(self, system: str | None) -> None:
@@ -219,7 +219,7 @@ class LiveSession:
         if user is not None and not (whole_characters(user) and len(user) <= MOST_WAITING):
             raise UserError(f"a slice is at most {MOST_WAITING} whole characters")
         if len(self._slices) >= MOST_AHEAD:
-            raise UserError(f"{MOST_AHEAD} slices wait already; await their answers")
+            raise UserError(f"{MOST_AHEAD} slices are already waiting; wait for their answers")
         self._slices.append(user)
         self._sent.set()
 

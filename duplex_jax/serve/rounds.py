@@ -45,7 +45,7 @@ class Rounds:
         """
         rounds, query = rounds_of(turns)
         if query is not None:
-            raise UserError("history: ends with the user's turn; send that one as text")
+            raise UserError("history: ends with a user's turn; send that turn as text")
         for asked, answer in rounds:
             await to_the_end(self._hub.call(turn.say, asked, answer))
             self._past.append(SlicePair(asked, answer))

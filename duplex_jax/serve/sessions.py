@@ -318,7 +318,7 @@ class Sessions:
             data = b""
         signature, data = data[:32], data[32:]
         if not hmac.compare_digest(signature, self._sign(data)):
-            raise UserError("the snapshot was not made by this server or was changed; send back what it gave out")
+            raise UserError("the snapshot was not made by this server or was changed; send it back unchanged")
         return Snapshot.from_bytes(data)
 
     def _sign(self, data: bytes) -> bytes:
@@ -340,9 +340,9 @@ def snapshot_key(path: str | Path) -> bytes:
     except ValueError:
         key = b""
     except OSError as e:
-        raise UserError(f"{path}: the key of snapshots cannot be read or made ({e.strerror}); give another file") from e
+        raise UserError(f"{path}: the snapshot key cannot be read or created ({e.strerror}); give another file") from e
     if len(key) < 16:
-        raise UserError(f"{path}: holds no key; at least 32 hexadecimal digits, or remove the file and one is made")
+        raise UserError(f"{path}: holds no key; write at least 32 hexadecimal digits, or remove the file to create one")
     return key
 
 

@@ -29,7 +29,7 @@ def from_bytes(data: bytes, encoding: str = PCM) -> np.ndarray:
     if encoding != PCM:
         return to_float(_DECODED[encoding][np.frombuffer(data, np.uint8)])
     if len(data) % 2:
-        raise UserError("sound is 16-bit samples; these bytes end in half of one")
+        raise UserError("sound is 16-bit samples; these bytes end in half a sample")
     return to_float(np.frombuffer(data, "<i2").astype(np.int16))
 
 

@@ -28,8 +28,8 @@ class Typed:
         words = words_of(text)
         waiting = sum(map(len, self.words))
         if waiting + len(text) > MOST_WAITING:
-            raise UserError(f"{waiting} characters wait for the clock already and {len(text)} come; "
-                            f"at most {MOST_WAITING} may")  # fmt: skip
+            raise UserError(f"{waiting} characters already wait for the clock, and {len(text)} more arrived; "
+                            f"at most {MOST_WAITING} may wait")  # fmt: skip
         if self.words and words and not words[0][0].isspace():
             words[0] = f" {words[0]}"  # a message begins a new word even if another one waits for the same tick
         self.words += words

@@ -178,7 +178,7 @@ class Store:
         self._broken = True
         return UserError(
             f"{self.folder / str(step)}: the checkpoint could not be written ({reason}; {free:.0f} MiB free); "
-            "free some space and start again: the run goes on from the checkpoint before"
+            "free some space and start again: the run resumes from the previous checkpoint"
         )
 
     def steps(self) -> list[int]:
@@ -281,8 +281,8 @@ def _check_shapes(path: Path, state: Any, abstract: Any) -> None:
         if have.shape != want.shape:
             name = jax.tree_util.keystr(where, simple=True, separator=".")
             raise UserError(
-                f"{path}: {name} has shape {list(have.shape)} and the config makes it {list(want.shape)}; "
-                "go on with the config it was trained with, or give another --workdir"
+                f"{path}: {name} has shape {list(have.shape)} but the config makes it {list(want.shape)}; "
+                "continue with the config that it was trained with, or give another --workdir"
             )
 
 
@@ -296,7 +296,7 @@ def read_record(path: Path) -> Record:
         metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
         return Record(**metadata)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: is no checkpoint of duplex-jax train ({e})") from e
+        raise UserError(f"{path}: is not a checkpoint of duplex-jax train ({e})") from e
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -358,10 +358,10 @@ def find(where: str, flag: str) -> tuple[Path, int]:
     folder = Path(workdir).absolute() / FOLDER
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and not damage(p)] if folder.is_dir() else []
     if not steps:
-        raise UserError(f"{flag}={where}: no whole checkpoint below {folder}")
+        raise UserError(f"{flag}={where}: no complete checkpoint in {folder}")
     step = int(at) if at else max(steps)
     if step not in steps:
-        raise UserError(f"{flag}={where}: no whole checkpoint of step {step}; there are {sorted(steps)}")
+        raise UserError(f"{flag}={where}: no complete checkpoint of step {step}; the complete ones are {sorted(steps)}")
     if problem := damage(folder / str(step), contents=True):
         raise UserError(f"{flag}={where}: {folder / str(step)}: {problem}; give another of {sorted(steps)}")
     return folder / str(step), step

@@ -229,7 +229,7 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"--config={path}: no such file; {f'did you mean {near[0]}?' if near else 'see configs/'}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: is no Python file; see configs/ for examples")
+        raise UserError(f"--config={path}: is not a Python file; see configs/ for examples")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config() if hasattr(module, "get_config") else None
@@ -337,20 +337,20 @@ def check(config: Config) -> Config:
         ("model.vocab_multiple", config.model.vocab_multiple), ("checkpoint.keep", config.checkpoint.keep),
     ):  # fmt: skip
         if number <= 0:
-            raise UserError(f"config.{field}={number}: must be over 0")
+            raise UserError(f"config.{field}={number}: must be above 0")
     if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
-        raise UserError("config.compute.attention=cudnn: takes no float32; --config.compute.dtype=bfloat16, or "
-                        "--config.compute.attention=auto")  # fmt: skip
+        raise UserError("config.compute.attention=cudnn: does not support float32; give "
+                        "--config.compute.dtype=bfloat16 or --config.compute.attention=auto")  # fmt: skip
     if config.lora.rank and not config.lora.merge and not config.model.source:
         raise UserError("config.lora.merge=False: an adapter needs a model.source to be loaded onto")
     if config.data.micro_batches < 0:
-        raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (as the mesh asks) or more")
+        raise UserError(f"config.data.micro_batches={config.data.micro_batches}: must be 0 (the mesh's) or more")
     if config.checkpoint.every_minutes < 0:
         raise UserError(f"config.checkpoint.every_minutes={config.checkpoint.every_minutes}: must be 0 (never) or more")
     if config.lora.rank < 0:
-        raise UserError(f"config.lora.rank={config.lora.rank}: must be 0 (every weight) or more")
+        raise UserError(f"config.lora.rank={config.lora.rank}: must be 0 (train every weight) or more")
     if not 0 <= config.optim.final <= 1:
-        raise UserError(f"config.optim.final={config.optim.final}: must be in 0..1, a share of the learning rate")
+        raise UserError(f"config.optim.final={config.optim.final}: must be from 0 to 1, a share of the learning rate")
     if config.optim.schedule == "wsd" and config.optim.warmup + config.optim.decay_steps > config.optim.steps:
         raise UserError(
             f"config.optim: warm-up {config.optim.warmup} and decay {config.optim.decay_steps} are more than "

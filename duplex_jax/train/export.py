@@ -121,7 +121,7 @@ def read_adapter(where: str) -> tuple[adapter.Adapter, Params]:
         return _from_checkpoint(where)
     path = locate(where)
     if not adapter.is_adapter(path):
-        raise UserError(f"{where}: is no adapter and no working folder of a LoRA run; give one of these")
+        raise UserError(f"{where}: is neither an adapter nor the workdir of a LoRA run; give one of these")
     return adapter.read(path)
 
 

@@ -151,7 +151,7 @@ def _prepare(config: Config, spec: parallel.MeshSpec, workdir: Path) -> _Run:
     """Checks that everything fits together, and builds or restores the state."""
     config, branch = resolve_branch(fit_batch(check(config), spec))
     if not config.data.train:
-        raise UserError("config.data.train: names no data; --config.data.train=DIR (packed, or a folder of timelines)")
+        raise UserError("config.data.train: is empty; give --config.data.train=DIR (packed, or a folder of timelines)")
     mesh = parallel.make_mesh(spec)
 
     # Cheap checks come first: tokenizer and data, then shapes, then weights.
@@ -305,7 +305,7 @@ def load_start(config: Config, template: Template) -> tuple[MiniCPM | None, Mode
         )
         if chosen.tokenizer and fingerprint(loaded.tokenizer) != fingerprint(template.tokenizer):
             raise UserError(f"config.model.tokenizer={chosen.tokenizer}: is not the tokenizer of {chosen.source}, "
-                            "whose weights know its own; leave model.tokenizer empty")  # fmt: skip
+                            "which was trained with its own; leave model.tokenizer empty")  # fmt: skip
         return loaded.model, loaded.config
     assert chosen.shape is not None
     rows = max(chosen.shape.vocab_size, template.tokenizer.vocab_size)

@@ -241,7 +241,7 @@ def test_what_cannot_be_written(tmp_path: Path, params: Params):
         reader.save(CONFIG, params, byte_tokenizer(), path)
     assert not path.exists()
     path.write_text("mine")
-    with pytest.raises(UserError, match=r"m.gguf: is there already; give another name, or --overwrite"):
+    with pytest.raises(UserError, match=r"m.gguf: already exists; give another name, or --overwrite"):
         reader.save(CONFIG, params, tokenizer, path)
     assert path.read_text() == "mine"
 
@@ -370,7 +370,7 @@ def test_truncated(params: Params, tmp_path: Path):
     data = path.read_bytes()
     for keep in (0, 3, 20, 200, 600):
         path.write_bytes(data[:keep])
-        with pytest.raises(UserError, match=r"m.gguf: (is no whole GGUF file|cannot read).*fetch it again"):
+        with pytest.raises(UserError, match=r"m.gguf: (is not a complete GGUF file|cannot read).*fetch it again"):
             reader.load(path)
     for keep in (5000, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:keep])

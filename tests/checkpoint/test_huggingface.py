@@ -122,7 +122,7 @@ def test_pickles_are_not_run(folder: Path):
     torch = pytest.importorskip("torch")
     (folder / "model.safetensors").unlink()
     torch.save({"x": Path("/")}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin: is no whole PyTorch file of plain tensors"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: is not a complete PyTorch file of tensors"):
         huggingface.load(folder)
 
 
@@ -258,5 +258,5 @@ def test_bad_config(folder: Path, text: str | bytes):
 
 def test_no_weights(folder: Path):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights there"):
+    with pytest.raises(UserError, match="holds no weights"):
         huggingface.load(folder)

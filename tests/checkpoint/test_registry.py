@@ -188,7 +188,7 @@ def test_unknown_template_in_the_config(tmp_path: Path):
 def test_tokenizer_of_another_model(tmp_path: Path):
     save_model(tiny(), tmp_path / "out")
     byte_tokenizer(*(f"<t{i}>" for i in range(40)), "<idle>", "<|im_start|>", "<|im_end|>").save(tmp_path / "out")
-    with pytest.raises(UserError, match="the tokenizer has 299 ids and the model 259 rows"):
+    with pytest.raises(UserError, match="the tokenizer has 299 ids but the model has 259 rows"):
         load_model(tmp_path / "out")
 
 
@@ -230,7 +230,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(huggingface_hub, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing_cached)
-    with pytest.raises(UserError, match=r"'hf:owner/name': cannot be downloaded .*needs a network, or give a folder"):
+    with pytest.raises(UserError, match=r"'hf:owner/name': cannot be downloaded .*go online or give a folder"):
         load_model("hf:owner/name")
 
 
@@ -261,7 +261,7 @@ def test_download_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize("text", ["hello", ""])
 def test_file_of_another_kind(tmp_path: Path, text: str):
     (tmp_path / "model.txt").write_text(text)
-    with pytest.raises(UserError, match=r"model.txt: is no model"):
+    with pytest.raises(UserError, match=r"model.txt: is not a model"):
         load_model(tmp_path / "model.txt")
 
 
@@ -303,7 +303,7 @@ def test_store_of_another_shape(store: Path):
 def test_store_with_other_weights(store: Path):
     config = dataclasses.replace(orbax.read_config(store), tie_word_embeddings=True)
     (store / orbax.CONFIG_FILE).write_text(orbax.config_to_json(config))
-    with pytest.raises(UserError, match=r"its weights are not those that model_config.json describes"):
+    with pytest.raises(UserError, match=r"its weights do not match model_config.json"):
         load_model(store)
 
 
@@ -317,7 +317,7 @@ def test_damaged_store(store: Path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rope_scaling": {"kind": 3}}'])
 def test_damaged_store_config(store: Path, text: str):
     (store / orbax.CONFIG_FILE).write_text(text)
-    with pytest.raises(UserError, match=r"model_config.json: is no model config"):
+    with pytest.raises(UserError, match=r"model_config.json: is not a model config"):
         load_model(store)
 
 
@@ -334,7 +334,7 @@ def test_out_is_there_already(tmp_path: Path):
     save_model(tiny(), out)  # an empty folder is as good as none
     marker = out / "mine.txt"
     marker.write_text("kept")
-    with pytest.raises(UserError, match="is there already and not empty; give a new folder, or --overwrite"):
+    with pytest.raises(UserError, match="already exists and is not empty; give a new folder, or --overwrite"):
         save_model(tiny(), out)
     assert marker.read_text() == "kept"
     save_model(tiny(seed=1), out, overwrite=True)
@@ -345,7 +345,7 @@ def test_out_is_there_already(tmp_path: Path):
 
 def test_out_is_a_file(tmp_path: Path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(UserError, match="is there already and no folder"):
+    with pytest.raises(UserError, match="already exists and is not a folder"):
         save_model(tiny(), tmp_path / "out", overwrite=True)
 
 

@@ -69,12 +69,12 @@ def test_a_damaged_shard_is_named(packed: tuple[Path, Path, Path], tmp_path: Pat
     shard = broken / dataset.read_manifest(broken).shards[0].file
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=r"rows-00000\.arrayrecord: has \d+ bytes and not"):
+    with pytest.raises(UserError, match=r"rows-00000\.arrayrecord: has \d+ bytes instead of"):
         dataset.PackedRows(broken)
     # A file has runs of zeros between its blocks; a run without any lies inside a record.
     at = next(i for i in range(1000, len(whole)) if 0 not in whole[i : i + 32])
     shard.write_bytes(whole[:at] + bytes(32) + whole[at + 32 :])
-    with pytest.raises(UserError, match="are not those that were packed"):
+    with pytest.raises(UserError, match="have changed since packing"):
         dataset.PackedRows(broken, verify=True)
     source = dataset.PackedRows(broken)
     with pytest.raises(UserError, match=r"rows-00000\.arrayrecord"):
@@ -87,9 +87,9 @@ def test_a_damaged_shard_is_named(packed: tuple[Path, Path, Path], tmp_path: Pat
 def test_what_does_not_fit_is_refused(packed: tuple[Path, Path, Path]):
     _, model, out = packed
     compact, chatml = (load_template(str(model), name) for name in ("compact", "chatml"))
-    with pytest.raises(UserError, match="rows of 256 tokens and the config 128"):
+    with pytest.raises(UserError, match="rows of 256 tokens but the config has 128"):
         dataset.open_rows(out, compact, 128)
-    with pytest.raises(UserError, match="packed with template 'compact' and the model has 'chatml'"):
+    with pytest.raises(UserError, match="packed with template 'compact' but the model has 'chatml'"):
         dataset.open_rows(out, chatml, 256)
     other = made_timelines.template()
     other.tokenizer = other.tokenizer.with_tokens(["<new>"])
@@ -103,7 +103,7 @@ def test_nothing_half_written(packed: tuple[Path, Path, Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"c\.jsonl:1"):
         dataset.write_packed(data, tmp_path / "out", str(model), 256, "compact")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["timelines", "tokenizer"]
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         dataset.write_packed(data, packed[2], str(model), 256)
     with pytest.raises(UserError, match="must be 16 to"):
         dataset.write_packed(data, tmp_path / "x", str(model), 70000)

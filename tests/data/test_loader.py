@@ -54,7 +54,7 @@ def test_going_on_neither_repeats_nor_skips(source: dataset.RowSource, first: in
 def test_mixing_by_weight(source: dataset.RowSource):
     rows = order([source, source], 400, size=8, weights=(3.0, 1.0), seed=0)
     assert sum(s == 0 for s, _ in rows) == 300
-    with pytest.raises(UserError, match="one positive number each"):
+    with pytest.raises(UserError, match="a positive number for each"):
         order([source, source], 1, size=1, weights=(1.0,))
 
 

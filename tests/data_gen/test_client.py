@@ -326,7 +326,7 @@ def test_batch_files_go_round_until_nothing_is_left(
         assert writer.write(out / "batch") == [path]
         assert len(path.read_text().splitlines()) == len(writer.waiting)
         submit(out / "batch", server.url)
-        with pytest.raises(UserError, match="no request file"):
+        with pytest.raises(UserError, match="no unsent request file"):
             submit(out / "batch", server.url)
         assert collect(out / "batch", server.url, cache)["completed"] == 1
         assert rounds < 5
@@ -341,7 +341,7 @@ def test_broken_batch_replies_are_named(tmp_path: Path, cache: ReplyCache):
     writer.answer(questions(1))
     [path] = writer.write(tmp_path)
     path.with_suffix(".replies").write_text('{"custom_id": "other", "response": {"status_code": 200}}\n')
-    with pytest.raises(UserError, match=r"\.replies:1: is no reply"):
+    with pytest.raises(UserError, match=r"\.replies:1: is not a reply"):
         collect(tmp_path, "http://127.0.0.1:9/v1", cache)
 
 

@@ -107,7 +107,7 @@ def test_a_finished_file_is_not_made_again_and_another_recipe_is_refused(server:
         with pytest.raises(UserError, match=why):
             make(server, out, recipe)
     (tmp_path / "d.manifest.json").unlink()
-    with pytest.raises(UserError, match="no manifest"):
+    with pytest.raises(UserError, match="without a manifest"):
         make(server, out, make_recipe(5, 0, SAMPLING))
     assert out.read_bytes() == before
     with pytest.raises(UserError, match=r"ends in \.jsonl"):

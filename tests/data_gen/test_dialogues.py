@@ -148,7 +148,7 @@ def test_outer_white_space_goes_and_inner_stays():
             "cannot be read to its end",
         ),
         ("d.parquet", b"PAR1 no", "cannot be read as Parquet"),
-        ("d.txt", b"", "is none of .jsonl"),
+        ("d.txt", b"", "must end in one of .jsonl"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, why: str):

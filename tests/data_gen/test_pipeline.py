@@ -191,9 +191,9 @@ def test_shares_above_one_give_variants(tmp_path: Path, dialogue_file: Path, tok
 @pytest.mark.parametrize(
     ("categories", "shares", "why"),
     [
-        (["basics"], [], "'basics' is none of"),
+        (["basics"], [], "'basics' must be one of"),
         ([], [], "names none of"),
-        (["basic"], ["silence=1"], "'silence' is none of the categories asked for"),
+        (["basic"], ["silence=1"], "'silence' is not one of the requested categories"),
         (["basic"], ["basic=x"], "must be basic=NUMBER"),
         (["basic"], ["basic=0"], "must be basic=NUMBER"),
         (["basic"], ["basic=nan"], "must be basic=NUMBER"),
@@ -268,7 +268,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, tokenizer_folder: Path
     [
         (["--input=/nowhere/d.jsonl", "--out=o"], "no such file"),
         (["--out=o"], "needs --input"),
-        (["--input={d}", "--out=o", "--categories=basics"], "'basics' is none of"),
+        (["--input={d}", "--out=o", "--categories=basics"], "'basics' must be one of"),
         (["--input={d}", "--out=o", "--tokenizer=/nowhere"], "/nowhere"),
         (["--input={d}", "--out={d}"], "cannot write"),
         (["--input={d}", "--out=o", "--rewriter=openai"], "needs --rewriter_model"),

@@ -220,7 +220,7 @@ def test_rows_end_and_refuse(engine: Engine):
     engine.close(rows[3])
     engine.close(rows[3])
     assert engine.open().index == rows[3].index
-    with pytest.raises(UserError, match="was closed"):
+    with pytest.raises(UserError, match="is closed"):
         engine.advance({rows[3]: Request([1])})
     before = list(rows[0].ids)
     with pytest.raises(UserError, match="the context holds 3 tokens and the slice brings 600"):

@@ -191,7 +191,7 @@ GOOD = b'{"output": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
         (["--timeline=/"], ["/: cannot read", "directory"]),
         (["--timeline={good}", "--out=/proc/none/out.jsonl"], ["/proc/none/out.jsonl: cannot write there"]),
         (["--timeline={good}", "--out={good}/out.jsonl"], ["in.jsonl/out.jsonl: cannot write there"]),
-        (["--timeline={good}", "--out={folder}"], ["is a folder, and a file is to be written there"]),
+        (["--timeline={good}", "--out={folder}"], ["is a folder; give the name of a file to write"]),
     ],
 )
 def test_bad_flags(chat, tmp_path: Path, flags: list[str], words: list[str]):
@@ -269,7 +269,7 @@ def test_slices_that_do_not_fit(chat, model: Path, tmp_path: Path):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_timelines(path, [Timeline([SlicePair("w" * 110, None), SlicePair("w" * 300, None)])])
     done = chat(f"--model={model}", "--capacity=256", f"--timeline={path}", f"--out={out}", "--json")
-    assert_refused(done, "slice 1 takes 302 tokens; a context of 256 has room for 127 at once; cut it into slices")
+    assert_refused(done, "slice 1 takes 302 tokens; a context of 256 has room for 127 at once; split it into slices")
     assert [json.loads(line)["user"] for line in done.stdout.splitlines()] == ["w" * 110]
     assert not out.exists()
     assert_refused(chat(f"--model={model}", "--capacity=100"), "capacity 100 is too small")

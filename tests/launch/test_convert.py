@@ -96,7 +96,10 @@ def test_bad_model(
         (("--model=x", "--out=y.gguf", "--format=gguf", "--dtype=q4_0"), "one of float32, float16, bfloat16, q8_0"),
         (("--model=x", "--out=y", "--format=adapter", "--template=compact"), "keeps its training template"),
         (("--model=x@3", "--out=y", "--format=adapter"), "model 'x@3': no such file or folder"),
-        (("--model=tests", "--out=y", "--format=adapter"), "tests: is no adapter and no working folder of a LoRA run"),
+        (
+            ("--model=tests", "--out=y", "--format=adapter"),
+            "tests: is neither an adapter nor the workdir of a LoRA run",
+        ),
         (("--model=x",), "convert needs --model=M and --out=DIR"),
     ],
 )
@@ -145,4 +148,4 @@ def test_converts(smollm2, tmp_path: Path):
     assert load_model(tmp_path / "a").template.idle_bias == 1.5
     again = convert("--model=x", f"--out={tmp_path}/out")
     assert again.returncode == 2
-    assert "is there already and not empty; give a new folder, or --overwrite" in again.stderr
+    assert "already exists and is not empty; give a new folder, or --overwrite" in again.stderr

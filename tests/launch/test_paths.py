@@ -48,7 +48,7 @@ def test_local_path(monkeypatch: pytest.MonkeyPatch):
     for same in ("", "data/x", "/x", "./~/x", "a~b", "hf:owner/name", "out/run@40", "C:/x"):
         assert local_path(same) == same
     for url in ("gs://bucket/x", "s3://bucket/x", "https://host/x", "gs:/bucket"):
-        with pytest.raises(UserError, match="URLs are neither read nor written; give a path of this machine"):
+        with pytest.raises(UserError, match="URLs cannot be read or written; give a local path"):
             local_path(url)
     with pytest.raises(UserError, match="give the path alone, without file://"):
         local_path("file:///x")
@@ -98,7 +98,7 @@ def job(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_urls_are_refused_before_work(tmp_path: Path, words: list[str]):
     done = job(tmp_path, *words)
     assert done.returncode == 2
-    assert "URLs are neither read nor written" in done.stderr
+    assert "URLs cannot be read or written" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

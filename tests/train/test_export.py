@@ -86,10 +86,10 @@ def test_adapter_of_a_checkpoint(base: Path, tmp_path: Path):
     assert config["data"]["train"] == ["/some/where/packed"]
 
     assert read_adapter(f"{tmp_path}/run@1")[0].training["step"] == 1
-    with pytest.raises(UserError, match=r"run@3: no whole checkpoint of step 3; there are \[1, 2\]"):
+    with pytest.raises(UserError, match=r"run@3: no complete checkpoint of step 3; the complete ones are \[1, 2\]"):
         read_adapter(f"{tmp_path}/run@3")
     (tmp_path / "adapter" / adapter.CARD_FILE).write_text("a card")
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         adapter.save(tmp_path / "adapter", what, trained)
     adapter.save(tmp_path / "adapter", *read_adapter(str(tmp_path / "adapter")), "float32", overwrite=True)
     assert (tmp_path / "adapter" / adapter.CARD_FILE).read_text() == "a card"
@@ -110,7 +110,7 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path):
     state, _ = steps.init_state(plan, None)
     what = adapter.Adapter(str(base), "compact", 4, 8.0, plans.ROW_IDS)
     adapter.save(tmp_path / "adapter", what, jax.device_get(state["params"]))
-    with pytest.raises(UserError, match="it belongs to another model"):
+    with pytest.raises(UserError, match="it was not made for"):
         load_model(tmp_path / "adapter")
     (tmp_path / "adapter" / adapter.WEIGHTS_FILE).write_bytes(b"xx")
     with pytest.raises(UserError, match="cut off in its header"):

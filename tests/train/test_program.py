@@ -182,8 +182,8 @@ def test_trouble_names_its_rows(inputs: tuple[Path, Path], tmp_path: Path):
     [
         (["--config.optim.stpes=3"], "did you mean --config.optim.steps?"),
         (["--mesh=v5e-17"], "is unknown; one of a100x1"),
-        (["--mesh=cpu8", "--fsdp=2", "--tensor=4"], "2 key heads do not divide by tensor=4; tensor may be 1, 2"),
-        (["--mesh=cpu8", "--fsdp=3"], "makes 6 devices and it has 8"),
+        (["--mesh=cpu8", "--fsdp=2", "--tensor=4"], "2 key heads are not divisible by tensor=4; tensor may be 1, 2"),
+        (["--mesh=cpu8", "--fsdp=3"], "makes 6 devices, but it has 8"),
         (["--mesh=a100x8"], "needs 8 devices of a GPU, and its plugin is not installed"),
         (["--mesh=cpu8", "--config.data.batch=6"], "a multiple of 4, such as 8, does"),
         (["--config.data.length=70000"], "must be 16 to 65535"),
@@ -192,7 +192,7 @@ def test_trouble_names_its_rows(inputs: tuple[Path, Path], tmp_path: Path):
         (["--config.lora.rank=4", "--config.lora.targets=query"], "no weight 'query' in a layer"),
         (["--config=configs/tiyn.py"], "did you mean configs/tiny.py"),
         (["--profile=3"], "must be FIRST:LAST"),
-        (["--config.compute.attention=cudnn"], "takes no float32; --config.compute.dtype=bfloat16"),
+        (["--config.compute.attention=cudnn"], "does not support float32; give --config.compute.dtype=bfloat16"),
         (["--workdir=/proc/x"], "cannot write there"),
     ],
 )  # fmt: skip

@@ -128,7 +128,7 @@ def prepare(
         if how is not None and how not in STORES:
             raise UserError(f"{name} {how!r} cannot be stored; one of {', '.join(STORES)}")
     if kernels and not native.available():
-        raise UserError("kernels=True: the CPU's own kernels cannot be had here")
+        raise UserError("kernels=True: the CPU kernels are not available here")
     settings = Settings(capacity, dtype, weights or dtype.name, entries or dtype.name)
     if native.available() if kernels is None else kernels:
         from duplex_jax.decode.backends import cpu

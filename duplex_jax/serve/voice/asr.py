@@ -67,8 +67,8 @@ class MoonshineRecognizer:
         try:
             self._model = Transcriber(folder, ModelArch.TINY, options=options)
         except Exception as e:
-            raise UserError(f"{folder}: no Moonshine model can be read there ({e}); the package carries one up to "
-                            "version 0.0.73: pip install moonshine-voice==0.0.73") from e  # fmt: skip
+            raise UserError(f"{folder}: cannot be read as a Moonshine model ({e}); versions up to "
+                            "0.0.73 contain one: pip install moonshine-voice==0.0.73") from e  # fmt: skip
         self._lock = threading.Lock()
 
     def transcribe(self, pcm: np.ndarray) -> str:

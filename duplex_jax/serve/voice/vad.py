@@ -139,4 +139,4 @@ def check_audio(pcm: np.ndarray) -> None:
         raise UserError(f"audio of shape {list(pcm.shape)} and type {pcm.dtype}: must be mono samples [n], int16 or "
                         f"float32, at {SAMPLE_RATE} Hz")  # fmt: skip
     if pcm.dtype.kind == "f" and not np.isfinite(pcm).all():
-        raise UserError("audio with samples that are no numbers: float samples must lie in -1..1")
+        raise UserError("audio has samples that are not numbers; float samples must be from -1 to 1")

@@ -69,7 +69,7 @@ def test_bad_audio_and_thresholds_are_refused():
     for pcm, reason in (
         (np.zeros((2, 9), np.float32), "mono"),
         (np.zeros(9, complex), "int16 or"),
-        (np.full(600, np.nan, np.float32), "no numbers"),
+        (np.full(600, np.nan, np.float32), "not numbers"),
     ):
         with pytest.raises(UserError, match=reason):
             activity().feed(pcm)

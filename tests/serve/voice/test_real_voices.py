@@ -137,7 +137,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: st
 
 
 def test_files_that_are_no_models_are_named(tmp_path: Path, piper: PiperSynthesizer, moonshine: MoonshineRecognizer):
-    with pytest.raises(UserError, match="no Moonshine model"):
+    with pytest.raises(UserError, match="as a Moonshine model"):
         load_recognizer(str(tmp_path))
     (tmp_path / "v.onnx.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a Piper voice"):
