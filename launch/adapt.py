@@ -56,8 +56,8 @@ _STAGES = flags.DEFINE_list("stages", list(STAGES), "Stages to run; all by defau
 _DOTTED: list[tuple[str, str]] = []
 # Timelines per written dialogue, by category.
 _SHARES = {
-    "basic": 2.0, "topic_interweaving": 0.4, "generation_termination": 2.0, "regeneration": 1.5, "dialogue_reset": 0.3,
-    "back_on_topic": 0.8, "backchannel": 1.2, "hesitation": 1.2, "silence": 0.4, "opening": 0.4,
+    "basic": 2.0, "topic_interweaving": 0.4, "generation_termination": 2.2, "regeneration": 1.0, "dialogue_reset": 0.3,
+    "back_on_topic": 0.6, "backchannel": 1.5, "hesitation": 2.5, "silence": 0.4, "opening": 0.3,
 }  # fmt: skip
 # Shares of rows with spoken timelines, the model's usual answers in slices, and the same in turns.
 _WEIGHTS = {"spoken": 0.7, "plain": 0.2, "turns": 0.1}
@@ -210,7 +210,7 @@ def _pack(out: Path) -> Iterator[Command]:
             f"pack {name}",
             ("pack", f"--input={path}", f"--out={out / 'packed' / name}", f"--model={_MODEL.value}",
              f"--template={_config_of('model.template') or 'compact'}", f"--length={length}",
-             *([] if name == "turns" else ["--late=0.3"])),
+             *([] if name == "turns" else ["--late=0.2"])),
         )  # fmt: skip
 
 

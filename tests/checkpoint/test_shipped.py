@@ -37,7 +37,7 @@ def test_what_is_shipped():
     assert sum(p.stat().st_size for p in folder.iterdir()) <= MOST_BYTES
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", adapter.CONFIG_FILE, adapter.WEIGHTS_FILE]
     what, trained = adapter.read(folder)
-    assert (what.base, what.template, what.rank, what.idle_bias) == ("smollm2-135m-instruct", "compact", 16, -0.5)
+    assert (what.base, what.template, what.rank, what.idle_bias) == ("smollm2-135m-instruct", "compact", 16, 0.0)
     assert set(trained["layers"]) == {"q", "k", "v", "o", "gate", "up", "down"}
     assert trained["rows"]["embed"].shape == (len(what.row_ids), 576)
     assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in jax.tree.leaves(trained))

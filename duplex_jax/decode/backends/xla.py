@@ -120,7 +120,8 @@ class Xla:
         return kv.zeros(self.config, rows, slots, self.settings.dtype if entries == jnp.int8 else entries)
 
     def _attention(self, *args: Any, **kwargs: Any) -> "_Attention":
-        return _Attention(*args, **kwargs, past_attention=self.past_attention)
+        kwargs["past_attention"] = self.past_attention
+        return _Attention(*args, **kwargs)
 
     def _run(self, model: MiniCPM, tokens: jax.Array, positions: jax.Array, attention: "_Attention") -> jax.Array:
         """Runs tokens `[B, t]` through the layers; returns `[B, t, D]`."""
