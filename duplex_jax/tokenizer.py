@@ -485,14 +485,14 @@ def resolve_tokenizer(name_or_path: str | Path) -> Tokenizer:
     from duplex_jax.sources import base_of, locate, read_gguf_header
 
     path = locate(name_or_path, weights=False)
-    for _ in range(8):  # an adapter uses its base's tokenizer
+    for _ in range(8):  # an adapter without a tokenizer of its own uses its base's
         base = base_of(path)
-        if base is None:
+        if base is None or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             break
         path = locate(base, weights=False)
     else:
         raise UserError(f"{name_or_path}: is an adapter of an adapter, eight levels deep; give the base model itself")
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         return load_tokenizer(path if path.is_dir() else path.parent)
     if path.suffix == ".gguf":
         return from_gguf_fields(read_gguf_header(path).fields, str(path))

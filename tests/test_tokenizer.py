@@ -187,6 +187,26 @@ def test_bad_vocabulary_in_gguf(fields: dict, words: str):
         from_gguf_fields({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "m.gguf")
 
 
+def test_gguf_that_does_not_say_how_text_is_split(caplog: pytest.LogCaptureFixture):
+    tokens = sorted(byte_tokenizer().spec["model"]["vocab"], key=byte_tokenizer().spec["model"]["vocab"].get)
+    fields: dict = {"model": "gpt2", "tokens": tokens, "merges": []}
+    assert from_gguf_fields({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "m.gguf").encode("hé")
+    assert "m.gguf: has no tokenizer.ggml.pre" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
+def test_a_chat_template_in_a_file_of_its_own_is_kept(tmp_path: Path, name: str):
+    source = "{{ messages[0]['content'] }}"
+    byte_tokenizer().save(tmp_path / "in")
+    config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "in" / name).write_text(source if "jinja" in name else json.dumps({"chat_template": source}))
+    load_tokenizer(tmp_path / "in").save(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").config["chat_template"] == source
+    assert source in (tmp_path / "out/tokenizer_config.json").read_text()  # where older programs look
+
+
 def test_a_model_file_that_cannot_be_read_gives_way(tmp_path: Path):
     """Llama 3 has a tiktoken file of that name beside its tokenizer.json."""
     byte_tokenizer().save(tmp_path)

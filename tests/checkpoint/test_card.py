@@ -77,6 +77,7 @@ def test_gguf_says_what_it_has_words_for(smollm2: LoadedModel, tmp_path: Path):
     save_model(small, tmp_path / "m.gguf", format="gguf", dtype="q8_0")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items() if name != "tokenizer.ggml.tokens"}
+    assert fields["general.name"] == small.name
     assert fields["tokenizer.ggml.eot_token_id"] == template.end_id
     assert fields["tokenizer.ggml.eom_token_id"] == template.idle_id
     assert f"+1.5 belongs on the logit of token {template.idle_id}" in fields["general.description"]

@@ -1,5 +1,6 @@
 """Every job, and what it prints, into a pipe whose reader has gone."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -27,3 +28,9 @@ def test_a_reader_that_has_gone(command: str):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     else:
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version():
+    job = [sys.executable, "-m", "launch.main", "--version"]
+    done = subprocess.run(job, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == f"duplex-jax {importlib.metadata.version('duplex-jax')}\n"

@@ -23,7 +23,7 @@ from tests.serve.minds import ScriptedMind, says
 from tests.serve.serving import Client, run, serving, soon
 from tests.serve.test_mind import talkative
 from tests.serve.test_realtime import client, context_of, until
-from tests.serve.voice.fakes import RATE, Letters, Loudness, letters
+from tests.serve.voice.fakes import RATE, Letters, Loudness, Words, letters
 
 pytest.importorskip("websockets", reason="the client needs pip install 'openai[realtime]'")
 
@@ -313,24 +313,6 @@ def test_a_fork_goes_on_equal():
                 assert (await until(none.connection, "error", [])).error.code == "session_not_found"
 
     run(test)
-
-
-class Words:
-    """Hears the n-th word of a text in sound of level n + 2 tenths; a word takes 0.13 seconds."""
-
-    samples = 4 * 512
-
-    def __init__(self, text: str):
-        self.words = text.split()
-
-    def sound(self, text: str) -> np.ndarray:
-        levels = [(self.words.index(word) + 2) / 10 for word in text.split()]
-        return np.repeat(np.asarray(levels, np.float32), self.samples)
-
-    def transcribe(self, pcm: np.ndarray) -> str:
-        levels = np.rint(np.abs(pcm) * 10).astype(int)
-        found = [n for n in dict.fromkeys(levels.tolist()) if n > 1 and (levels == n).sum() > self.samples // 2]
-        return " ".join(self.words[n - 2] for n in found)
 
 
 async def _speak(t: Talk, sound: np.ndarray) -> None:

@@ -3,13 +3,21 @@
 import asyncio
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
 from duplex_jax.serve.realtime_items import Conversation
+from duplex_jax.serve.realtime_messages import RATE
+from duplex_jax.serve.sound import from_base64, to_base64
+from duplex_jax.serve.voice.asr import Listener
+from duplex_jax.serve.voice.audio import SAMPLE_RATE, resample
+from duplex_jax.serve.voice.session import SessionVoice
+from duplex_jax.serve.voice.vad import VoiceActivity
 from duplex_jax.timeline import SlicePair
 from duplex_jax.tokenizer import decode
 from tests.serve.serving import Client, run, serving
+from tests.serve.voice.fakes import Letters, Loudness, Words
 
 pytest.importorskip("websockets", reason="the client's realtime needs pip install 'openai[realtime]'")
 
@@ -334,6 +342,69 @@ def test_items_are_forgotten_by_their_size_too():
         part = {"type": "input_text", "text": "hi there", "audio": "A" * 200_000}
         items.add({"id": f"item_{i}", "content": [part]})
     assert [i for i in range(20) if f"item_{i}" in items] == [15, 16, 17, 18, 19]
+
+
+EAR = Words("stop it now please")
+
+
+def voice() -> SessionVoice:
+    return SessionVoice(Listener(EAR, VoiceActivity(Loudness())), Letters())
+
+
+def test_truncation_beyond_the_sound_leaves_the_book_of_sound_right():
+    """Sound that was never given was not heard: of a later message, cut at its beginning, nothing stays."""
+
+    async def test() -> None:
+        async with serving(make_voice=voice) as (server, place), client(place).realtime.connect() as connection:
+            seen: list[Any] = []
+            await connection.session.update(session=SETTINGS)
+            for asked in (10**6, 0):
+                sound = np.zeros(0)
+                while not len(sound):  # the tiny model's words are not always such as can be spoken
+                    seen.clear()
+                    await connection.conversation.item.create(item=user("hello there"))
+                    await connection.response.create()
+                    done = await until(connection, "response.done", seen)
+                    deltas = [from_base64(e.delta) for e in seen if e.type == "response.output_audio.delta"]
+                    sound = np.concatenate([sound, *deltas])
+                item = done.response.output[0].id
+                await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=asked)
+                told = (await until(connection, "conversation.item.truncated", seen)).audio_end_ms
+                assert told == pytest.approx(min(asked, len(sound) * 1000 / RATE), abs=20)
+                await connection.conversation.item.retrieve(item_id=item)
+                left = (await until(connection, "conversation.item.retrieved", seen)).item.content[0].transcript
+                assert bool(left) == bool(asked)
+            assert (await pairs_of(server))[-1].assistant is None
+
+    run(test)
+
+
+def test_what_was_heard_is_told_once():
+    """Deltas as the words come, and behind them one transcript of each item."""
+
+    async def test() -> None:
+        async with serving(make_voice=voice) as (_, place), client(place).realtime.connect() as connection:
+            seen: list[Any] = []
+            await connection.session.update(session=SETTINGS)
+            for text in ("stop it", "now please"):
+                rest = np.concatenate([EAR.sound(text), np.zeros(SAMPLE_RATE, np.float32)])
+                for part in np.array_split(resample(rest, SAMPLE_RATE, RATE), 25):
+                    await connection.input_audio_buffer.append(audio=to_base64(part))
+                    await asyncio.sleep(0.05)
+                await until(connection, "conversation.item.input_audio_transcription.completed", seen)
+            for _ in range(5):
+                await until(connection, "duplex.slice", seen)
+            told = [e for e in seen if e.type == "conversation.item.input_audio_transcription.completed"]
+            assert [e.transcript for e in told] == ["stop it", "now please"]
+            assert len({e.item_id for e in told}) == 2
+            for e in told:
+                deltas = (d for d in seen if d.type.endswith("transcription.delta") and d.item_id == e.item_id)
+                assert "".join(d.delta for d in deltas) == e.transcript
+                await connection.conversation.item.retrieve(item_id=e.item_id)
+                (part,) = (await until(connection, "conversation.item.retrieved", seen)).item.content
+                assert part.transcript == e.transcript
+
+    run(test)
 
 
 def test_a_conversation_outlives_its_oldest_items():

@@ -44,6 +44,24 @@ class Script:
         return " ".join(found)
 
 
+class Words:
+    """Hears the n-th word of a text in sound of level n + 2 tenths; a word takes 0.13 seconds."""
+
+    samples = 4 * 512
+
+    def __init__(self, text: str):
+        self.words = text.split()
+
+    def sound(self, text: str) -> np.ndarray:
+        levels = [(self.words.index(word) + 2) / 10 for word in text.split()]
+        return np.repeat(np.asarray(levels, np.float32), self.samples)
+
+    def transcribe(self, pcm: np.ndarray) -> str:
+        levels = np.rint(np.abs(pcm) * 10).astype(int)
+        found = [n for n in dict.fromkeys(levels.tolist()) if n > 1 and (levels == n).sum() > self.samples // 2]
+        return " ".join(self.words[n - 2] for n in found)
+
+
 class Letters:
     """Speaks each character for 200 samples at a level that tells which it is; silence around the text.
 
