@@ -197,6 +197,8 @@ def test_gguf_that_does_not_say_how_text_is_split(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
 def test_a_chat_template_in_a_file_of_its_own_is_kept(tmp_path: Path, name: str):
     source = "{{ messages[0]['content'] }}"
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
     byte_tokenizer().save(tmp_path / "in")
     config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
     config.pop("chat_template", None)
