@@ -25,6 +25,7 @@ from launch import machine
 if TYPE_CHECKING:
     from duplex_jax.decode.sampling import Sampling
     from duplex_jax.parallel import MeshSpec
+    from duplex_jax.serve.mind import Mind
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -320,6 +321,16 @@ class MindFlags:
     def filler_after(self) -> float | None:
         """Seconds after which a filler is spoken."""
         return self._filler_after.value
+
+    def make(self) -> "Mind | None":
+        """The mind, or None where there is no --mind.
+
+        Raises:
+            UserError: see `make_mind`.
+        """
+        from duplex_jax.serve.mind import make_mind
+
+        return make_mind(self.url, self.model, self.filler_after)
 
 
 def names(flag: str, given: list[str], known: Collection[str]) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from duplex_jax.decode.replay import Replay
     from duplex_jax.decode.session import DuplexSession, Slice
     from duplex_jax.serve.client import RemoteSession
+    from duplex_jax.serve.local import LocalSession
 
 _MODEL = app.path_flag(
     "model", None, "A folder, a file, hf:owner/name, or a known name; by default smollm2-135m-duplex, and its base "
@@ -60,6 +61,7 @@ _SERVER = flags.DEFINE_string(
     "server", None, "URL of a running `duplex-jax serve`, for example ws://localhost:8765. It replaces --model; the "
     "API key, if required, is read from DUPLEX_JAX_API_KEY.",
 )  # fmt: skip
+_MIND = app.MindFlags(__name__)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line on standard output.")
 
 DEFAULT_MODELS = {"duplex": "smollm2-135m-duplex", "turn_based": "smollm2-135m-instruct"}
@@ -212,15 +214,37 @@ def _remote() -> "RemoteSession":
     return RemoteSession(_SERVER.value or "", settings, os.environ.get("DUPLEX_JAX_API_KEY"))
 
 
-def _replay_remotely(timelines: list[Timeline]) -> None:
-    """Like `_replay_file`, but one conversation after the other on a server."""
+def _with_mind(engine: "Engine", options: "Replay") -> "LocalSession":
+    """A session here whose words are --mind's."""
+    from duplex_jax.serve.local import LocalSession
+    from duplex_jax.serve.settings import Settings
+
+    settings = Settings(
+        mode="turn_based" if _MODE.value == "turn_based" else "duplex", clock="client",
+        slice_seconds=_SLICE_SECONDS.value, sampling=options.sampling,
+        seed=options.seed, system=options.system, dormant=options.dormant, max_tokens=options.max_tokens,
+        keep_idle=options.keep_idle,
+    )  # fmt: skip
+    return LocalSession(engine, settings, _MIND.make, _tell_trouble)
+
+
+def _tell_trouble(message: str) -> None:
+    """What goes wrong while a conversation goes on."""
+    if sys.stdin.isatty() and not _JSON.value:
+        print(f"       ({message})", flush=True)
+    else:
+        print(f"duplex-jax: {message}", file=sys.stderr, flush=True)
+
+
+def _replay_in_turn(timelines: list[Timeline], begin: Callable[[], "RemoteSession | LocalSession"]) -> None:
+    """Like `_replay_file`, but one conversation after the other, each in a session of its own."""
     done = []
     for number, timeline in enumerate(timelines):
         seconds = []
         lanes = view.Lanes()
         if not _JSON.value:
             lanes.header()
-        with contextlib.closing(_remote()) as session:
+        with contextlib.closing(begin()) as session:
             for pair in timeline.pairs:
                 result = session.step(pair.user)
                 seconds.append(result.seconds)
@@ -246,22 +270,45 @@ def _open(engine: "Engine", options: "Replay") -> "DuplexSession":
     )  # fmt: skip
 
 
-def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession":
+def _session(options: "Replay", warm_up: int) -> "DuplexSession | RemoteSession | LocalSession":
     """Opens the conversation's session, in this process or on a server."""
     if _SERVER.value:
         return _remote()
     engine = _engine(1)
     if warm_up:
         _warm_up(engine, warm_up)
-    return _open(engine, options)
+    return _with_mind(engine, options) if _MIND.url else _open(engine, options)
+
+
+def _own_replies(engine: "Engine", options: "Replay") -> Callable[[str], Generator[str, None, None]]:
+    """The model's own answers to queries, as they come."""
+    from duplex_jax.decode.turns import open_turns
+
+    session = open_turns(engine, system=options.system, seed=options.seed, sampling=options.sampling)
+
+    def reply(query: str) -> Generator[str, None, None]:
+        data = b""
+        for ids in session.reply(query, session.make_room(query, options.max_tokens)):
+            data += decode_bytes(engine.template.tokenizer, ids)
+            whole = complete_utf8(data)
+            yield data[:whole].decode("utf-8", errors="replace")
+            data = data[whole:]
+
+    return reply
 
 
 def _turns(options: "Replay") -> None:
     """The turn-based baseline: whole query in, whole answer out, streamed; drops the oldest rounds when full."""
-    from duplex_jax.decode.turns import open_turns
-
     engine = _engine(1)
-    session = open_turns(engine, system=options.system, seed=options.seed, sampling=options.sampling)
+    if not _MIND.url:
+        _answer_queries(_own_replies(engine, options))
+        return
+    with contextlib.closing(_with_mind(engine, options)) as session:
+        _answer_queries(session.reply)
+
+
+def _answer_queries(reply: Callable[[str], Generator[str, None, None]]) -> None:
+    """Answers each query of standard input, or of a terminal, as it is asked."""
     terminal = sys.stdin.isatty()
 
     def queries() -> Iterator[str]:
@@ -278,22 +325,18 @@ def _turns(options: "Replay") -> None:
         asked = query.strip()
         if not asked:
             continue
-        began = time.perf_counter()
-        data, words = b"", []
-        limit = session.make_room(asked, options.max_tokens)
+        began, words = time.perf_counter(), []
         # On a terminal Ctrl-C stops an answer; at the prompt it ends the program.
         with view.interruptible() if terminal else contextlib.nullcontext(lambda: False) as stopped:
             if not _JSON.value:
                 print("assistant  ", end="", flush=True)
-            for ids in session.reply(asked, limit):
-                data += decode_bytes(engine.template.tokenizer, ids)
-                whole = complete_utf8(data)
-                words.append(data[:whole].decode("utf-8", errors="replace"))
-                data = data[whole:]
-                if not _JSON.value:
-                    print(words[-1], end="", flush=True)
-                if stopped():
-                    break
+            with contextlib.closing(reply(asked)) as parts:
+                for text in parts:
+                    words.append(text)
+                    if not _JSON.value:
+                        print(text, end="", flush=True)
+                    if stopped():
+                        break
         seconds = time.perf_counter() - began
         if _JSON.value:
             row = {"user": query, "assistant": "".join(words), "seconds": round(seconds, 4)}
@@ -355,7 +398,7 @@ def _terminal(options: "Replay") -> None:
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        if _SERVER.value:  # a step may be waiting for it
+        if _SERVER.value or _MIND.url:  # a step may be waiting for it
             await asyncio.to_thread(session.close)
         await asyncio.gather(*pending, return_exceptions=True)
         return next(task.result() for task in done)
@@ -385,9 +428,17 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "--server: the server chooses the model and every session is duplex; leave out --model and --mode"
         )
+    if _SERVER.value and _MIND.url:
+        raise UserError("--server: the server has its own --mind; leave one of them out")
+    if _MIND.url and timelines and _MODE.value == "turn_based":
+        raise UserError("--mind: replays --timeline in slices alone; leave out --mode=turn_based")
+    _MIND.make()  # bad flags are refused before a model is loaded
     options = _options()
     if timelines and _SERVER.value:
-        _replay_remotely(timelines)
+        _replay_in_turn(timelines, _remote)
+    elif timelines and _MIND.url:
+        engine = _engine(1)
+        _replay_in_turn(timelines, lambda: _with_mind(engine, options))
     elif timelines:
         _replay_file(timelines, options)
     elif _MODE.value == "turn_based":

@@ -10,7 +10,7 @@ from duplex_jax.errors import UserError
 from duplex_jax.serve.access import Access, read_keys
 from duplex_jax.serve.app import Server
 from duplex_jax.serve.hub import Hub
-from duplex_jax.serve.mind import Mind
+from duplex_jax.serve.mind import make_mind
 from duplex_jax.serve.protocol import VoiceFactory
 from duplex_jax.serve.sessions import Limits, Sessions, snapshot_key
 
@@ -90,23 +90,6 @@ def build_server(options: Options, tell: Callable[[str], None], prefix: str = ""
         sessions, options.name, access=access, slice_seconds=options.slice_seconds,
         make_voice=_load_voice(options.voice, tell),
     )  # fmt: skip
-
-
-def make_mind(url: str | None, model: str | None, filler_after: float | None) -> Mind | None:
-    """The mind that flags name, or None.
-
-    Raises:
-        UserError: a flag without the others that it needs, no address, or the `llm` extra is missing.
-    """
-    if url is None:
-        if model is not None or filler_after is not None:
-            raise UserError("--mind_model, --mind_filler_after: need --mind, the address of an OpenAI-compatible API")
-        return None
-    if not model:
-        raise UserError("--mind: needs --mind_model, the model's name on that server")
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"--mind={url}: not an address; give one such as http://localhost:8000/v1")
-    return Mind(url, model, filler_after=filler_after)
 
 
 def load(name: str, template: str | None, tell: Callable[[str], None]) -> "LoadedModel":

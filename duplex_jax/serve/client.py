@@ -1,11 +1,8 @@
 """A session on a server, used like one of our own: each step sends the user's slice and awaits the assistant's."""
 
 import asyncio
-import contextlib
 import json
-import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -13,6 +10,7 @@ import aiohttp
 
 from duplex_jax.decode.session import Slice
 from duplex_jax.errors import UserError
+from duplex_jax.serve.thread import LoopThread
 from duplex_jax.timeline import SlicePair
 
 T = TypeVar("T")
@@ -38,15 +36,12 @@ class RemoteSession:
         self.url = url if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/duplex"
         self.timeline: list[SlicePair] = []
         self._patience = patience
-        self._pending: Future[Any] | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("server")
         try:
             self.about = self._wait(self._connect({k: v for k, v in settings.items() if v is not None}, key))
             """What the server said of the session."""
         except BaseException:
-            self._stop()
+            self._thread.close()
             raise
 
     def step(self, user: str | None) -> Slice:
@@ -61,30 +56,11 @@ class RemoteSession:
 
     def close(self) -> None:
         """Ends the session, and a step that another thread waits for; says nothing where the server has gone."""
-        if not self._loop.is_closed():
-            if self._pending is not None:
-                self._pending.cancel()
-            ended = asyncio.run_coroutine_threadsafe(asyncio.wait_for(self._end(), 2), self._loop)
-            with contextlib.suppress(Exception):
-                ended.result()
-            self._stop()
-
-    def _stop(self) -> None:
-        async def give_up() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(give_up(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.close(self._end())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        self._pending = future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, self._patience), self._loop)
         try:
-            return future.result()
+            return self._thread.run(work, self._patience)
         except TimeoutError:
             raise UserError(f"{self.url}: no answer within {self._patience:g} s") from None
 

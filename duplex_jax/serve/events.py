@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from duplex_jax.serve.calls import Call
+
 
 @dataclasses.dataclass(frozen=True)
 class Spoken:
@@ -80,7 +82,21 @@ class Delegated:
     index: int
 
 
-Event = Spoken | Audio | Speech | Delta | Trouble | Delegated
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """The mind calls a function of the client's, which `LiveSession.result` answers."""
+
+    call: Call
+
+
+@dataclasses.dataclass(frozen=True)
+class CalledOff:
+    """Nobody waits for the result of a call any more."""
+
+    call: Call
+
+
+Event = Spoken | Audio | Speech | Delta | Trouble | Delegated | Called | CalledOff
 
 
 class Voice(Protocol):

@@ -21,7 +21,7 @@ from duplex_jax.serve.mind import Mind
 from duplex_jax.serve.rounds import Rounds
 from duplex_jax.serve.seat import Seat
 from duplex_jax.serve.settings import Settings
-from duplex_jax.serve.talk import Delegation, Talk
+from duplex_jax.serve.talk import Talk
 from duplex_jax.serve.tasks import to_the_end
 from duplex_jax.serve.typed import MOST_WAITING, Typed
 from duplex_jax.slicing import user_slices, words_of
@@ -56,7 +56,8 @@ class LiveSession:
         self.quiet_since = time.monotonic()
         """When somebody last spoke."""
         self._seat = Seat(hub)
-        self._talk = Talk(mind, hub, settings.slice_seconds, settings.system, lambda event: self.emit(event))
+        self.talk = Talk(mind, hub, settings.slice_seconds, settings.system, lambda event: self.emit(event))
+        """Words that are not the duplex model's: the mind's, or the client's own."""
         self._rounds = Rounds(mind, hub, settings.system, lambda event: self.emit(event))
         self._typed = Typed()
         self._slices: collections.deque[str | None] = collections.deque()  # of a client that keeps the clock
@@ -100,7 +101,7 @@ class LiveSession:
                 return DuplexSession.restore(engine, snapshot)
             if s.mode == "turn_based":
                 return open_turns(engine, **common)
-            return DuplexSession(engine, **common, dormant=s.dormant)
+            return DuplexSession(engine, **common, keep_idle=s.keep_idle, dormant=s.dormant)
 
         await self._seat.open(begin, on_wait, gone)
 
@@ -119,7 +120,7 @@ class LiveSession:
 
     async def close(self) -> None:
         """Ends the session and gives its row back, if it has one."""
-        self._talk.stop()
+        self.talk.stop()
         self._rounds.stop()
         await self.stop()
         await self._seat.close()
@@ -132,7 +133,7 @@ class LiveSession:
     @property
     def may_rest(self) -> bool:
         """Whether it could be set aside: a duplex session in which nothing goes on."""
-        busy = self._talk.active or self._typed.words or self._slices or self._taken or self._seat.lock.locked()
+        busy = self.talk.active or self._typed.words or self._slices or self._taken or self._seat.lock.locked()
         return self.has_row and self.settings.mode == "duplex" and not busy
 
     async def set_aside(self, resting: bool = True) -> None:
@@ -182,25 +183,11 @@ class LiveSession:
         for index, pair in enumerate(past, first):
             self.emit(Spoken(index, pair.user, pair.assistant, 0.0, 0.0, past=True))
 
-    def delegate(self, delegation: Delegation) -> None:
-        """Sets who answers; by default the server's mind, or the duplex model where it has none."""
-        self._talk.delegation = delegation
-
-    def comment(self, text: str) -> None:
-        """Words of the application's own, to be said in the next slice in which nobody speaks.
-
-        Raises:
-            UserError: no words, half a character, or too many words wait already.
-        """
-        if not (text.strip() and whole_characters(text)):
-            raise UserError("commentary must be whole characters and not blank")
-        self._talk.comment(text)
-
     async def instruct(self, system: str | None) -> None:
         """Replaces the system prompt; see `DuplexSession.instruct`."""
         async with self._seat.duplex() as session:
             await to_the_end(self.hub.call(session.instruct, system))
-            self._talk.instruct(system)
+            self.talk.instruct(system)
             await self._encode(session)
 
     async def _encode(self, session: DuplexSession) -> None:
@@ -265,7 +252,7 @@ class LiveSession:
         Args:
             samples: of the sound that were played.
         """
-        self._talk.stop()
+        self.talk.stop()
         if self.voice is None:
             yield
             return
@@ -290,7 +277,9 @@ class LiveSession:
     def hush(self) -> None:
         """Silences what follows until the user speaks or `urge`."""
         self._hushed, self._urged, self._answering = True, False, False
-        self._talk.stop()
+        self.talk.stop()
+        self.talk.call_off()
+        self._rounds.stop()
 
     async def cancel(self) -> None:
         """Silences the newest assistant slice."""
@@ -393,7 +382,7 @@ class LiveSession:
             return
         seat = self._seat
         async with seat.lock:
-            rests = seat.aside is not None and seat.resting and user is None and not self._talk.active
+            rests = seat.aside is not None and seat.resting and user is None and not self.talk.active
             session = None if rests else await seat.come_back()
             spoken = await to_the_end(self._step(session, user, due, missed))
         if self.voice is not None and spoken is not None:
@@ -440,7 +429,7 @@ class LiveSession:
         """The step of a session; whether what it said was cancelled at once, and whether it reached its limit."""
         if user is not None:
             self._hushed = False
-        urged = (self._urged or self._talk.urges) and not self._typed.words and self._said is None
+        urged = (self._urged or self.talk.urges) and not self._typed.words and self._said is None
         if urged:
             await self.hub.call(_bias, session, MUST_SPEAK)
         try:
@@ -452,11 +441,14 @@ class LiveSession:
         overtaken = bool(self._slices) and self._slices[0] is not None
         unwanted = overtaken or self._hushed or (self.waits and not self._answering)
         if not unwanted:
-            result = await self._talk.take(session, user, result, urged)
-            if self._talk.active and result.text is None:
+            before = self.talk.asks
+            result = await self.talk.take(session, user, result, urged)
+            self._urged = self._urged and self.talk.asks == before  # who is asked answers in their own time
+            if self.talk.active and result.text is None:
                 return result, False, False
         if result.text is None:
-            self._answering, self._allowance = self._urged, self._allowance if self._urged else None
+            self._answering = self._urged or self.talk.urges
+            self._allowance = self._allowance if self._answering else None
             return result, False, False
         if not self._typed.words:
             self._urged = False
@@ -469,7 +461,7 @@ class LiveSession:
         if len(words) < self._allowance:
             self._allowance -= len(words)
             return result, False, False
-        self._talk.stop()
+        self.talk.stop()
         await self.hub.call(session.cancel, self._allowance)
         result = dataclasses.replace(result, ids=words[: self._allowance], text=session.timeline[-1].assistant)
         self._hushed, self._answering, self._allowance = True, False, None

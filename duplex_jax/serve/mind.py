@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
+from duplex_jax.errors import UserError
 from duplex_jax.llm.client import make_api
+from duplex_jax.serve.calls import Call, Calls
 from duplex_jax.serve.events import Trouble
 from duplex_jax.slicing import slice_ids, words_of
 from duplex_jax.timeline import SlicePair
@@ -24,7 +27,7 @@ MOST_ANSWERED = 8_000
 _WIDEST = 40
 """Characters of a token, at most, as far as cutting looks ahead."""
 
-ChatMessage = dict[str, str]
+ChatMessage = dict[str, Any]
 
 
 class Fault(Exception):
@@ -66,28 +69,32 @@ class Mind:
         await asyncio.gather(*self._answers, return_exceptions=True)
         await self._api.close()
 
-    def ask(self, messages: Sequence[ChatMessage], index: int = 0, **options: Any) -> "Answer":
+    def ask(
+        self, messages: Sequence[ChatMessage], index: int = 0, on_call: Callable[[Call], None] | None = None,
+        **options: Any,
+    ) -> "Answer":  # fmt: skip
         """Asks with the conversation so far.
 
         Args:
             messages: the conversation.
             index: the slice at which it is asked.
+            on_call: is told each function call as soon as it is whole.
             options: of the request, such as `max_tokens`.
         """
-        answer = Answer(self.stream(messages, **options), index)
+        answer = Answer(self.stream(messages, **options), index, on_call)
         self._answers.add(answer.task)
         answer.task.add_done_callback(self._answers.discard)
         return answer
 
-    async def stream(self, messages: Sequence[ChatMessage], **options: Any) -> AsyncGenerator[str, None]:
-        """The answer's text as it comes.
+    async def stream(self, messages: Sequence[ChatMessage], **options: Any) -> AsyncGenerator[str | Call, None]:
+        """The answer's text as it comes, and its function calls behind it.
 
         Raises:
             Fault: no answer, a broken one, one that breaks off, or an empty one.
         """
         import openai
 
-        said, finished = 0, False
+        said, finished, calls = 0, False, dict[int, Call]()
         try:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._timeout):
@@ -99,11 +106,13 @@ class Mind:
                 chunks = aiter(chunks)
                 while said < MOST_ANSWERED:
                     async with asyncio.timeout(self._timeout):
-                        text, finished = _read(await anext(chunks, None), finished)
-                    if text is None:
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
                         break
-                    said += len(text.strip())
-                    yield text
+                    text, finished = _read(chunk, finished)
+                    said += len(text.strip()) + _read_calls(chunk, calls)
+                    if text:
+                        yield text
         except TimeoutError as e:
             raise Fault(f"no word for {self._timeout:g} s") from e
         except openai.APIStatusError as e:
@@ -114,14 +123,43 @@ class Mind:
             raise Fault(f"broken reply ({type(e).__name__})") from e
         if not said:
             raise Fault("empty reply")
-        if not finished and said < MOST_ANSWERED:
+        if not finished and (calls or said < MOST_ANSWERED):
             raise Fault("the reply breaks off")
+        for call in calls.values():
+            yield call
 
 
-def _read(chunk: Any, finished: bool) -> tuple[str | None, bool]:
-    """A chunk's text, None at the end of the stream, and whether the answer's end was announced."""
-    if chunk is None:
-        return None, finished
+def make_mind(url: str | None, model: str | None, filler_after: float | None) -> Mind | None:
+    """The mind that flags name, or None.
+
+    Raises:
+        UserError: a flag without the others that it needs, no address, or the `llm` extra is missing.
+    """
+    if url is None:
+        if model is not None or filler_after is not None:
+            raise UserError("--mind_model, --mind_filler_after: need --mind, the address of an OpenAI-compatible API")
+        return None
+    if not model:
+        raise UserError("--mind: needs --mind_model, the model's name on that server")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--mind={url}: not an address; give one such as http://localhost:8000/v1")
+    return Mind(url, model, filler_after=filler_after)
+
+
+def _read_calls(chunk: Any, calls: dict[int, Call]) -> int:
+    """Adds a chunk's pieces of function calls to those of the answer; how many characters they have."""
+    pieces = (chunk.choices[0].delta.tool_calls if chunk.choices else None) or ()
+    size = 0
+    for piece in pieces:
+        old = calls.get(piece.index) or Call(piece.id or f"call_{secrets.token_hex(8)}", "", "")
+        name, arguments = piece.function.name or "", piece.function.arguments or ""
+        size += len(name) + len(arguments)
+        calls[piece.index] = Call(old.id, old.name + name, old.arguments + arguments)
+    return size
+
+
+def _read(chunk: Any, finished: bool) -> tuple[str, bool]:
+    """A chunk's text, and whether the answer's end was announced."""
     if not chunk.choices:  # such as a chunk of usage alone
         return "", finished
     text = chunk.choices[0].delta.content or ""
@@ -132,35 +170,44 @@ class Answer:
     """An answer while it comes in.
 
     Args:
-        texts: its words, as they come.
+        parts: its words and function calls, as they come.
         index: the slice at which it was asked for.
+        on_call: is told the calls.
     """
 
-    def __init__(self, texts: AsyncGenerator[str, None], index: int):
+    def __init__(
+        self, parts: AsyncGenerator[str | Call, None], index: int, on_call: Callable[[Call], None] | None = None
+    ):
         self.index, self.met = index, -2
         self.since = time.monotonic()
         self.said = self.filled = False
         self.fault: Fault | None = None
+        self.made: list[Call] = []
+        """Its function calls."""
         self._text, self._over = "", False
         self._news = asyncio.Event()
-        self.task = asyncio.create_task(self._receive(texts), name="answer")
+        self._on_call = on_call or (lambda call: None)
+        self.task = asyncio.create_task(self._receive(parts), name="answer")
         """Receives it."""
 
     @classmethod
     def of(cls, text: str, index: int) -> "Answer":
         """An answer whose words are all there."""
 
-        async def texts() -> AsyncGenerator[str, None]:
+        async def parts() -> AsyncGenerator[str | Call, None]:
             yield text
 
-        return cls(texts(), index)
+        return cls(parts(), index)
 
-    async def _receive(self, texts: AsyncGenerator[str, None]) -> None:
+    async def _receive(self, parts: AsyncGenerator[str | Call, None]) -> None:
         try:
-            async with contextlib.aclosing(texts):
-                async for text in texts:
-                    self._text += text
-                    self._news.set()
+            async with contextlib.aclosing(parts):
+                async for part in parts:
+                    if isinstance(part, Call):
+                        self._on_call(part)
+                    else:
+                        self._text += part
+                        self._news.set()
         except Fault as e:
             self.fault = e
             _log.warning("the mind: %s", e)
@@ -173,6 +220,11 @@ class Answer:
         self.task.cancel()
         self._text, self._over = "", True
         self._news.set()
+
+    @property
+    def worded(self) -> bool:
+        """Whether it has words, said or not."""
+        return self.said or bool(self._text.strip())
 
     @property
     def done(self) -> bool:
@@ -221,23 +273,36 @@ class Answer:
         return ids, text, True
 
 
-def messages_of(pairs: Iterable[SlicePair], system: str | None) -> list[ChatMessage]:
-    """The newest part of a conversation as chat messages: the slices of one side that follow each other are joined."""
-    found: list[tuple[str, list[str]]] = []
+def messages_of(
+    pairs: Iterable[SlicePair], system: str | None, calls: Calls | None = None, first: int = 0
+) -> list[ChatMessage]:
+    """The newest part of a conversation as chat messages: the slices of one side that follow each other are joined.
+
+    Args:
+        pairs: the slices.
+        system: a system prompt, in front.
+        calls: function calls that were made meanwhile.
+        first: index of the first slice.
+    """
+    found: list[ChatMessage] = []  # the newest first, as long as it grows; a content is a list
     size = 0
-    for pair in reversed(list(pairs)):
+    pairs = list(pairs)
+    for index, pair in zip(range(first + len(pairs) - 1, first - 1, -1), reversed(pairs), strict=True):
+        if calls is not None:
+            found += reversed(calls.messages(index))
         for role, text in (("assistant", pair.assistant), ("user", pair.user)):
             if text is None:
                 continue
             size += len(text)
-            if found and found[-1][0] == role:
-                found[-1][1].append(text)
-            else:
-                found.append((role, [text]))
+            if not found or found[-1]["role"] != role:
+                found.append({"role": role, "content": []})
+            # The words in front of a call are its message's.
+            found[-1]["content"] = [*(found[-1]["content"] or ()), text]
         if size > MOST_ASKED:
             break
     opening = [{"role": "system", "content": system}] if system else []
     glue = {"user": " ", "assistant": ""}
-    return opening + [
-        {"role": role, "content": glue[role].join(reversed(texts)).strip()} for role, texts in reversed(found)
-    ]
+    for message in found:
+        if isinstance(message["content"], list):
+            message["content"] = glue[message["role"]].join(reversed(message["content"])).strip()
+    return opening + found[::-1]

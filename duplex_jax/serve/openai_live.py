@@ -14,14 +14,16 @@ import numpy as np
 
 from duplex_jax.errors import UserError
 from duplex_jax.serve import openai_live_messages as messages
+from duplex_jax.serve.calls import Call
 from duplex_jax.serve.connection import Connection
-from duplex_jax.serve.events import Audio, Delegated, Event, Speech, Spoken, Trouble, Voice
+from duplex_jax.serve.events import Audio, Called, CalledOff, Delegated, Event, Speech, Spoken, Trouble, Voice
 from duplex_jax.serve.incoming import Events, Refusal, converse, openai_error, read
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.openai_live_session import Note, SessionConfig, Store, Stored
 from duplex_jax.serve.player import Player
 from duplex_jax.serve.realtime_items import new_id
 from duplex_jax.serve.realtime_messages import Plain, TextAppend
+from duplex_jax.serve.realtime_tools import output_of
 from duplex_jax.serve.sessions import Entry, Sessions
 from duplex_jax.serve.sound import from_base64, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, Resampler
@@ -61,6 +63,7 @@ class OpenAILive:
         self._first = 0  # the slice at which the session's timeline begins
         self._expires_at = 0
         self._delegations: dict[str, None] = {}
+        self._delegation: str | None = None  # the newest
         self._player: Player | None = None
         self._to_listen: Resampler | None = None
         self._muted = self._speaking = False
@@ -80,7 +83,7 @@ class OpenAILive:
                 "session.commentary.append": self._append_commentary,
                 "session.close": self._close,
                 "response.create": self._respond,
-                "response.item.create": self._respond,
+                "response.item.create": self._add_output,
                 "duplex.text.append": self._append_text,
                 "duplex.cancel": self._cancel,
                 "duplex.played": self._played,
@@ -134,7 +137,7 @@ class OpenAILive:
             on_wait=lambda place: self._send("info", code="waiting", message=f"place {place} in the queue"),
         )  # fmt: skip
         self._entry, self._first = entry, entry.live.slices
-        entry.live.delegate(config.delegation())
+        entry.live.talk.delegation = config.delegation()
         self._expires_at = int(time.time() + self._sessions.limits.session_seconds)
         if config.store:
             self._store.put(entry.id, self._state)
@@ -147,7 +150,7 @@ class OpenAILive:
         change = read(messages.SessionUpdate, message).session
         live = self._live()
         self._config.update(change)
-        live.delegate(self._config.delegation())
+        live.talk.delegation = self._config.delegation()
         self._answer("session.updated", session=self._shown())
 
     async def _close(self, message: Mapping[str, Any]) -> None:
@@ -202,7 +205,7 @@ class OpenAILive:
         self._acknowledge(kind)
 
     async def _append_commentary(self, message: Mapping[str, Any]) -> None:
-        self._live().comment(self._appended(message))
+        self._live().talk.comment(self._appended(message))
         self._acknowledge("commentary")
 
     def _appended(self, message: Mapping[str, Any]) -> str:
@@ -229,9 +232,34 @@ class OpenAILive:
         self._live().say(text)
 
     async def _respond(self, message: Mapping[str, Any]) -> None:
-        self._live()
-        text = f"{message['type']}: the model behind this server answers of itself"
-        raise Refusal(text, "unsupported_event", "type")
+        """An answer is asked for; behind a call's result one comes of itself."""
+        read(Plain, message)
+        live = self._answered_by_mind("response.create")
+        if not live.talk.active:
+            live.urge()
+
+    async def _add_output(self, message: Mapping[str, Any]) -> None:
+        item = read(messages.ResponseItem, message).item
+        live = self._answered_by_mind("response.item.create")
+        if item.get("type") != "function_call_output":
+            text = f"item.type: is {str(item.get('type'))[:40]!r}; must be function_call_output"
+            raise Refusal(text, param="item.type")
+        live.talk.result(*output_of(item.get("call_id"), item.get("output")))
+
+    def _answered_by_mind(self, kind: str) -> LiveSession:
+        live = self._live()
+        if self._config.target != "responses":
+            raise Refusal(f"{kind}: needs responses delegation", "unsupported_event", "type")
+        return live
+
+    def _called(self, call: Call, gone: bool) -> None:
+        """Tells of a function call of the mind, or that nobody waits for it any more."""
+        item = {"type": "function_call", "id": f"fc_{call.id}", "call_id": call.id, "name": call.name,
+                "arguments": call.arguments, "status": "completed"}  # fmt: skip
+        event = {"type": "response.output_item.done", "output_index": 0, "item": item}
+        if gone:
+            event = {"type": "duplex.function_call.cancelled", "call_id": call.id}
+        self._send("response.event", delegation_id=self._delegation, event=event)
 
     # Sound.
 
@@ -298,6 +326,8 @@ class OpenAILive:
                     self._player.pause()
             case Delegated():
                 self._delegated(event)
+            case Called(call=call) | CalledOff(call=call):
+                self._called(call, isinstance(event, CalledOff))
             case Trouble(fatal=True, code="session_limit"):
                 self._end("expired")
             case Trouble():
@@ -339,6 +369,7 @@ class OpenAILive:
 
     def _delegated(self, event: Delegated) -> None:
         target, key = self._config.target, new_id("deleg")
+        self._delegation = key
         made = {"id": key, "type": "delegation", "target": target}
         if target == "client":
             self._delegations[key] = None

@@ -80,7 +80,7 @@ class Responses(Incoming):
     reasoning: Any = None
     service_tier: Any = None
     text: Any = None
-    tool_choice: Any = None
+    tool_choice: str | dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
 
 
@@ -121,6 +121,14 @@ class Session(Incoming):
         for name in ("parallel_tool_calls", "reasoning", "service_tier", "text"):
             asked[f"session.delegation.responses.{name}"] = backend and getattr(backend, name)
         return [name for name, value in asked.items() if value]
+
+
+class ResponseItem(Incoming):
+    """`response.item.create`."""
+
+    type: str
+    event_id: str | None = None
+    item: dict[str, Any]
 
 
 class SessionStart(Incoming):

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from duplex_jax.serve import openai_live_messages as messages
+from duplex_jax.serve.calls import chat_tool_choice, chat_tools
 from duplex_jax.serve.incoming import Refusal
 from duplex_jax.serve.mind import Mind
 from duplex_jax.serve.settings import Settings
@@ -156,15 +157,18 @@ class SessionConfig:
         """Who answers, as a session takes it."""
         asked = self._delegation
         backend = asked.responses if asked else None
-        after = self._mind.filler_after if self._mind is not None and self.target == "responses" else None
+        awaited = asked is not None and asked.type == "client"
+        after = self._mind.filler_after if self._mind is not None and not awaited else None
         if asked is not None and asked.acknowledgement_delay_ms is not None:
             after = asked.acknowledgement_delay_ms / 1000
         return Delegation(
             told=True,
-            awaited=asked is not None and asked.type == "client",
+            awaited=awaited,
             filler_after=after,
             brief=backend.instructions if backend else None,
             max_tokens=backend.max_output_tokens if backend else None,
+            tools=chat_tools(backend.tools if backend else None, "tools"),
+            tool_choice=chat_tool_choice(backend.tool_choice if backend else None, "tool_choice"),
         )
 
     def _take(self, asked: messages.Session) -> None:
@@ -208,9 +212,8 @@ class SessionConfig:
         if backend.model not in (None, self._mind.model):
             text = f"{path}.model: {str(backend.model)[:80]!r} does not exist; this server has {self._mind.model!r}"
             raise Refusal(text, "model_not_found", f"{path}.model")
-        for name in ("tools", "tool_choice"):
-            if getattr(backend, name):
-                raise Refusal(f"{path}.{name}: is not supported", "unsupported_parameter", f"{path}.{name}")
+        chat_tools(backend.tools, f"{path}.tools")
+        chat_tool_choice(backend.tool_choice, f"{path}.tool_choice")
         return asked
 
 

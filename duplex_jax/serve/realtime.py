@@ -7,18 +7,20 @@ send `duplex.text.append`, and gets `duplex.slice` for every interval, idle ones
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from duplex_jax.errors import UserError
 from duplex_jax.serve import realtime_messages as messages
 from duplex_jax.serve.connection import Caller, Connection
-from duplex_jax.serve.events import Audio, Event, Speech, Spoken, Trouble, Voice
+from duplex_jax.serve.events import Audio, Called, CalledOff, Event, Speech, Spoken, Trouble, Voice
 from duplex_jax.serve.incoming import Events, Refusal, converse, openai_error, read
 from duplex_jax.serve.live import LiveSession
 from duplex_jax.serve.realtime_items import Conversation, Heard, Response, new_id
 from duplex_jax.serve.realtime_messages import RATE
 from duplex_jax.serve.realtime_session import SessionOptions
+from duplex_jax.serve.realtime_tools import FunctionCalls, output_of
 from duplex_jax.serve.sessions import Entry, Sessions
 from duplex_jax.serve.sound import from_base64, to_base64
 from duplex_jax.serve.voice.audio import SAMPLE_RATE, Resampler
@@ -47,6 +49,7 @@ class Realtime:
         self._connection, self._sessions, self._client = connection, sessions, client
         self._make_voice, self._asked_model = make_voice, asked_model
         self._items = Conversation(self._send)
+        self._calls = FunctionCalls(self._items, self._send)
         self._response: Response | None = None
         self._runs: dict[str, Response] = {}
         self._restoring: asyncio.Task[None] | None = None  # the session's instructions, after a response with its own
@@ -57,7 +60,7 @@ class Realtime:
         self._to_wire: Resampler | None = None
         self._voice_rate = RATE
         self._given_out = 0  # samples, at the voice's rate
-        self._options = SessionOptions(model, slice_seconds, make_voice is not None)
+        self._options = SessionOptions(model, slice_seconds, make_voice is not None, sessions.mind is not None)
         self._entry: Entry | None = None
         self._events = Events(
             {
@@ -111,8 +114,13 @@ class Realtime:
             await live.instruct(self._options.instructions(new["instructions"]))
         self._options.shown = new
         if live is not None:
-            live.waits = self._options.waits
+            self._set_up(live)
         self._send("session.updated", session=new)
+
+    def _set_up(self, live: LiveSession) -> None:
+        """What of the session may change while it lasts, but for the instructions."""
+        live.waits = self._options.waits
+        live.talk.delegation = dataclasses.replace(live.talk.delegation, **self._options.tools())
 
     async def _live(self) -> LiveSession:
         """The session; the conversation begins with the first thing that needs it."""
@@ -120,7 +128,7 @@ class Realtime:
             settings = self._options.settings()
             voice = self._make_voice() if self._make_voice is not None and self._options.spoken else None
             self._entry = await self._sessions.begin(self._client, settings, self._emit, voice=voice)
-            self._entry.live.waits = self._options.waits
+            self._set_up(self._entry.live)
         return self._entry.live
 
     # The conversation.
@@ -134,13 +142,17 @@ class Realtime:
         the next tick, an assistant's as slices that it has said, a system's into the system prompt."""
         asked = read(messages.ItemCreate, message)
         item, last = asked.item, self._items.last
-        text = item.text()
+        text = item.text() if item.type != "function_call_output" else ""
         if item.id is not None and item.id in self._items:
             raise Refusal(f"item.id: there is an item {item.id!r} already", "item_create_duplicate_item_id", "item.id")
         if asked.previous_item_id not in (None, last or "root"):
             place = f"previous_item_id: is {asked.previous_item_id[:80]!r}; an item goes behind the last one, {last!r}"
             raise Refusal(place, param="previous_item_id")
         live = await self._live()
+        if item.type == "function_call_output":
+            live.talk.result(*output_of(item.call_id, item.output))
+            self._calls.add_output(item)
+            return
         made: dict[str, Any] = {
             "id": item.id or new_id("item"),
             "object": "realtime.item",
@@ -224,12 +236,8 @@ class Realtime:
 
     def _keep(self, place: tuple[int, int]) -> None:
         """Cuts the messages to what is left of them: all before a slice, and so many characters of it."""
-        index, characters = place
         for run in self._runs.values():
-            told = enumerate(run.texts, run.first)
-            kept = [text if i < index else text[:characters] for i, text in told if i <= index]
-            if kept != run.texts:
-                run.texts = kept
+            if run.cut(*place):
                 item = self._items.find(run.item)
                 if item["content"]:
                     item |= {"status": "incomplete", "content": [self._part(run.text)]}
@@ -336,6 +344,13 @@ class Realtime:
                 self._refuse(Refusal(event.message, event.code))
                 if event.fatal:
                     self._connection.hang_up()
+            case Called(call=call):
+                run = self._response or self._begin()
+                self._calls.tell(call, run)
+                if not run.texts:
+                    self._finish("completed", None)
+            case CalledOff(call=call):
+                self._calls.called_off(call)
             case _:
                 pass  # turn-based sessions are not spoken of here
 
@@ -472,7 +487,7 @@ class Realtime:
     def _object(self, run: Response, status: str, reason: str | None = None) -> dict[str, Any]:
         over = status != "in_progress"
         output = [self._items.find(run.item)] if over and run.item in self._items else []
-        return run.shown(status, reason, self._options.shown, output)
+        return run.shown(status, reason, self._options.shown, output + (run.calls if over else []))
 
     def _part(self, text: str, kind: str | None = None) -> dict[str, Any]:
         name = "transcript" if self._options.spoken else "text"

@@ -37,6 +37,7 @@ class Response:
         texts: what was said, a slice each.
         limited: it has taken all tokens that it may.
         ending: why it is over, once its sound is out too: a status and a reason.
+        calls: items of the functions that it calls.
     """
 
     id: str
@@ -52,11 +53,19 @@ class Response:
     texts: list[str] = dataclasses.field(default_factory=list)
     limited: bool = False
     ending: tuple[str, str | None] | None = None
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def text(self) -> str:
         """All that was said."""
         return "".join(self.texts)
+
+    def cut(self, index: int, characters: int) -> bool:
+        """Keeps its words before a slice and so many characters of that; whether this took any away."""
+        told = enumerate(self.texts, self.first)
+        kept = [text if i < index else text[:characters] for i, text in told if i <= index]
+        changed, self.texts = kept != self.texts, kept
+        return changed
 
     def place(self) -> dict[str, Any]:
         """Where its words belong, as events say it."""
@@ -182,5 +191,5 @@ class Conversation:
             self.last = next(reversed(self._items), None)
 
     def _characters(self) -> int:
-        parts = (part for item in self._items.values() for part in item["content"])
+        parts = (part for item in self._items.values() for part in (item, *item.get("content", ())))
         return sum(len(value) for part in parts for value in part.values() if isinstance(value, str))

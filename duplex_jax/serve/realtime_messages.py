@@ -205,7 +205,8 @@ class Item(Incoming):
             Refusal: it is no message, or one of anything but words.
         """
         if self.type != "message":
-            raise Refusal(f"item.type: {self.type!r}; this server takes messages", param="item.type")
+            text = f"item.type: {self.type!r}; this server takes messages and function_call_output"
+            raise Refusal(text, param="item.type")
         if self.role is None:
             raise Refusal("item.role: is missing", "missing_required_parameter", "item.role")
         if self.content is None:

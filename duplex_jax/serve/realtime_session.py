@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from duplex_jax.serve import realtime_messages as messages
+from duplex_jax.serve.calls import chat_tool_choice, chat_tools
 from duplex_jax.serve.incoming import Refusal, read
 from duplex_jax.serve.realtime_items import new_id
 from duplex_jax.serve.realtime_messages import RATE
@@ -17,10 +18,11 @@ class SessionOptions:
         model: the name of the server's model.
         slice_seconds: k where the client does not say.
         speaks: whether the server has speech.
+        calls: whether it has a mind, which may call functions.
     """
 
-    def __init__(self, model: str, slice_seconds: float, speaks: bool):
-        self._speaks = speaks
+    def __init__(self, model: str, slice_seconds: float, speaks: bool, calls: bool = False):
+        self._speaks, self._calls = speaks, calls
         sound = {"format": {"type": "audio/pcm", "rate": RATE}}
         self.shown: dict[str, Any] = {
             "type": "realtime",
@@ -30,7 +32,7 @@ class SessionOptions:
             "instructions": "",
             "output_modalities": ["audio" if speaks else "text"],
             "tools": [],
-            "tool_choice": "none",
+            "tool_choice": "auto" if calls else "none",
             "max_output_tokens": "inf",
             "audio": {
                 "input": sound | {"turn_detection": {"type": "server_vad"}},
@@ -62,6 +64,15 @@ class SessionOptions:
         base = self.shown["instructions"] if instructions is None else instructions
         return "\n\n".join(filter(None, (base, *self.notes.values())))
 
+    def tools(self) -> dict[str, Any]:
+        """The functions that the mind may call, as fields of a `Delegation`."""
+        if not self._calls:
+            return {}
+        return {
+            "tools": chat_tools(self.shown["tools"], "session.tools"),
+            "tool_choice": chat_tool_choice(self.shown["tool_choice"], "session.tool_choice"),
+        }
+
     def settings(self) -> Settings:
         """What a session is begun with."""
         options = {k: v for k, v in self.shown["duplex"].items() if k != "unsupported"}
@@ -87,11 +98,18 @@ class SessionOptions:
         if asked.model not in (None, old["model"]):
             text = f"session.model: {asked.model[:80]!r} does not exist; this server has {old['model']!r}"
             raise Refusal(text, "model_not_found", "session.model")
-        messages.check_tools(asked.tools, "session.tools")
-        messages.check_tool_choice(asked.tool_choice, "session.tool_choice")
+        if self._calls:
+            chat_tools(asked.tools, "session.tools")
+            chat_tool_choice(asked.tool_choice, "session.tool_choice")
+        else:
+            messages.check_tools(asked.tools, "session.tools")
+            messages.check_tool_choice(asked.tool_choice, "session.tool_choice")
         new = old | {"audio": self._audio(asked.audio), "duplex": self._duplex(asked, began)}
         if asked.output_modalities is not None:
             new["output_modalities"] = self._modalities(asked.output_modalities, began)
+        for name in ("tools", "tool_choice"):
+            if self._calls and getattr(asked, name) is not None:
+                new[name] = getattr(asked, name)
         if asked.max_output_tokens is not None:
             new["max_output_tokens"] = asked.max_output_tokens
         if "instructions" in asked.model_fields_set:
@@ -131,5 +149,5 @@ class SessionOptions:
         if began and any(new[k] != old.get(k) for k in given if k != "slices"):
             text = "session.duplex: can be set before the conversation has begun, not after"
             raise Refusal(text, param="session.duplex")
-        unsupported = asked.unsupported() | set(old.get("unsupported", ()))
+        unsupported = (asked.unsupported() - ({"tools"} if self._calls else set())) | set(old.get("unsupported", ()))
         return new | ({"unsupported": sorted(unsupported)} if unsupported else {})

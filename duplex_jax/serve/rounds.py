@@ -31,9 +31,11 @@ class Rounds:
         self._past: list[SlicePair] = []
         self._query: list[str] = []  # of a turn that the user has not ended
         self._answer: Answer | None = None
+        self._stopped = False
 
     def stop(self) -> None:
-        """Ends the mind's answer."""
+        """Ends the answer; what was said of it stays."""
+        self._stopped = True
         if self._answer is not None:
             self._answer.stop()
 
@@ -68,7 +70,7 @@ class Rounds:
             self._query.append(user)
         began, text = time.monotonic(), None
         if self._query and (user is None or ends):
-            query = " ".join(self._query)
+            query, self._stopped = " ".join(self._query), False
             self._query.clear()
             words = []
             async with contextlib.aclosing(self._answers(turn, query, max_tokens)) as parts:
@@ -83,6 +85,7 @@ class Rounds:
     async def _answers(self, turn: TurnSession | SliceTurns, query: str, max_tokens: int) -> AsyncGenerator[str, None]:
         """An answer as it comes: the mind's, or the session's own where there is none."""
         said: list[str] = []
+        own = self._mind is None
         if self._mind is not None:
             answer = self._answer = self._mind.ask(messages_of([*self._past, SlicePair(query, None)], self._system))
             try:
@@ -90,12 +93,13 @@ class Rounds:
                     said.append(text)
                     yield text
             finally:
-                self.stop()
+                answer.stop()
             if said:
                 await self._hub.call(turn.say, query, "".join(said))
-            elif answer.fault is not None:
+            if answer.fault is not None:
                 self._emit(answer.fault.trouble())
-        if not said:
+            own = answer.fault is not None and not said
+        if own:
             parts = self._hub.each(turn.reply(query, turn.make_room(query, max_tokens)))
             data = b""
             async with contextlib.aclosing(parts):
@@ -105,4 +109,6 @@ class Rounds:
                     said.append(data[:whole].decode("utf-8", errors="replace"))
                     data = data[whole:]
                     yield said[-1]
+                    if self._stopped:
+                        break
         self._past.append(SlicePair(query, "".join(said) or None))

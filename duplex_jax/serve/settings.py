@@ -21,6 +21,7 @@ class Settings:
         system: a system prompt.
         dormant: never speak unasked.
         max_tokens: of a turn-based answer.
+        keep_idle: see `DuplexSession`.
     """
 
     mode: Literal["duplex", "turn_based"] = "duplex"
@@ -31,6 +32,7 @@ class Settings:
     system: str | None = None
     dormant: bool = False
     max_tokens: int = 256
+    keep_idle: int | None = 1
 
     def __post_init__(self):
         if not 0.1 <= self.slice_seconds <= 60:

@@ -14,15 +14,17 @@ Commentary, words that an application gives, is said in the next slice that is f
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from duplex_jax.decode.session import DuplexSession, Slice
 from duplex_jax.errors import UserError
-from duplex_jax.serve.events import Delegated, Event
+from duplex_jax.serve.calls import CALL_OFF, Call, Calls
+from duplex_jax.serve.events import Called, CalledOff, Delegated, Event
 from duplex_jax.serve.hub import Hub
 from duplex_jax.serve.mind import MOST_ANSWERED, Answer, Mind, messages_of
 from duplex_jax.slicing import MAX_SLICE_TOKENS
-from duplex_jax.timeline import SlicePair
+from duplex_jax.timeline import SlicePair, whole_characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Delegation:
         filler_after: seconds without an answer after which the duplex model says a slice of its own; None for silence.
         brief: instructions for the mind, in front of the session's.
         max_tokens: of an answer of the mind.
+        tools: functions that the mind may call, as chat completions have them.
+        tool_choice: which of them it must call, in the same way.
     """
 
     told: bool = False
@@ -42,6 +46,8 @@ class Delegation:
     filler_after: float | None = None
     brief: str | None = None
     max_tokens: int | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class Talk:
@@ -63,10 +69,14 @@ class Talk:
         """Who answers; may be changed between slices."""
         self.urges = False
         """Whether the duplex model is to speak in the next slice, on its own."""
+        self.asks = 0
+        """How often the mind or the client was asked."""
         self._hub, self._patience, self._emit = hub, slice_seconds / 2, emit
         self._answer: Answer | None = None
         self._commentary: collections.deque[str] = collections.deque()
         self._filler_due: float | None = None  # when the duplex model is to say something until the client answers
+        self._calls = Calls()
+        self._resulted = False  # results came that no answer is about
         self._asked_anew = True  # the model has been silent, or the user has spoken, since the last answer
         self._heard = False  # words of the user that no answer is about
         self._own = False  # the duplex model answers in the mind's place
@@ -74,7 +84,7 @@ class Talk:
     @property
     def active(self) -> bool:
         """Whether words are awaited or being said that are not the duplex model's."""
-        return self._answer is not None or bool(self._commentary)
+        return self._answer is not None or bool(self._commentary) or self._resulted
 
     def stop(self) -> None:
         """Ends the answer within the slice; its unsaid words are gone."""
@@ -86,14 +96,46 @@ class Talk:
         """Words for the next slices in which nobody speaks, behind those that wait already.
 
         Raises:
-            UserError: too many words wait already.
+            UserError: no words, half a character, or too many words wait already.
         """
+        if not (text.strip() and whole_characters(text)):
+            raise UserError("commentary must be whole characters and not blank")
         waiting = sum(map(len, self._commentary))
         if waiting + len(text) > MOST_ANSWERED:
             raise UserError(f"{waiting} characters of commentary wait already and {len(text)} come; "
                             f"at most {MOST_ANSWERED} may")  # fmt: skip
         self._commentary.append(text)
         self._filler_due = None
+
+    def result(self, id: str, output: str) -> None:
+        """What came of a function call; the mind is asked again once no other one runs.
+
+        Raises:
+            UserError: see `Calls.result`.
+        """
+        self._calls.result(id, output)
+        self._resulted, self._filler_due = not self._calls.running, None
+
+    def call_off(self, keep: Sequence[Call] = ()) -> None:
+        """Ends the function calls that run, except some."""
+        for call in self._calls.call_off(keep):
+            self._emit(CalledOff(call))
+
+    def _called(self, call: Call, index: int) -> None:
+        """The mind calls a function, in the answer that is under way."""
+        self._calls.begin(call, index)
+        answer = self._answer
+        made = [] if answer is None else answer.made
+        made.append(call)
+        worded = answer is not None and answer.worded
+        if call.name == CALL_OFF:
+            self.call_off(keep=made)
+            self._resulted = not (self._calls.running or worded)
+            return
+        self._resulted = False
+        self._emit(Called(call))
+        if self.delegation.filler_after is not None and not worded:
+            self._filler_due = time.monotonic() + self.delegation.filler_after
 
     def instruct(self, system: str | None) -> None:
         """Replaces the system prompt; a client that does so is at work, and needs no filler."""
@@ -125,6 +167,8 @@ class Talk:
             self.urges = result.text is None
             self._filler_due = self._filler_due if self.urges else None
             return result
+        if self._resulted and self.mind is not None and user is None:
+            return await self._go_on(session, self._ask(self.mind, session, user, result.index), result)
         told, own = self.delegation.told, self.mind is None and not self.delegation.awaited
         if result.text is None:
             self._asked_anew, self._own = True, False
@@ -135,6 +179,7 @@ class Talk:
             if told:
                 self._emit(Delegated(result.index))
             if self.delegation.awaited:
+                self.asks += 1
                 after = self.delegation.filler_after
                 self._filler_due = None if after is None else time.monotonic() + after
             elif self.mind is not None:
@@ -148,17 +193,26 @@ class Talk:
         return await self._say(session, result, [])
 
     def _ask(self, mind: Mind, session: DuplexSession, user: str | None, index: int) -> Answer:
-        past = [*session.timeline[:-1], SlicePair(user, None)]
-        system = "\n\n".join(filter(None, (self.delegation.brief, self.system)))
-        most = self.delegation.max_tokens
-        options = {} if most is None else {"max_tokens": most}
-        self._answer = answer = mind.ask(messages_of(past, system or None), index, **options)
+        past, asked = [*session.timeline[:-1], SlicePair(user, None)], self.delegation
+        system = "\n\n".join(filter(None, (asked.brief, self.system)))
+        options: dict[str, Any] = {} if asked.max_tokens is None else {"max_tokens": asked.max_tokens}
+        if asked.tools:
+            options["tools"] = self._calls.tools(asked.tools)
+            # What must be called is called once: its result is to be spoken of.
+            if asked.tool_choice is not None and not self._resulted:
+                options["tool_choice"] = asked.tool_choice
+        messages = messages_of(past, system or None, self._calls, session.first)
+        self._resulted = False
+        self.asks += 1
+        self._answer = answer = mind.ask(messages, index, lambda call: self._called(call, index), **options)
         return answer
 
     async def _go_on(self, session: DuplexSession, answer: Answer, result: Slice) -> Slice:
         """The next slice of an answer: its words, a filler, or silence; the model's own where the mind failed."""
         most = min(MAX_SLICE_TOKENS, session.engine.max_slice_tokens)
         ids = await answer.take(session.template.tokenizer, most, self._patience)
+        if ids:
+            self._calls.move(answer.made, result.index)
         if answer.done and self._answer is answer:
             self._answer, self._own = None, answer.fault is not None
             if answer.fault is not None:

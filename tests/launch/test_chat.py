@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from rich.cells import cell_len
 from safetensors.numpy import load_file, save_file
 
 from duplex_jax.checkpoint.registry import save_model
+from duplex_jax.serve.thread import LoopThread
 from duplex_jax.timeline import SlicePair, Timeline, read_timelines, write_timelines
+from tests.serve.minds import ScriptedMind, says
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -187,6 +189,10 @@ GOOD = b'{"output": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
         (["hello"], ["unexpected argument 'hello'"]),
         (["--out=x.jsonl"], ["--out needs --timeline"]),
         (["--system=\udcff"], ["--system: not valid UTF-8"]),
+        (["--mind=http://localhost:1/v1"], ["--mind: needs --mind_model"]),
+        (["--mind_model=x"], ["need --mind"]),
+        (["--mind=x", "--mind_model=x"], ["--mind=x: not an address"]),
+        (["--mind=http://x/v1", "--mind_model=x", "--server=ws://x"], ["the server has its own --mind"]),
         (["--timeline=nowhere.jsonl"], ["nowhere.jsonl: cannot read", "No such file"]),
         (["--timeline=/"], ["/: cannot read", "directory"]),
         (["--timeline={good}", "--out=/proc/none/out.jsonl"], ["/proc/none/out.jsonl: cannot write there"]),
@@ -441,6 +447,62 @@ def test_terminal_ends_when_the_model_fails(model: Path, environment: dict[str, 
     lines = terminal.text.rstrip().splitlines()
     assert lines[-1].endswith("duplex-jax: the conversation ended at slice 0: MemoryError: no room for the step")
     assert "Traceback" not in terminal.text
+
+
+@pytest.fixture
+def mind() -> Iterator[ScriptedMind]:
+    """A chat model's server in a thread of its own; it knows one answer."""
+    mind, thread = ScriptedMind(says("Paris is the capital of France.")), LoopThread("mind")
+    serving = mind.serving()
+    thread.run(serving.__aenter__())
+    yield mind
+    thread.close(serving.__aexit__(None, None, None))
+
+
+def test_terminal_with_a_mind(model: Path, environment: dict[str, str], mind: ScriptedMind):
+    """The mind's words, slice by slice; where it fails that is said, and the model goes on by itself."""
+    flags = (f"--model={model}", "--slice_seconds=0.5", "--capacity=512", "--temperature=0", "--idle_bias=-50")
+    key = environment | {"OPENAI_API_KEY": "secret"}
+    terminal = Terminal(key, *flags, f"--mind={mind.url}", "--mind_model=scripted", "--system=Be brief.")
+    terminal.wait(lambda: terminal.slice >= 1)
+    terminal.type(b"the capital of France?\r")
+    terminal.wait(lambda: "France." in terminal.text)
+    assert mind.asked[0] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the capital of France?"},
+    ]
+    assert mind.keys == ["Bearer secret"]
+    mind.status = 500
+    terminal.type(b"and of Spain?\r")
+    terminal.wait(lambda: "(the mind: HTTP 500; the model answers by itself)" in terminal.text)
+    seen = terminal.slice
+    terminal.wait(lambda: terminal.slice > seen)
+    terminal.type(b"\x04")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.text
+
+
+def test_a_mind_in_pipes_replays_and_turns(chat, model: Path, mind: ScriptedMind, tmp_path: Path):
+    flags = (f"--model={model}", f"--mind={mind.url}", "--mind_model=scripted", "--capacity=256", "--json")
+    done = chat(*flags, "--idle_bias=-50", stdin=b"the capital of France?" + b"\n" * 16)
+    assert (done.returncode, done.stderr) == (0, b"")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "".join(r["assistant"] or "" for r in rows) == "Paris is the capital of France."
+    done = chat(*flags, "--mode=turn_based", stdin=b"one?\ntwo?\n")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [json.loads(line)["assistant"] for line in done.stdout.splitlines()] == [mind.said[0]] * 2
+    assert [m["content"] for m in mind.asked[-1]] == ["one?", mind.said[0], "two?"]
+    write_timelines(tmp_path / "in.jsonl", [Timeline([SlicePair("go", None), *[SlicePair(None, None)] * 15])] * 2)
+    out = tmp_path / "out.jsonl"
+    done = chat(*flags, "--idle_bias=-50", f"--timeline={tmp_path / 'in.jsonl'}", f"--out={out}")
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = ["".join(p.assistant or "" for p in t.pairs) for t in read_timelines(out)]
+    assert said == ["Paris is the capital of France."] * 2
+    mind.status = 500
+    done = chat(*flags, "--idle_bias=-50", stdin=b"hello" + b"\n" * 8)
+    assert done.returncode == 0
+    assert done.stderr.decode().splitlines()[-1] == "duplex-jax: the mind: HTTP 500; the model answers by itself"
+    assert len(done.stdout.splitlines()) == 8
 
 
 @pytest.mark.parametrize("columns", [80, 40])

@@ -50,12 +50,37 @@ def says(text: str, pause: float = 0.0) -> Script:
     return script
 
 
+def calls(*functions: tuple[str, str], text: str = "") -> Script:
+    """Says a text and calls functions of these names with these arguments, which come in two pieces."""
+
+    async def script(reply: Reply) -> None:
+        if text:
+            await reply.send(text)
+        for index, (name, arguments) in enumerate(functions):
+            half = len(arguments) // 2
+            for piece in (
+                {
+                    "id": f"call_{name}_{len(arguments)}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": ""},
+                },
+                {"function": {"arguments": arguments[:half]}},
+                {"function": {"arguments": arguments[half:]}},
+            ):
+                delta = {"tool_calls": [{"index": index, **piece}]}
+                await reply.event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        await reply.end("tool_calls")
+
+    return script
+
+
 class ScriptedMind:
     """The server; `script` is run for each request."""
 
     def __init__(self, script: Script):
         self.script, self.log, self.open = script, list[Reply](), 0
         self.status = 200
+        self.keys: list[str | None] = []
         self.url = ""
 
     @property
@@ -70,6 +95,7 @@ class ScriptedMind:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        self.keys.append(request.headers.get("Authorization"))
         response = web.StreamResponse(status=self.status, headers={"Content-Type": "text/event-stream"})
         reply = Reply(body, response)
         self.log.append(reply)

@@ -74,8 +74,8 @@ class Room:
     def mends(self, text: str) -> None:
         """From now on the mind says `text`, and slices wait for it."""
         self.mind.script, self.mind.status = says(text), 200
-        self.live._talk.mind._timeout = 15
-        self.live._talk._patience = 5
+        self.live.talk.mind._timeout = 15
+        self.live.talk._patience = 5
 
     @property
     def context(self) -> str:
@@ -261,7 +261,7 @@ async def faulty(fault: str) -> AsyncIterator[Room]:
     hangs = fault == "hang"
     async with room(FAULTS[fault] or _hangs, 0.3 if hangs else 15, slice_seconds=0.2 if hangs else 4) as r:
         if fault == "refused":
-            r.live._talk.mind._api.base_url = "http://localhost:9/v1"
+            r.live.talk.mind._api.base_url = "http://localhost:9/v1"
         r.mind.status = 500 if fault == "500" else 200
         yield r
 
