@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_gen import events
 from data_gen.categories import CATEGORIES, generation_termination, opening, silence
-from data_gen.compose import Message, digest
+from data_gen.compose import PATIENCE, Message, digest
 from data_gen.engines import make_engine
 from data_gen.pipeline import manifest_path, tokenizer_fingerprint
 from data_gen.progress import Progress
@@ -261,7 +261,10 @@ def _turns(said: _Said) -> Iterator[str]:
     for i in said.events[events.QUERY_END]:
         # After a barge-in of one slice the assistant falls silent for a pair before it answers.
         answered = i + 1 if i in said.events[events.BARGE_IN] else i
-        if answered not in starts:
+        patient = (said.pairs[i].user or "")[-1:] not in ".?!"  # without a mark, silence may have to tell the end
+        while patient and answered < min(i + PATIENCE, len(said.pairs) - 1) and said.pairs[answered].assistant is None:
+            answered += 1
+        if answered not in starts or any(p.user is not None for p in said.pairs[i + 1 : answered + 1]):
             yield f"pair {i}: the query that ends here is not answered at once"
     for i in said.events[events.BACKCHANNEL]:
         if said.pairs[i].user is None or said.pairs[i].assistant is None:

@@ -14,6 +14,10 @@ from duplex_jax.slicing import slice_tokens, slice_words, words_of
 from duplex_jax.timeline import Event, SlicePair, Timeline
 from duplex_jax.tokenizer import Tokenizer
 
+# How often an answer to a statement without a full stop waits 0, 1, ... silent slices, and the most that it waits.
+_WAITS = (0.35, 0.55, 0.1)
+PATIENCE = len(_WAITS) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Message:
@@ -110,13 +114,13 @@ class Conversation:
         """
         if not self.style or not is_statement(text) or (self.pairs[-1].user or "")[-1:] in ".?!":
             return 0
-        return self.rng.choices((0, 1, 2), (0.35, 0.55, 0.1))[0]
+        return self.rng.choices(range(PATIENCE + 1), _WAITS)[0]
 
     def query(self, text: str, hesitate: float = 0.0) -> None:
         """The user asks while the assistant is silent; the answer may start in the last pair."""
         self.listen(text, hesitate)
-        self.rest(self._patience(text))
         self.mark(events.QUERY_END, len(self.pairs) - 1)
+        self.rest(self._patience(text))
         self._open = True
 
     def barge_in(self, text: str) -> int:
