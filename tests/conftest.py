@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from duplex_jax import native
 from duplex_jax.checkpoint.registry import LoadedModel, load_model
 from launch.app import use_compilation_cache
 
@@ -17,6 +18,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     os.environ["DUPLEX_JAX_CACHE"] = str(folder / "compiled")
     use_compilation_cache()
+    native.available()  # builds the kernels, which may take longer than a test with a time limit has
 
 
 @pytest.fixture(scope="session")
