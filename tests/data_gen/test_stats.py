@@ -72,5 +72,5 @@ def test_nothing_to_count(tmp_path: Path, tokenizer_folder: Path, dialogues: lis
     with pytest.raises(UserError, match="holds no"):
         read_stats(tmp_path, str(tokenizer_folder))
     (tmp_path / "x.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="1 lines are none"):
+    with pytest.raises(UserError, match="1 lines are not timelines"):
         read_stats(tmp_path, str(tokenizer_folder))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from duplex_jax.checkpoint.registry import load_model, save_model
-from duplex_jax.errors import UserError
-from launch.adapt import Journal
 from tests.tiny import tiny_model
 
 WORDS = ("river", "garden", "engine", "market", "planet", "violin", "harbour", "library")
@@ -31,13 +30,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}, "done": {}}', '{"settings": [], "done": {}}'])
-def test_a_journal_that_is_none_is_one_line(tmp_path: Path, text: str):
-    (tmp_path / "adapt.json").write_text(text)
-    with pytest.raises(UserError, match=r"adapt\.json: cannot be read \(.*\); give another --out"):
-        Journal(tmp_path, {})
-
-
 def adapt(folder: Path, *flags: str) -> subprocess.Popen:
     fixed = (f"--model={folder / 'model'}", f"--out={folder / 'out'}", f"--dialogues={folder / 'own.jsonl'}")
     small = ("--count=40", "--rows=8", "--tokens=16384", "--config.data.length=256", "--config.checkpoint.every=5",
@@ -47,6 +39,17 @@ def adapt(folder: Path, *flags: str) -> subprocess.Popen:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", '{"settings": [], "done": {}}'])
+def test_a_journal_that_is_none_is_one_line(folder: Path, text: str):
+    (folder / "out").mkdir()
+    (folder / "out/adapt.json").write_text(text)
+    run = adapt(folder)
+    assert re.search(
+        r"^duplex-jax: .*adapt\.json: cannot be read \(.*\); give another --out$", run.communicate()[0], re.M
+    )
+    assert run.returncode == 2
 
 
 @pytest.mark.slow  # a dozen processes that start JAX

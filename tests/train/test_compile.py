@@ -103,7 +103,7 @@ def test_the_paper_s_run_on_v5e_16(tmp_path: Path):
     ("flags", "message"),
     [
         (["--mesh=v5e-16", "--tensor=8", "--fsdp=2"], "36 heads are not divisible by tensor=8"),
-        (["--mesh=v5e-256"], "a multiple of 256, such as 768, does"),
+        (["--mesh=v5e-256"], "use a multiple of 256, such as 768"),
         (["--programs=all"], "must be any of train, decode and sessions"),
         (["--programs=sessions", "--contexts=256,x"], "must be token counts"),
     ],

@@ -185,7 +185,7 @@ def test_trouble_names_its_rows(inputs: tuple[Path, Path], tmp_path: Path):
         (["--mesh=cpu8", "--fsdp=2", "--tensor=4"], "2 key heads are not divisible by tensor=4; tensor may be 1, 2"),
         (["--mesh=cpu8", "--fsdp=3"], "makes 6 devices, but it has 8"),
         (["--mesh=a100x8"], "needs 8 devices of a GPU, and its plugin is not installed"),
-        (["--mesh=cpu8", "--config.data.batch=6"], "a multiple of 4, such as 8, does"),
+        (["--mesh=cpu8", "--config.data.batch=6"], "use a multiple of 4, such as 8"),
         (["--config.data.length=70000"], "must be 16 to 65535"),
         (["--config.data.train=/nowhere"], "/nowhere: no such file or folder"),
         (["--config.model.tokenizer=/nowhere"], "no such file or folder"),
